@@ -1,0 +1,182 @@
+"""The callback: metrics, records, checkpoint state and what SPICE says of a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spice_trainer.checkpoint import load_state, save_state
+from spice_trainer.loading import SlotCollator
+from spice_trainer.logs import logger
+from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics
+from spice_trainer.picks import StepSelection
+from spice_trainer.records import RecordWriter
+from spice_trainer.sampler import SpiceSampler
+from spice_trainer.summary import (
+    WARN_AFTER_POOLS,
+    RunPlan,
+    describe_run,
+    print_summary,
+    warn_of_first_pools,
+    warn_of_share,
+)
+
+RECORDS_FOLDER = "spice"
+
+
+class SpiceCallback(TrainerCallback):
+    """Records what a [`SpiceSampler`] picks during a Trainer's run.
+
+    [`attach_spice`] adds it; it is of no use on its own. It writes `<output_dir>/spice/*.jsonl`, keeps the averages
+    that join the Trainer's logs, puts SPICE's state into every checkpoint, restores it on resume, and prints a summary
+    at the end.
+
+    Args:
+        sampler ([`SpiceSampler`]):
+            The sampler of the run.
+    """
+
+    def __init__(self, sampler: SpiceSampler) -> None:
+        self.sampler = sampler
+        self.totals = RunTotals()
+        self.num_trained_before = 0
+        self.collator: SlotCollator | None = None
+        self.plan: RunPlan | None = None
+        self.resume_from: str | None = None
+        self._window = MetricWindow()
+        self._records: RecordWriter | None = None
+        self._current: StepSelection | None = None
+        self._training_started = 0.0
+        self._device = torch.device("cpu")
+        sampler.add_listener(self.on_selection)
+
+    def close(self) -> None:
+        """Stops listening and closes the record files."""
+        self.sampler.remove_listener(self.on_selection)
+        if self._records is not None:
+            self._records.close()
+
+    # The Trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins or resumes records, metrics and the sampler's position, and says what will happen."""
+        self._device = args.device
+        self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
+        self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
+        self._records = None
+        if args.process_index == 0 and args.output_dir is not None:
+            self._records = RecordWriter(Path(args.output_dir) / RECORDS_FOLDER)
+        if self.resume_from is not None:
+            self._restore(self.resume_from)
+        elif self._records is not None:
+            self._records.start()
+        self.num_trained_before = self.totals.num_trained
+        if self.plan is not None and args.process_index == 0:
+            logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
+            share = warn_of_share(self.sampler.schedule, self.sampler.config)
+            if share is not None:
+                logger.warning("%s", share)
+
+    def on_selection(self, selection: StepSelection) -> None:
+        """Records a step's picks before it trains."""
+        warned = self.totals.num_pools >= WARN_AFTER_POOLS
+        self.totals.add_selection(selection)
+        self._current = selection
+        if self._records is not None:
+            self._records.write_selection(selection)
+        if not warned and self.totals.num_pools >= WARN_AFTER_POOLS:
+            for warning in warn_of_first_pools(self.totals, self.sampler.config):
+                logger.warning("%s", warning)
+        self._training_started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the step's metrics, its seconds and tokens."""
+        selection = self._current
+        if selection is None:
+            return
+        if self._device.type == "cuda":
+            # The next scoring needs the updated weights anyway; without this its clock would count the update.
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - self._training_started
+        num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
+        self.totals.add_training(seconds, num_tokens)
+        self._window.add(step_metrics(selection))
+        if selection.pools:
+            self._window.add(clock_metrics(selection, seconds))
+        if self._records is not None:
+            self._records.write_costs(
+                {
+                    "step": selection.step,
+                    "epoch": selection.epoch,
+                    "seconds_scoring": selection.seconds_scoring,
+                    "seconds_selecting": selection.seconds_selecting,
+                    "seconds_training": seconds,
+                    "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
+                    "tokens_trained": num_tokens,
+                    "num_fillers": selection.num_fillers,
+                }
+            )
+        self._current = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prints the summary and closes the record files."""
+        if self._records is not None:
+            self._records.close()
+            if self.totals.num_steps:
+                print_summary(self.totals, os.fspath(self._records.directory))
+
+    # What the Trainer's log and checkpoints get
+
+    def take_metrics(self) -> dict[str, float]:
+        """Averages since the last training log."""
+        return self._window.take()
+
+    def save_state(self, checkpoint: str) -> None:
+        """Writes SPICE's state into a checkpoint."""
+        sampler_state = self.sampler.state_dict()
+        picks = sampler_state.pop("picks_of_epoch")
+        save_state(
+            checkpoint,
+            {
+                "global_step": self.sampler.global_step,
+                "schedule": self._describe_schedule(),
+                "config": self.sampler.config.to_dict(),
+                "sampler": sampler_state,
+                "window": self._window.state_dict(),
+                "totals": self.totals.state_dict(),
+                "record_bytes": self._records.positions() if self._records is not None else {},
+            },
+            {"picks_of_epoch": picks},
+        )
+
+    def _restore(self, checkpoint: str) -> None:
+        state, tensors = load_state(
+            checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
+        )
+        self.sampler.load_state_dict({**state["sampler"], **tensors})
+        self._window.load_state_dict(state["window"])
+        self.totals.load_state_dict(state["totals"])
+        if self._records is not None:
+            self._records.resume(state["record_bytes"], Path(checkpoint).resolve().parent / RECORDS_FOLDER)
+
+    def _describe_schedule(self) -> dict[str, Any]:
+        schedule = self.sampler.schedule
+        return {
+            "num_rows": schedule.num_rows,
+            "steps_per_epoch": schedule.steps_per_epoch,
+            "samples_per_step": schedule.shape.samples_per_step,
+            "pool_size": schedule.pool_size,
+            "pools_per_step": schedule.shape.pools_per_step,
+            "pool_seed": schedule.seed,
+        }

@@ -1,0 +1,118 @@
+"""Checks of the arguments that selection, its measures and its Gram matrix share.
+
+Axes: N candidates, D gradient dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+# Largest difference of K_ij and K_ji, relative to ‖g_i‖‖g_j‖, that rounding in a half-precision product can explain.
+_ASYMMETRY = 0.05
+
+
+def check_matrix(matrix: Tensor, name: str) -> None:
+    """Raises a `ValueError` unless `matrix` is a floating point matrix with at least one row and one column."""
+    if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not matrix.is_floating_point() or matrix.numel() == 0:
+        got = f"{matrix.dtype} of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(
+            f"{name} must be a floating point torch.Tensor with two axes and at least one row and one column "
+            f"(one row per candidate), got {got}."
+        )
+
+
+def check_gram(gram: Float[Tensor, "N N"]) -> Float64[Tensor, "N N"]:
+    """Returns `gram` as float64 on the CPU, after checking that it can be a Gram matrix.
+
+    Args:
+        gram (`Tensor`): Inner products of N gradients, shape (N, N). Non-finite entries are allowed.
+
+    Returns:
+        `Tensor`: float64 of shape (N, N), on the CPU.
+
+    Raises:
+        ValueError: If it is not a square, symmetric floating point matrix with a non-negative diagonal.
+    """
+    check_matrix(gram, "gram")
+    if gram.shape[0] != gram.shape[1]:
+        raise ValueError(
+            f"gram must be square, one row and one column per candidate, got shape {tuple(gram.shape)}. "
+            "For a matrix with one gradient per row use select_from_gradients, or pass gradients @ gradients.T."
+        )
+    gram = gram.detach().to("cpu").to(torch.float64)
+    diagonal = gram.diagonal()
+    if bool((diagonal < 0).any()):
+        row = int((diagonal < 0).nonzero()[0])
+        raise ValueError(
+            f"gram[{row}, {row}] is {float(diagonal[row]):.6g}, but the diagonal of a Gram matrix holds squared "
+            "norms, which are never negative. For a matrix with one gradient per row use select_from_gradients."
+        )
+    sound = sound_rows(gram)
+    sizes = torch.where(sound, diagonal, 0.0).sqrt()
+    asymmetry = (gram - gram.T).abs() > _ASYMMETRY * torch.outer(sizes, sizes)
+    asymmetry &= sound[:, None] & sound
+    if bool(asymmetry.any()):
+        row, column = asymmetry.nonzero()[0].tolist()
+        raise ValueError(
+            f"gram must be symmetric, but gram[{row}, {column}] is {float(gram[row, column]):.6g} and "
+            f"gram[{column}, {row}] is {float(gram[column, row]):.6g}. "
+            "For a matrix with one gradient per row use select_from_gradients."
+        )
+    return gram
+
+
+def sound_rows(gram: Float64[Tensor, "N N"]) -> Bool[Tensor, " N"]:
+    """Tells which rows of a Gram matrix may be picked: diagonal finite and positive, no non-finite entry among them.
+
+    A non-finite gradient spoils its own row and one entry of every other row; the diagonal tells them apart.
+    """
+    diagonal = gram.diagonal()
+    sound = torch.isfinite(diagonal) & (diagonal > 0)
+    broken = ~torch.isfinite(gram)
+    while bool((broken[sound][:, sound]).any()):
+        counts = (broken & sound).sum(dim=1) * sound
+        sound[int(counts.argmax())] = False
+    return sound
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises a `ValueError` unless `value` is one of the values of the `Literal` type `choices`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
+
+
+def check_alpha(fisher_alpha: float) -> None:
+    """Raises a `ValueError` unless α is positive and finite."""
+    if not 0 < fisher_alpha < math.inf:
+        raise ValueError(
+            f"fisher_alpha scales the Fisher information and must be positive and finite, got {fisher_alpha}."
+        )
+
+
+def check_rules(
+    num_selected: int,
+    conflict_penalty: float,
+    stop_ratio: float | None,
+    min_gain: float | None,
+    tie_tolerance: float,
+) -> None:
+    """Raises a `ValueError` for the first of the greedy pass's numbers that is out of range."""
+    if isinstance(num_selected, bool) or not isinstance(num_selected, int) or num_selected < 1:
+        raise ValueError(
+            f"num_selected is the number of samples to pick and must be an integer >= 1, got {num_selected!r}."
+        )
+    if not 0 <= conflict_penalty < math.inf:
+        raise ValueError(f"conflict_penalty must be finite and >= 0 (0 switches it off), got {conflict_penalty}.")
+    if stop_ratio is not None and not 0 < stop_ratio < 1:
+        raise ValueError(
+            f"stop_ratio is a share of the first gain and must lie strictly between 0 and 1, got {stop_ratio}."
+        )
+    if min_gain is not None and not 0 <= min_gain < math.inf:
+        raise ValueError(f"min_gain must be finite and >= 0, got {min_gain}.")
+    if not 0 <= tie_tolerance < 1:
+        raise ValueError(f"tie_tolerance must lie in [0, 1) (0 is strict), got {tie_tolerance}.")

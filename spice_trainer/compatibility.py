@@ -1,0 +1,193 @@
+"""Everything that can be checked of a Trainer before it trains with SPICE.
+
+What cannot be right is refused with what, why and the fix; what fits badly is warned about with the value to use.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.logs import logger
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses trainers and arguments that SPICE cannot select for.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer to attach to.
+
+    Raises:
+        TypeError: If it is not a `transformers.Trainer`.
+        ValueError: If its dataset, model or arguments rule SPICE out.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"attach_spice needs a transformers.Trainer or a subclass such as trl.SFTTrainer, got "
+            f"{type(trainer).__name__}. In a loop of your own use `SpiceSampler(config).bind(model, dataset, ...)`."
+        )
+    dataset, args = trainer.train_dataset, trainer.args
+    if dataset is None:
+        raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+        raise ValueError(
+            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
+            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
+            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"The trainer would run torch.nn.DataParallel over {args.n_gpu} GPUs, whose replicas bypass the hooks "
+            "that SPICE reads gradients with. Make a single GPU visible with `CUDA_VISIBLE_DEVICES=0`."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"This run has {args.world_size} processes. Scoring is not shared between processes in this version of "
+            "spice_trainer; start the script as a single process (`python script.py`)."
+        )
+    for name, enabled in (
+        ("DeepSpeed", getattr(trainer, "is_deepspeed_enabled", False)),
+        ("FSDP", getattr(trainer, "is_fsdp_enabled", False)),
+    ):
+        if enabled:
+            raise ValueError(
+                f"The trainer runs under {name}, which this version of spice_trainer does not support. Run without "
+                "it: a single process needs no sharding."
+            )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True restarts the run with another batch size when memory runs out, and the batch "
+            "size decides how many pools a step has. Set auto_find_batch_size=False and a batch size that fits."
+        )
+    if getattr(trainer, "hp_search_backend", None) is not None:
+        raise ValueError("SPICE cannot be attached during a hyperparameter search. Attach it to a single run.")
+    if hasattr(trainer, "_spice"):
+        raise ValueError("SPICE is attached to this trainer already. Call detach_spice(trainer) first.")
+
+
+def warn_of_arguments(args: TrainingArguments) -> None:
+    """Warns of data loading arguments that have no effect with SPICE."""
+    if args.dataloader_num_workers > 0:
+        logger.warning(
+            "SPICE: dataloader_num_workers=%d has no effect. A step's rows are known only when it begins, so they are "
+            "loaded in the main process.",
+            args.dataloader_num_workers,
+        )
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy != "random" or getattr(args, "group_by_length", False):
+        logger.warning(
+            "SPICE: %s has no effect. SPICE decides which rows a step trains on.",
+            "group_by_length" if getattr(args, "group_by_length", False) else f"train_sampling_strategy={strategy!r}",
+        )
+
+
+def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows: int, samples_per_step: int) -> None:
+    """Warns, with the value to use instead, of arguments in steps that were meant for an epoch of all samples.
+
+    Args:
+        args (`transformers.TrainingArguments`): The trainer's arguments.
+        steps_per_epoch (`int`): Optimizer steps of an epoch with SPICE.
+        num_rows (`int`): Rows of the training dataset.
+        samples_per_step (`int`): Samples of an optimizer step.
+    """
+    plain = math.ceil(num_rows / samples_per_step)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    if args.max_steps > 0 and args.max_steps > math.ceil(args.num_train_epochs * steps_per_epoch):
+        epochs, plain_epochs = args.max_steps / steps_per_epoch, args.max_steps / plain
+        logger.warning(
+            "SPICE: max_steps=%d goes %.3g times through the training samples as candidates, where without SPICE it "
+            "goes %.3g times: an epoch has %d steps instead of %d. Use max_steps=%d for one epoch.",
+            args.max_steps, epochs, plain_epochs, steps_per_epoch, plain, steps_per_epoch,
+        )  # fmt: skip
+    for name, value, used in (
+        ("save_steps", args.save_steps, str(args.save_strategy).endswith("steps")),
+        ("eval_steps", args.eval_steps, str(args.eval_strategy).endswith("steps")),
+        ("logging_steps", args.logging_steps, str(args.logging_strategy).endswith("steps")),
+        ("warmup_steps", args.warmup_steps, True),
+    ):
+        # Values below 1 are shares of the run, which follow its length.
+        if not used or value is None or value < 1 or value <= total:
+            continue
+        fitting = max(1, min(total, round(value * steps_per_epoch / plain)))
+        logger.warning(
+            "SPICE: %s=%d exceeds the run of %d optimizer steps (an epoch has %d steps instead of %d). Use %s=%d.",
+            name, value, total, steps_per_epoch, plain, name, fitting,
+        )  # fmt: skip
+
+
+def is_token_normalized(trainer: Any) -> bool:
+    """Whether the loss sums over a step's micro-batches and devices and divides by the step's label tokens.
+
+    Only then do micro-batches of unequal size train exactly like one batch. Known to be so: the Trainer's own loss
+    where the model takes `num_items_in_batch`, `compute_loss_func`, and SFTTrainer's. A `compute_loss` of the user's
+    own is not relied upon, unless the trainer's `loss_is_scaled_for_ga` says so.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        `bool`
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return bool(scaled)
+    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    if "compute_loss" in vars(trainer) or owner.__module__.split(".")[0] not in ("transformers", "trl"):
+        return False
+    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
+        return False
+    # LabelSmoother takes num_items_in_batch since transformers 5.15; before, it is a mean per micro-batch.
+    if trainer.label_smoother is not None and Version(transformers.__version__) < Version("5.15.0"):
+        return False
+    return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
+
+
+def check_memory(
+    num_rows: int, num_features: int, dimension: int, *, device: torch.device, config: SpiceConfig
+) -> None:
+    """Refuses exact or sketched features that cannot fit in free memory.
+
+    Args:
+        num_rows (`int`): Candidates of a pool.
+        num_features (`int`): Numbers kept per candidate.
+        dimension (`int`): D.
+        device (`torch.device`): Where they would live.
+        config ([`SpiceConfig`]): The settings, for the message.
+
+    Raises:
+        ValueError: If one pool's features exceed free memory; names the `sketch_dim` that fits.
+    """
+    needed, free = num_rows * num_features * 4, free_memory(device)
+    if needed <= free:
+        return
+    # A quarter of what is free: activations, the optimizer and the data need room too.
+    fitting = int(free / 4 / num_rows / 4)
+    power = 2 ** max(4, fitting.bit_length() - 1)
+    if config.information == "exact":
+        fix = f"set sketch_dim={min(power, dimension)}, which fits, or a smaller pool_size"
+    else:
+        fix = (
+            f'set a pool_size of at most {max(2, int(free / 2 / num_features / 4))}, or information="exact", which '
+            "can be sketched"
+        )
+    raise ValueError(
+        f"Scoring a pool of {num_rows} candidates with {num_features:,} gradient numbers each needs "
+        f"{needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.virtual_memory().available)

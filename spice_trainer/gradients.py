@@ -1,0 +1,249 @@
+"""Per-sample LoRA gradients from one batched forward and backward.
+
+For sample n with label tokens L_n (labels ≠ −100 after the causal shift) the gradient of the paper is
+
+    g_n = ∇_θ ℓ_n,    ℓ_n = −(1/|L_n|) Σ_{s ∈ L_n} log p_θ(y_ns | y_n,<s)
+
+with θ the trainable LoRA weights and dropout off. A linear layer y = W x gives, with δ_ns = ∂(Σ_n ℓ_n)/∂y_ns,
+
+    ∂ℓ_n/∂W = Σ_s δ_ns x_nsᵀ        (`einsum("nso,nsi->noi")`),    ∂ℓ_n/∂b = Σ_s δ_ns
+
+so the input x kept by a forward hook and the output's gradient δ brought by a tensor hook are all that is needed: rows
+of a batch don't interact, and one backward serves them all. The embedding's output is replaced by a detached leaf and
+the backward runs toward that leaf alone, hence no parameter gradient is ever formed and no reduction of DDP, FSDP or
+DeepSpeed fires.
+
+Axes: N samples, S tokens, I/O input and output features, D gradient dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class GradientSink(Protocol):
+    """Takes one module's sample gradients as soon as the backward has formed them."""
+
+    def add(self, module_index: int, gradients: Float[Tensor, "N D_l"]) -> None:
+        """Takes the gradients of module `module_index`, float32, which the sink may overwrite."""
+
+
+def module_gradients(
+    inputs: Float[Tensor, "N S I"], output_gradients: Float[Tensor, "N S O"], *, bias: bool = False
+) -> Float[Tensor, "N D_l"]:
+    """Sample gradients of one linear layer, weight first (row-major O×I), then bias.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(N, S, I)`):
+            The layer's input x.
+        output_gradients (`torch.Tensor` of shape `(N, S, O)`):
+            Gradient δ of the summed losses with respect to the layer's output.
+        bias (`bool`, *optional*, defaults to `False`):
+            Whether the layer's bias is trainable too.
+
+    Returns:
+        `torch.Tensor` of shape `(N, O·I)`, or `(N, O·I + O)` with a bias, in float32.
+    """
+    # float32 products whatever the training precision: a Gram matrix of rounded gradients would not be one. An
+    # autocast around the backward reaches the hooks too, and would round the product to bfloat16.
+    with torch.autocast(inputs.device.type, enabled=False):
+        output_gradients = output_gradients.float()
+        weight = torch.bmm(output_gradients.transpose(1, 2), inputs.float()).flatten(1)
+        return torch.cat([weight, output_gradients.sum(1)], dim=1) if bias else weight
+
+
+def trainable_size(module: nn.Linear) -> int:
+    """Number of gradient coordinates of a hooked linear layer, known before any wrapper shards its weight."""
+    return module.out_features * (module.in_features + (1 if trainable_bias(module) else 0))
+
+
+def trainable_bias(module: nn.Linear) -> bool:
+    """Whether the layer has a bias that trains (PEFT's `lora_bias=True`)."""
+    return module.bias is not None and module.bias.requires_grad
+
+
+class SampleGradients:
+    """Context manager that computes sample gradients of LoRA layers and leaves no trace behind.
+
+    While it is open every module is in evaluation mode (LoRA dropout, NEFTune and gradient checkpointing are off) and
+    the hooks are in place. On exit, also after an exception, each module's own mode is restored and every hook
+    removed.
+
+    Args:
+        model (`torch.nn.Module`):
+            The causal language model, without its DDP or DeepSpeed wrapper.
+        modules (`Mapping[str, torch.nn.Linear]`):
+            The trainable LoRA layers by name, from [`~spice_trainer.adapters.find_lora_modules`].
+
+    Example:
+    ```python
+    >>> with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    ...     losses = sample_gradients.compute(inputs, labels, sink)
+    ```
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Linear]) -> None:
+        self.model = model
+        self._names = tuple(modules)
+        self._modules = tuple(modules.values())
+        self._biases = tuple(trainable_bias(module) for module in self._modules)
+        parameters = _forward_parameters(model)
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._extra_inputs = {"use_cache": False} if "use_cache" in parameters else {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._leaf: Tensor | None = None
+        self._sink: GradientSink | None = None
+        self._num_samples = 0
+        self._num_waiting: dict[int, int] = {}
+        self._partial: dict[int, Tensor] = {}
+
+    def __enter__(self) -> SampleGradients:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
+            for module, _ in self._modes:
+                module.training = False
+            embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+            self._handles.append(embedding.register_forward_hook(self._replace_by_leaf))
+            for index, module in enumerate(self._modules):
+                self._handles.append(module.register_forward_hook(self._make_hook(index)))
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module, training in self._modes:
+            module.training = training
+        self._handles, self._modes = [], []
+        self._leaf, self._sink = None, None
+        self._num_waiting, self._partial = {}, {}
+
+    def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, N]:
+        """Runs one forward and one backward, and hands each module's sample gradients to `sink`.
+
+        Args:
+            inputs (`Mapping[str, Any]`):
+                Model inputs without labels: `input_ids` of shape `(N, S)` and what else the model takes.
+            labels (`torch.Tensor` of shape `(N, S)`):
+                Token labels, −100 where no loss is taken. Unshifted, as the Trainer's collators make them.
+            sink ([`GradientSink`]):
+                Receives the gradients.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`: mean negative log-likelihood of each sample's label tokens in float32, 0
+            for a sample without any.
+
+        Raises:
+            RuntimeError: If a LoRA layer was not called, got no gradient, or was fed something else than `(N, S, I)`,
+                which means that its gradient cannot be told apart by sample.
+        """
+        targets = labels[:, 1:]
+        mask = targets != -100
+        self._num_samples, self._sink = labels.shape[0], sink
+        self._num_waiting, self._partial = {}, {}
+        keep: dict[str, Any] = {}
+        if self._keeps_logits:
+            # Only columns where some sample has a label go through the head: it is the largest matrix of a small
+            # model.
+            columns = mask.any(0).nonzero().squeeze(1)
+            keep, targets, mask = {"logits_to_keep": columns}, targets[:, columns], mask[:, columns]
+        with torch.enable_grad():
+            outputs = self.model(**inputs, **self._extra_inputs, **keep)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+            if not self._keeps_logits:
+                logits = logits[:, :-1]
+            if self._leaf is None:
+                raise RuntimeError(
+                    "The model's input embedding was not called while scoring, so no gradient can be taken. SPICE "
+                    "scores token ids: it cannot score a model that is fed `inputs_embeds`."
+                )
+            losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
+            torch.autograd.backward(losses.sum(), inputs=[self._leaf])
+        self._leaf, self._sink = None, None
+        self._check_all_received()
+        return losses.detach()
+
+    def _replace_by_leaf(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        self._leaf = output.detach().requires_grad_(True)
+        return self._leaf
+
+    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            inputs = args[0].detach()
+            if inputs.dim() != 3 or inputs.shape[0] != self._num_samples:
+                raise RuntimeError(
+                    f"The LoRA layer {self._names[index]!r} was fed a tensor of shape {tuple(inputs.shape)} where "
+                    f"({self._num_samples} samples, tokens, features) was expected, so its gradient cannot be told "
+                    "apart by sample. This happens in mixture-of-experts layers, which flatten the batch. Leave this "
+                    "layer out of `target_modules`."
+                )
+            if not output.requires_grad:
+                return
+            # A module may be called more than once in a forward (shared layers); its gradient is the sum.
+            self._num_waiting[index] = self._num_waiting.get(index, 0) + 1
+            output.register_hook(lambda gradient: self._receive(index, inputs, gradient))
+
+        return keep_input
+
+    def _receive(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
+        gradients = module_gradients(inputs, output_gradient.detach(), bias=self._biases[index])
+        if index in self._partial:
+            gradients += self._partial.pop(index)
+        self._num_waiting[index] -= 1
+        if self._num_waiting[index] > 0:
+            self._partial[index] = gradients
+        elif self._sink is not None:
+            self._sink.add(index, gradients)
+
+    def _check_all_received(self) -> None:
+        missing = [name for index, name in enumerate(self._names) if self._num_waiting.get(index) != 0]
+        if missing:
+            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise RuntimeError(
+                f"{len(missing)} of {len(self._names)} LoRA layers got no gradient while scoring: {listed}. Either "
+                "the forward bypasses these modules (fused LoRA kernels such as Unsloth's, merged adapters) or the "
+                "loss does not depend on the text through them. Switch the fused kernels off, unmerge the adapter, or "
+                "leave these layers out of `target_modules`."
+            )
+
+
+def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Tensor) -> Float[Tensor, N]:
+    """Mean negative log-likelihood of each sample's label tokens, in float32.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, S, V)`):
+            Logits, where position s predicts `targets[:, s]`.
+        targets (`torch.Tensor` of shape `(N, S)`):
+            Token ids, already shifted.
+        mask (`torch.Tensor` of shape `(N, S)`, boolean):
+            Which positions carry a label.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`; 0 for a sample without labels.
+    """
+    rows = mask.nonzero()[:, 0]
+    token_losses = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
+    totals = token_losses.new_zeros(len(mask)).index_add(0, rows, token_losses)
+    return totals / mask.sum(1).clamp(min=1)
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    # PEFT's own forward is (*args, **kwargs); the base model's tells what it takes.
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inspect.signature(base.forward).parameters

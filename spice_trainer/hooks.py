@@ -1,0 +1,263 @@
+"""What SPICE adds to one Trainer: five methods bound on the instance, each calling the original.
+
+    get_train_dataloader   the trainer's own dataset and collator, with the rows SPICE picks
+    get_batch_samples      a step without label tokens must not divide by zero
+    log                    SPICE's averages join the training log's dict
+    save_model             SPICE's state goes into every checkpoint
+    _inner_training_loop   learns which checkpoint is resumed, before the loader is built
+
+Everything else of the trainer is as it was, and removal puts these back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from spice_trainer.adapters import find_lora_modules
+from spice_trainer.callback import SpiceCallback
+from spice_trainer.compatibility import check_memory, is_token_normalized, warn_of_arguments, warn_of_schedule
+from spice_trainer.loading import SlotCollator, build_dataloader
+from spice_trainer.logs import logger
+from spice_trainer.pools import PoolSchedule, plan_step
+from spice_trainer.rows import CandidateRow, collate_row
+from spice_trainer.sampler import SpiceSampler
+from spice_trainer.scoring import FEATURE_BUFFER_BYTES, GradientScorer, preserved_random_state
+from spice_trainer.summary import RunPlan
+from spice_trainer.verification import verify_gradients
+
+HOOKED_METHODS = ("get_train_dataloader", "get_batch_samples", "log", "save_model", "_inner_training_loop")
+SAMPLE_ROWS = 32
+
+
+class SpiceHooks:
+    """What SPICE adds to one trainer."""
+
+    def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
+        self.trainer = trainer
+        self.sampler = sampler
+        self.callback: SpiceCallback | None = None
+        self._replaced: dict[str, Any] = {}
+        self._last_report = 0.0
+
+    def install(self) -> None:
+        """Binds the hooked methods and adds the callback."""
+        self.callback = SpiceCallback(self.sampler)
+        for name in HOOKED_METHODS:
+            # An attribute a user bound on the instance is kept, called, and put back on removal.
+            self._replaced[name] = vars(self.trainer).get(name)
+            hook = getattr(self, f"on_{name.removeprefix('_')}")
+            setattr(self.trainer, name, partial(hook, getattr(self.trainer, name)))
+        self.trainer.add_callback(self.callback)
+        self.trainer._spice = self
+        self.sampler.progress = self._report_progress
+
+    def remove(self) -> None:
+        """Puts everything back."""
+        for name, value in self._replaced.items():
+            if value is None:
+                delattr(self.trainer, name)
+            else:
+                setattr(self.trainer, name, value)
+        if self.callback is not None:
+            self.trainer.remove_callback(self.callback)
+            self.callback.close()
+        self.sampler.progress = None
+        del self.trainer._spice
+
+    def check(self, *, verify: bool) -> None:
+        """Checks settings, model, collator, memory and gradients without leaving a trace."""
+        args = self.trainer.args
+        dataset, collate = self._training_rows(self.trainer.get_train_dataloader)
+        schedule = self._build_schedule(dataset)
+        scorer = self._build_scorer(dataset, collate, schedule)
+        warn_of_arguments(args)
+        warn_of_schedule(
+            args,
+            steps_per_epoch=schedule.steps_per_epoch,
+            num_rows=schedule.num_rows,
+            samples_per_step=schedule.shape.samples_per_step,
+        )
+        check_memory(
+            min(schedule.pool_size, schedule.num_rows),
+            scorer.num_features,
+            scorer.dimension,
+            device=args.device,
+            config=self.sampler.config,
+        )
+        rows = self._sample_rows(dataset, collate)
+        labelled = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)
+        if not labelled:
+            raise ValueError(
+                f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
+                "trained or scored. Look at the prompt masking and at `max_length`."
+            )
+        if verify:
+            error = verify_gradients(
+                self.trainer.model,
+                scorer.modules,
+                labelled[:2],
+                device=args.device,
+                autocast=self.trainer.accelerator.autocast,
+            )
+            logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+
+    # The hooked methods
+
+    def on_get_train_dataloader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
+        """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
+        dataset, collate = self._training_rows(original)
+        schedule = self._build_schedule(dataset)
+        scorer = self._build_scorer(dataset, collate, schedule)
+        self.sampler.prepare(schedule, scorer)
+        args = self.trainer.args
+        loader = build_dataloader(
+            self.sampler,
+            dataset,
+            collate=collate,
+            device=args.device,
+            rank=args.process_index,
+            world_size=args.world_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+        )
+        if self.callback is not None:
+            self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
+            self.callback.plan = self._plan_run(dataset, collate, schedule, scorer)
+        return loader
+
+    def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """A step whose rows are all fillers has no label token; its zero loss must not be divided by zero."""
+        batch_samples, num_items_in_batch = original(*args, **kwargs)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        elif num_items_in_batch == 0:
+            num_items_in_batch = 1
+        return batch_samples, num_items_in_batch
+
+    def on_log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        """SPICE's averages join the dict of a training log, the only one every reporter and `log_history` see."""
+        if self.callback is not None and "loss" in logs:
+            logs.update(self.callback.take_metrics())
+        elif self.callback is not None and logs.get("train_runtime") and "train_samples_per_second" in logs:
+            # The trainer assumes that every row of the dataset was trained on.
+            trained = self.callback.totals.num_trained - self.callback.num_trained_before
+            logs["train_samples_per_second"] = round(trained / logs["train_runtime"], 3)
+        return original(logs, *args, **kwargs)
+
+    def on_save_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A checkpoint gets SPICE's state before it is pushed, rotated, or marked complete by the trainer's state."""
+        result = original(*args, **kwargs)
+        output_dir = kwargs.get("output_dir", args[0] if args else None)
+        if self.callback is None or output_dir is None or not self.trainer.is_in_train:
+            return result
+        if os.path.basename(output_dir).startswith(f"{PREFIX_CHECKPOINT_DIR}-") and self.trainer.args.should_save:
+            self.callback.save_state(output_dir)
+        return result
+
+    def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Tells the callback which checkpoint is resumed, before the loader is built."""
+        if self.callback is not None:
+            self.callback.resume_from = kwargs.get("resume_from_checkpoint")
+        return original(*args, **kwargs)
+
+    # Parts
+
+    def _training_rows(self, get_loader: Callable[[], DataLoader[Any]]) -> tuple[Any, Callable[..., Any]]:
+        """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected."""
+        loaders = self.trainer.accelerator._dataloaders
+        num_loaders = len(loaders)
+        with preserved_random_state(self.trainer.args.device):
+            loader = get_loader()
+        # The accelerator keeps every loader it prepared; this one is never iterated.
+        del loaders[num_loaders:]
+        return loader.dataset, loader.collate_fn
+
+    def _build_schedule(self, dataset: Any) -> PoolSchedule:
+        config, args = self.sampler.config, self.trainer.args
+        num_slots = args.world_size * args.gradient_accumulation_steps
+        shape = plan_step(
+            pool_size=config.pool_size,
+            num_selected=config.num_selected,
+            pools_per_step=config.pools_per_step,
+            samples_per_step=self.trainer._train_batch_size * num_slots,
+            num_slots=num_slots,
+            adaptive=config.is_adaptive,
+            equal_slots=not is_token_normalized(self.trainer),
+        )
+        return PoolSchedule(
+            len(dataset), shape, pool_size=config.pool_size, seed=self._seed(), drop_last=args.dataloader_drop_last
+        )
+
+    def _build_scorer(self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule) -> GradientScorer:
+        def get_model() -> nn.Module:
+            model: nn.Module = self.trainer.model
+            return model
+
+        return GradientScorer(
+            get_model,
+            find_lora_modules(get_model()),
+            dataset=dataset,
+            collate=collate,
+            config=self.sampler.config,
+            seed=schedule.seed,
+            autocast=self.trainer.accelerator.autocast,
+        )
+
+    def _seed(self) -> int:
+        args = self.trainer.args
+        if self.sampler.config.pool_seed is not None:
+            return self.sampler.config.pool_seed
+        return int(args.data_seed if args.data_seed is not None else args.seed)
+
+    def _sample_rows(self, dataset: Any, collate: Callable[..., Any]) -> list[CandidateRow]:
+        """Some rows spread over the dataset, collated without touching any random state."""
+        number = min(SAMPLE_ROWS, len(dataset))
+        indices = [position * len(dataset) // number for position in range(number)]
+        with preserved_random_state(self.trainer.args.device):
+            return [collate_row(index, dataset[index], collate) for index in indices]
+
+    def _plan_run(
+        self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule, scorer: GradientScorer
+    ) -> RunPlan:
+        args = self.trainer.args
+        rows = self._sample_rows(dataset, collate)
+        total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
+        pool_bytes = min(schedule.pool_size, schedule.num_rows) * scorer.num_features * 4
+        pools_at_once = min(schedule.shape.pools_per_step, max(1, FEATURE_BUFFER_BYTES // pool_bytes))
+        return RunPlan(
+            num_rows=schedule.num_rows,
+            total_steps=total,
+            dimension=scorer.dimension,
+            num_features=scorer.num_features,
+            feature_bytes=pools_at_once * pool_bytes,
+            mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
+            token_normalized=not schedule.shape.equal_slots,
+        )
+
+    def _report_progress(self, done: int, total: int) -> None:
+        """Shows scoring on the trainer's own bar (two bars garble each other), or in the log every half minute."""
+        bar = next(
+            (
+                item.training_bar
+                for item in self.trainer.callback_handler.callbacks
+                if getattr(item, "training_bar", None)
+            ),
+            None,
+        )
+        now = time.monotonic()
+        if bar is not None and hasattr(bar, "set_postfix_str"):
+            if done == total or now - self._last_report >= 0.5:
+                bar.set_postfix_str("" if done == total else f"scoring {done}/{total}", refresh=True)
+                self._last_report = now
+        elif now - self._last_report >= 30:
+            if self._last_report:
+                logger.info("SPICE: scored %d of %d candidates of step %d.", done, total, self.sampler.global_step)
+            self._last_report = now

@@ -1,0 +1,90 @@
+"""SPICE in a Hugging Face Trainer: `attach_spice`, `detach_spice`, and classes for people who own theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from spice_trainer.compatibility import check_trainer
+from spice_trainer.config import SpiceConfig
+from spice_trainer.hooks import SpiceHooks
+from spice_trainer.logs import show_messages
+from spice_trainer.sampler import SpiceSampler
+
+
+def attach_spice(
+    trainer: Any, config_or_sampler: SpiceConfig | SpiceSampler | None = None, *, verify: bool = True
+) -> None:
+    """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
+
+    Everything that can be checked is checked here: the settings against the batch size and dataset, the model's LoRA
+    layers, the collator, the memory, and (with `verify`) the sample gradients against plain autograd.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
+        config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
+            Settings, or a sampler with settings. Defaults to `SpiceConfig()`.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to compare the batched sample gradients of two short rows with autograd's first.
+
+    Raises:
+        TypeError: If the trainer or the settings are of another type.
+        ValueError: If something rules SPICE out; the message says what and how to fix it.
+        GradientMismatchError: If `verify` finds that gradients would be wrong on this model.
+
+    Example:
+    ```python
+    >>> trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, peft_config=LoraConfig())
+    >>> attach_spice(trainer, SpiceConfig())
+    >>> trainer.train()
+    ```
+    """
+    if config_or_sampler is None:
+        config_or_sampler = SpiceConfig()
+    if not isinstance(config_or_sampler, SpiceConfig | SpiceSampler):
+        raise TypeError(
+            f"attach_spice needs a SpiceConfig or a SpiceSampler, got {type(config_or_sampler).__name__}. Write "
+            "`attach_spice(trainer, SpiceConfig(pool_size=..., num_selected=...))`."
+        )
+    sampler = config_or_sampler if isinstance(config_or_sampler, SpiceSampler) else SpiceSampler(config_or_sampler)
+    show_messages()
+    check_trainer(trainer)
+    hooks = SpiceHooks(trainer, sampler)
+    hooks.check(verify=verify)
+    hooks.install()
+
+
+def detach_spice(trainer: Any) -> None:
+    """Undoes [`attach_spice`]: every attribute of the trainer is as before.
+
+    Args:
+        trainer (`transformers.Trainer`): A trainer with SPICE attached.
+
+    Raises:
+        ValueError: If SPICE is not attached.
+    """
+    hooks = getattr(trainer, "_spice", None)
+    if not isinstance(hooks, SpiceHooks):
+        raise ValueError("SPICE is not attached to this trainer, so there is nothing to detach.")
+    hooks.remove()
+
+
+class SpiceTrainerMixin:
+    """Adds SPICE to a trainer class: `class MyTrainer(SpiceTrainerMixin, SFTTrainer)`.
+
+    Args:
+        sampler ([`SpiceSampler`] or [`SpiceConfig`], *optional*):
+            Picks the rows. Defaults to `SpiceSampler(SpiceConfig())`.
+        args and kwargs:
+            As the trainer class takes them.
+    """
+
+    def __init__(self, *args: Any, sampler: SpiceSampler | SpiceConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        attach_spice(self, sampler)
+
+
+class SpiceTrainer(SpiceTrainerMixin, Trainer):
+    """`Trainer` that trains each step on what SPICE picks: `SpiceTrainer(..., sampler=SpiceSampler())`."""

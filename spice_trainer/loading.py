@@ -1,0 +1,216 @@
+"""The loader the Trainer trains from: batches of picked rows, selected on demand.
+
+A plain `DataLoader` over a rank-aware batch sampler. It is not passed through `accelerator.prepare`, whose loader
+fetches one batch ahead (accelerate 1.15: `DataLoaderShard`) and would score a step's pools before the previous update;
+`num_workers=0` for the same reason. Every rank gets exactly `gradient_accumulation_steps` non-empty batches per step;
+a slot that would be empty holds a neutral filler, a picked row with all labels −100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from spice_trainer.adapters import find_lora_modules
+from spice_trainer.pools import PoolSchedule, deal, plan_step, slot_index
+from spice_trainer.scoring import GradientScorer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from spice_trainer.sampler import SpiceSampler
+
+
+class SlotRows(list[Any]):
+    """Rows of one micro-batch; `neutral` marks a filler that must not contribute to the loss."""
+
+    def __init__(self, rows: Sequence[Any], *, neutral: bool = False) -> None:
+        super().__init__(rows)
+        self.neutral = neutral
+
+
+class SpiceBatchSampler(Sampler[list[int]]):
+    """Yields this rank's micro-batches, scoring a step's pools when its first micro-batch is asked for.
+
+    Args:
+        sampler ([`SpiceSampler`]): Picks the rows.
+        rank (`int`): This process.
+        world_size (`int`): Number of processes.
+        gradient_accumulation_steps (`int`): Micro-batches per optimizer step.
+    """
+
+    def __init__(self, sampler: SpiceSampler, *, rank: int, world_size: int, gradient_accumulation_steps: int) -> None:
+        self.sampler = sampler
+        self.rank = rank
+        self.world_size = world_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, the same on every rank."""
+        return self.sampler.schedule.steps_per_epoch * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yields the micro-batches of one epoch."""
+        epoch, first_step = self.sampler.begin_epoch()
+        # A resumed run's `skip_first_batches` walks these; nothing is scored for them.
+        for _ in range(first_step * self.gradient_accumulation_steps):
+            yield []
+        for step_in_epoch in range(first_step, self.sampler.schedule.steps_per_epoch):
+            indices = self.sampler.select_step(epoch, step_in_epoch).indices
+            slots = deal(indices, self.world_size * self.gradient_accumulation_steps)
+            # Without a pick any row serves as filler; the first candidate's is as neutral as another.
+            filler = indices[0] if indices else self.sampler.schedule.pools(epoch, step_in_epoch).pools[0][0]
+            for micro_batch in range(self.gradient_accumulation_steps):
+                rows = slots[slot_index(self.rank, micro_batch, world_size=self.world_size)]
+                yield SlotRows(rows) if rows else SlotRows([filler], neutral=True)
+
+
+class SelectedRows(Dataset[Any]):
+    """The training dataset, fetched by micro-batch, keeping the mark of neutral fillers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> SlotRows:
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(list(indices))
+        else:
+            rows = [self.dataset[index] for index in indices]
+        return SlotRows(rows, neutral=getattr(indices, "neutral", False))
+
+
+class SlotCollator:
+    """Collates a micro-batch with the user's collator, neutralises fillers, and moves it to the device.
+
+    Args:
+        collate (`Callable`): The user's collator.
+        device (`torch.device`): Where batches go. Moved here because an unprepared loader's batches would otherwise
+            reach models of older transformers versions (4.56) on the CPU.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], device: torch.device) -> None:
+        self.collate = collate
+        self.device = device
+        self.num_tokens = 0
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """Collates `rows`."""
+        batch: Any = self.collate(list(rows))
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.sum())
+        if getattr(rows, "neutral", False):
+            for key in ("labels", "shift_labels"):
+                if key in batch:
+                    batch[key] = torch.full_like(batch[key], -100)
+        else:
+            self.num_tokens += tokens
+        if hasattr(batch, "to") and not isinstance(batch, dict):
+            return batch.to(self.device)
+        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def take_num_tokens(self) -> int:
+        """Tokens collated for training since the last call, fillers left out."""
+        taken, self.num_tokens = self.num_tokens, 0
+        return taken
+
+
+def build_dataloader(
+    sampler: SpiceSampler,
+    dataset: Any,
+    *,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    gradient_accumulation_steps: int,
+) -> DataLoader[Any]:
+    """Builds the loader described above.
+
+    Args:
+        sampler ([`SpiceSampler`]): A bound sampler.
+        dataset (`Any`): Training rows.
+        collate (`Callable`): The user's collator.
+        device (`torch.device`): Where batches go.
+        rank (`int`): This process.
+        world_size (`int`): Number of processes.
+        gradient_accumulation_steps (`int`): Micro-batches per optimizer step.
+
+    Returns:
+        `torch.utils.data.DataLoader`
+    """
+    batch_sampler = SpiceBatchSampler(
+        sampler, rank=rank, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps
+    )
+    return DataLoader(
+        SelectedRows(dataset),
+        batch_sampler=batch_sampler,
+        collate_fn=SlotCollator(collate, device),
+        num_workers=0,
+        # Without its own generator an iteration would draw its base seed from the training run's random state.
+        generator=torch.Generator(),
+    )
+
+
+def bind_sampler(
+    sampler: SpiceSampler,
+    model: nn.Module,
+    dataset: Any,
+    *,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]],
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int,
+    accelerator: Accelerator | None,
+    token_normalized: bool,
+    drop_last: bool,
+    seed: int,
+) -> DataLoader[Any]:
+    """Binds a sampler to a model and a dataset without a Trainer: the body of [`SpiceSampler.bind`]."""
+    rank = 0 if accelerator is None else accelerator.process_index
+    world_size = 1 if accelerator is None else accelerator.num_processes
+    if world_size > 1:
+        raise ValueError(
+            f"SpiceSampler.bind was called in a run of {world_size} processes. Scoring is not shared between "
+            "processes in this version; start the script as a single process."
+        )
+    config = sampler.config
+    num_slots = world_size * gradient_accumulation_steps
+    pool_seed = config.pool_seed if config.pool_seed is not None else seed
+    shape = plan_step(
+        pool_size=config.pool_size,
+        num_selected=config.num_selected,
+        pools_per_step=config.pools_per_step,
+        samples_per_step=per_device_train_batch_size * num_slots,
+        num_slots=num_slots,
+        adaptive=config.is_adaptive,
+        equal_slots=not token_normalized,
+    )
+    schedule = PoolSchedule(len(dataset), shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
+    scorer = GradientScorer(
+        lambda: model,
+        find_lora_modules(model),
+        dataset=dataset,
+        collate=data_collator,
+        config=config,
+        seed=pool_seed,
+        autocast=None if accelerator is None else accelerator.autocast,
+    )
+    sampler.prepare(schedule, scorer)
+    return build_dataloader(
+        sampler,
+        dataset,
+        collate=data_collator,
+        device=next(model.parameters()).device if accelerator is None else accelerator.device,
+        rank=rank,
+        world_size=world_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )

@@ -1,0 +1,21 @@
+"""The package's logger, `spice_trainer`.
+
+SPICE says at the beginning of a run what will happen and warns where a setting does not fit. Both would be lost at
+Python's default level, so when training starts the logger gets a handler if nobody configured one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("spice_trainer")
+
+
+def show_messages() -> None:
+    """Lets messages of level INFO through to the user's handlers, or to stderr where there are none."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)

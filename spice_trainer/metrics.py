@@ -1,0 +1,170 @@
+"""Metrics of a run: per step, averaged over a logging window, and summed over the run.
+
+Every value but the seconds is a function of the picks alone, so a resumed run logs what the uninterrupted one does:
+the window and the totals travel in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from spice_trainer.picks import StepSelection
+
+
+def step_metrics(selection: StepSelection) -> dict[str, float]:
+    """The log's values for one step, without clock readings.
+
+    Args:
+        selection ([`~spice_trainer.picks.StepSelection`]): The step's picks.
+
+    Returns:
+        `dict[str, float]`: Keys `spice/...`. A replayed step has `spice/trained_samples` only; values that need a pick
+        are left out of a step without any.
+    """
+    metrics: dict[str, float] = {"spice/trained_samples": float(len(selection.indices))}
+    if not selection.pools:
+        return metrics
+    pools = selection.pools
+    metrics["spice/num_selected"] = float(sum(len(pool.indices) for pool in pools))
+    metrics["spice/num_candidates"] = float(sum(len(pool.candidates) for pool in pools))
+    picked = [pool for pool in pools if pool.indices]
+    if not picked:
+        return metrics
+    conflicts = [conflict for pool in picked for conflict in pool.selection.conflicts]
+    return metrics | {
+        "spice/information": _mean([pool.selection.information for pool in picked]),
+        "spice/gain_first": _mean([pool.selection.gains[0] for pool in picked]),
+        "spice/gain_last": _mean([pool.selection.gains[-1] for pool in picked]),
+        "spice/conflict": _mean(conflicts),
+        "spice/conflict_rate": _mean([float(conflict > 0) for conflict in conflicts]),
+        "spice/overlap_top_norm": _mean([pool.overlap_top_norm or 0.0 for pool in picked]),
+        "spice/changed_by_conflict": _mean([float(pool.changed_by_conflict) for pool in picked]),
+        "spice/tokens_ratio": _mean([(pool.tokens_selected or 0.0) / max(pool.tokens_pool, 1e-9) for pool in picked]),
+    }
+
+
+def clock_metrics(selection: StepSelection, seconds_training: float) -> dict[str, float]:
+    """The log's clock readings for one step: seconds, and scoring's and selecting's share of the step's time."""
+    overhead = selection.seconds_scoring + selection.seconds_selecting
+    total = overhead + seconds_training
+    return {
+        "spice/seconds_scoring": selection.seconds_scoring,
+        "spice/seconds_selecting": selection.seconds_selecting,
+        "spice/overhead": overhead / total if total > 0 else 0.0,
+    }
+
+
+class MetricWindow:
+    """Averages each key over the steps since the last training log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Adds one step."""
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call, and an empty window."""
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window as JSON values."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`MetricWindow.state_dict`]."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+@dataclass
+class RunTotals:
+    """Sums over a run, for the warning after five pools and the summary at the end."""
+
+    num_steps: int = 0
+    num_replayed_steps: int = 0
+    num_pools: int = 0
+    num_candidates: int = 0
+    num_selected: int = 0
+    num_trained: int = 0
+    num_in_top_norm: float = 0.0
+    num_changed_by_conflict: int = 0
+    num_with_conflict: int = 0
+    num_nonfinite: int = 0
+    num_zero: int = 0
+    num_fillers: int = 0
+    num_stopped_early: int = 0
+    label_tokens_selected: float = 0.0
+    label_tokens_pool: float = 0.0
+    information: float = 0.0
+    information_top_norm: float = 0.0
+    tokens_scored: int = 0
+    tokens_trained: int = 0
+    seconds_scoring: float = 0.0
+    seconds_selecting: float = 0.0
+    seconds_training: float = 0.0
+
+    def add_selection(self, selection: StepSelection) -> None:
+        """Adds one step's picks."""
+        self.num_steps += 1
+        self.num_replayed_steps += not selection.pools
+        self.num_trained += len(selection.indices)
+        self.num_fillers += selection.num_fillers
+        self.seconds_scoring += selection.seconds_scoring
+        self.seconds_selecting += selection.seconds_selecting
+        for pool in selection.pools:
+            picked = len(pool.indices)
+            self.num_pools += 1
+            self.num_candidates += len(pool.candidates)
+            self.num_selected += picked
+            self.num_in_top_norm += (pool.overlap_top_norm or 0.0) * picked
+            self.num_changed_by_conflict += pool.changed_by_conflict
+            self.num_with_conflict += sum(conflict > 0 for conflict in pool.selection.conflicts)
+            self.num_nonfinite += len(pool.nonfinite)
+            self.num_zero += len(pool.zero)
+            self.num_stopped_early += pool.selection.stopped_early
+            self.label_tokens_selected += sum(pool.label_tokens)
+            self.label_tokens_pool += pool.tokens_pool * len(pool.candidates)
+            self.information += pool.selection.information
+            self.information_top_norm += pool.information_top_norm
+            self.tokens_scored += pool.num_tokens_pool
+
+    def add_training(self, seconds: float, num_tokens: int) -> None:
+        """Adds one step's training."""
+        self.seconds_training += seconds
+        self.tokens_trained += num_tokens
+
+    @property
+    def overlap_top_norm(self) -> float:
+        """Share of the picks that are among as many largest gradient norms of their pool."""
+        return self.num_in_top_norm / max(self.num_selected, 1)
+
+    @property
+    def mean_label_tokens_selected(self) -> float:
+        """Mean label tokens of a pick."""
+        return self.label_tokens_selected / max(self.num_selected, 1)
+
+    @property
+    def mean_label_tokens_pool(self) -> float:
+        """Mean label tokens of a candidate."""
+        return self.label_tokens_pool / max(self.num_candidates, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`RunTotals.state_dict`]."""
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,421 @@
+"""The schedule's arithmetic: which rows are candidates when, and how many of them each step picks.
+
+    epoch e: a permutation of the rows, seeded by (seed, e), cut into pools of N = pool_size
+     └ step t: T pools with budgets k_0 … k_{T-1} ─ picks ─ dealt over world size × gradient accumulation slots
+
+B = samples per step. Without a given T: T = max(1, round_half_up(B / K)), Σ k_p = B, and |k_p - k_q| <= 1. With a
+given T: k_p = K. A short last pool of n rows has budget ceil(k_p · n / N). Everything is integer arithmetic on
+(rows, settings, seed, epoch): no weights, no global random state, and, except for `equal_slots`, no number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one full optimizer step draws and picks, the same for every step but the last of an epoch.
+
+    Args:
+        samples_per_step (`int`):
+            B, the samples that the Trainer's batch settings give a step.
+        num_slots (`int`):
+            World size × gradient accumulation steps: the micro-batches over which a step's picks are dealt.
+        pools_per_step (`int`):
+            T, the pools of a step.
+        budgets (`tuple[int, ...]`):
+            The picks of each pool of a step, T of them, each at least 1.
+        effective_share (`float`):
+            Σ budgets / (T · pool_size), the share of the candidates that is really picked.
+        requested_share (`float`):
+            num_selected / pool_size.
+        equal_slots (`bool`):
+            Whether every slot must hold the same number of picks.
+    """
+
+    samples_per_step: int
+    num_slots: int
+    pools_per_step: int
+    budgets: tuple[int, ...]
+    effective_share: float
+    requested_share: float
+    equal_slots: bool
+
+
+@dataclass(frozen=True)
+class StepPools:
+    """The candidate pools of one optimizer step.
+
+    Args:
+        epoch (`int`):
+            The epoch, from 0.
+        step_in_epoch (`int`):
+            The step within the epoch, from 0.
+        pools (`tuple[tuple[int, ...], ...]`):
+            Row indices of each pool's candidates, in pool order.
+        budgets (`tuple[int, ...]`):
+            How many rows each pool may give at most, one number a pool, each at least 1.
+    """
+
+    epoch: int
+    step_in_epoch: int
+    pools: tuple[tuple[int, ...], ...]
+    budgets: tuple[int, ...]
+
+
+def plan_step(
+    *,
+    pool_size: int,
+    num_selected: int,
+    pools_per_step: int | None,
+    samples_per_step: int,
+    num_slots: int,
+    adaptive: bool = False,
+    equal_slots: bool = False,
+) -> StepShape:
+    """Work out the pools and budgets of an optimizer step.
+
+    Args:
+        pool_size (`int`):
+            N, the candidates of a pool.
+        num_selected (`int`):
+            K, the picks of a pool.
+        pools_per_step (`int` or `None`):
+            T. `None` takes T = max(1, round_half_up(B / K)) and spreads B evenly, the earlier pools getting one
+            more; where a pool would have to give more than it holds, T = ceil(B / N). A given T makes every budget K.
+        samples_per_step (`int`):
+            B = per_device_train_batch_size × gradient_accumulation_steps × world size.
+        num_slots (`int`):
+            World size × gradient_accumulation_steps.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Whether a pool may stop before its budget.
+        equal_slots (`bool`, *optional*, defaults to `False`):
+            Round the picks of a step down to a multiple of `num_slots`, for losses that are not normalised by
+            `num_items_in_batch` over all devices.
+
+    Returns:
+        [`StepShape`]: The step's shape.
+
+    Raises:
+        `ValueError`: If the numbers do not fit together; the message holds the arithmetic and numbers that fit.
+    """
+    given = {
+        "pool_size": pool_size,
+        "num_selected": num_selected,
+        "pools_per_step": 1 if pools_per_step is None else pools_per_step,
+        "samples_per_step": samples_per_step,
+        "num_slots": num_slots,
+    }
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if num_selected > pool_size:
+        raise ValueError(
+            f"num_selected={num_selected} is more than pool_size={pool_size}: a pool cannot give more samples than it "
+            f"has candidates. Lower num_selected to at most {pool_size}."
+        )
+    if samples_per_step < num_slots:
+        raise ValueError(
+            f"A step of {samples_per_step} samples cannot fill {num_slots} micro-batches (number of processes × "
+            "gradient_accumulation_steps). samples_per_step must be per_device_train_batch_size × "
+            f"gradient_accumulation_steps × number of processes, here a multiple of {num_slots}."
+        )
+    if adaptive and pools_per_step is None:
+        raise ValueError(
+            "Adaptive stopping (stop_ratio or min_gain) needs pools_per_step: num_selected is then only a cap, so the "
+            "number of pools of a step cannot follow from the batch size. Set pools_per_step, for example "
+            f"pools_per_step={max(1, samples_per_step // num_selected)}."
+        )
+    if adaptive and equal_slots:
+        raise ValueError(
+            "Adaptive stopping (stop_ratio or min_gain) cannot be used here: this model's or trainer's loss is not "
+            "normalised by num_items_in_batch over all devices, so every micro-batch must hold the same number of "
+            "samples, and adaptive stopping gives any number. Use a fixed num_selected, or a trainer and model that "
+            "normalise by num_items_in_batch (average_tokens_across_devices=True)."
+        )
+
+    total = samples_per_step
+    if pools_per_step is None:
+        if equal_slots:
+            total = total // num_slots * num_slots
+        num_pools = max(1, (2 * total + num_selected) // (2 * num_selected))  # total / num_selected, half up
+        num_pools = max(num_pools, _ceil_div(total, pool_size))
+    else:
+        num_pools = pools_per_step
+        total = num_pools * num_selected
+        _check_explicit(num_pools, num_selected, pool_size, samples_per_step, num_slots)
+        if equal_slots:
+            total = total // num_slots * num_slots
+            if total < num_pools:
+                raise ValueError(
+                    f"pools_per_step × num_selected = {num_pools} × {num_selected} picks must be rounded down to "
+                    f"{total} here, a multiple of the {num_slots} micro-batches of a step (number of processes × "
+                    f"gradient_accumulation_steps), which leaves {num_pools - total} pools with nothing to give. Set "
+                    f"pools_per_step={total}, or num_selected to at least 2."
+                )
+
+    return StepShape(
+        samples_per_step=samples_per_step,
+        num_slots=num_slots,
+        pools_per_step=num_pools,
+        budgets=_spread(total, num_pools),
+        effective_share=total / (num_pools * pool_size),
+        requested_share=num_selected / pool_size,
+        equal_slots=equal_slots,
+    )
+
+
+class PoolSchedule:
+    """The pools of every step of every epoch; no row is a candidate twice in an epoch.
+
+    An epoch is a seeded permutation of the rows cut into pools of `pool_size`. Its last step takes the pools that are
+    left, and a short last pool of n rows with budget k gives ceil(k · n / pool_size). With `shape.equal_slots` the
+    last step's picks are rounded down to a multiple of `shape.num_slots`, taken from its last pools first; a pool left
+    with nothing to give, and a last step with fewer picks than slots, are left out.
+
+    Args:
+        num_rows (`int`):
+            Rows of the training dataset.
+        shape ([`StepShape`]):
+            What a full step draws and picks.
+        pool_size (`int`):
+            N, the same as given to [`plan_step`].
+        seed (`int`):
+            Seed of the permutations.
+        drop_last (`bool`, *optional*, defaults to `False`):
+            Leave out a step that has fewer than `shape.pools_per_step` full pools.
+
+    Raises:
+        `ValueError`: If there are no rows, or not enough for a single step.
+    """
+
+    def __init__(self, num_rows: int, shape: StepShape, *, pool_size: int, seed: int, drop_last: bool = False) -> None:
+        if num_rows < 1:
+            raise ValueError(
+                f"The training dataset has {num_rows} rows, so there is nothing to select from. Check the filters and "
+                "the split that made it."
+            )
+        if max(shape.budgets) > pool_size:
+            raise ValueError(
+                f"A pool of pool_size={pool_size} cannot give the {max(shape.budgets)} picks that the step's shape "
+                "asks for. Give PoolSchedule the pool_size that plan_step had."
+            )
+        self.num_rows = num_rows
+        self.shape = shape
+        self.pool_size = pool_size
+        self.seed = seed
+        self.drop_last = drop_last
+
+        rows_per_step = shape.pools_per_step * pool_size
+        num_full_steps, rows_left = divmod(num_rows, rows_per_step)
+        self._last_budgets = () if drop_last else self._budgets_of_last_step(rows_left)
+        self.steps_per_epoch = num_full_steps + bool(self._last_budgets)
+        self.samples_per_epoch = num_full_steps * sum(shape.budgets) + sum(self._last_budgets)
+        self._num_full_steps = num_full_steps
+        self._cached_order: tuple[int, Tensor] | None = None
+
+        if self.steps_per_epoch == 0 and drop_last:
+            raise ValueError(
+                f"The training dataset has {num_rows} rows, but a step draws {shape.pools_per_step} full pools of "
+                f"{pool_size}, {rows_per_step} rows, and dataloader_drop_last=True leaves out smaller steps, so no "
+                "step remains. Set dataloader_drop_last=False, or lower pool_size or pools_per_step (the batch size "
+                "where pools_per_step is not set)."
+            )
+        if self.steps_per_epoch == 0:
+            num_picks = sum(self._unrounded_budgets(rows_left))
+            raise ValueError(
+                f"The training dataset has {num_rows} rows, which give only {num_picks} picks, but each of the "
+                f"{shape.num_slots} micro-batches of a step (number of processes × gradient_accumulation_steps) must "
+                "hold the same number of them, so no step remains. Lower gradient_accumulation_steps until there are "
+                f"at most {num_picks} micro-batches, raise num_selected, or use more rows."
+            )
+
+    def pools(self, epoch: int, step_in_epoch: int) -> StepPools:
+        """Return the candidate pools of a step.
+
+        Args:
+            epoch (`int`):
+                The epoch, from 0.
+            step_in_epoch (`int`):
+                The step within the epoch, from 0 to `steps_per_epoch - 1`.
+
+        Returns:
+            [`StepPools`]: Row indices and budgets of each pool; a function of the schedule's settings, the epoch and
+            the step alone.
+
+        Raises:
+            `ValueError`: If there is no such epoch or step.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch} must be at least 0.")
+        if not 0 <= step_in_epoch < self.steps_per_epoch:
+            raise ValueError(
+                f"step_in_epoch={step_in_epoch} is outside this epoch of {self.steps_per_epoch} steps, 0 to "
+                f"{self.steps_per_epoch - 1}. Later steps belong to the next epoch."
+            )
+        if self._cached_order is None or self._cached_order[0] != epoch:
+            self._cached_order = (epoch, _seeded_permutation("pools", self.seed, epoch, self.num_rows))
+        is_full = step_in_epoch < self._num_full_steps
+        budgets = self.shape.budgets if is_full else self._last_budgets
+        start = step_in_epoch * self.shape.pools_per_step * self.pool_size
+        rows: list[int] = self._cached_order[1][start : start + len(budgets) * self.pool_size].tolist()
+        pools = tuple(tuple(rows[i : i + self.pool_size]) for i in range(0, len(rows), self.pool_size))
+        return StepPools(epoch=epoch, step_in_epoch=step_in_epoch, pools=pools, budgets=budgets)
+
+    def _unrounded_budgets(self, rows_left: int) -> tuple[int, ...]:
+        num_pools = _ceil_div(rows_left, self.pool_size)
+        sizes = [min(self.pool_size, rows_left - p * self.pool_size) for p in range(num_pools)]
+        # Rounded up, so that no pool has budget 0.
+        return tuple(
+            _ceil_div(budget * size, self.pool_size) for budget, size in zip(self.shape.budgets, sizes, strict=False)
+        )
+
+    def _budgets_of_last_step(self, rows_left: int) -> tuple[int, ...]:
+        budgets = list(self._unrounded_budgets(rows_left))
+        surplus = sum(budgets) % self.shape.num_slots if self.shape.equal_slots else 0
+        while surplus:
+            taken = min(surplus, budgets[-1])
+            surplus -= taken
+            budgets[-1] -= taken
+            if budgets[-1] == 0:
+                budgets.pop()
+        return tuple(budgets)
+
+
+def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
+    """Cut picks into contiguous slots whose sizes differ by at most one, the longer ones first.
+
+    Args:
+        indices (`Sequence[int]`):
+            The picks of a step, in order.
+        num_slots (`int`):
+            The number of slots; with fewer picks than slots the last ones are empty.
+
+    Returns:
+        `tuple[tuple[int, ...], ...]`: The picks of each slot, `num_slots` of them.
+
+    Raises:
+        `ValueError`: If `num_slots` is below 1.
+    """
+    if num_slots < 1:
+        raise ValueError(f"num_slots={num_slots} must be at least 1.")
+    return _cut(indices, _spread(len(indices), num_slots))
+
+
+def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
+    """Return the slot that a rank trains on in a micro-batch: micro_batch · world_size + rank, as Accelerate deals.
+
+    Args:
+        rank (`int`):
+            The process, from 0 to `world_size - 1`.
+        micro_batch (`int`):
+            The micro-batch within the step, from 0.
+        world_size (`int`):
+            The number of processes.
+
+    Returns:
+        `int`: Position in the slots of [`deal`].
+
+    Raises:
+        `ValueError`: If there is no such rank or micro-batch.
+    """
+    if not 0 <= rank < world_size or micro_batch < 0:
+        raise ValueError(
+            f"rank={rank}, micro_batch={micro_batch}, world_size={world_size}: rank must be from 0 to world_size - 1 "
+            "and micro_batch at least 0."
+        )
+    return micro_batch * world_size + rank
+
+
+def replay_epoch(
+    indices: Sequence[int], *, num_steps: int, seed: int, epoch: int, num_slots: int, equal_slots: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Deal the picks of the last selecting epoch anew over the steps of a later epoch.
+
+    Args:
+        indices (`Sequence[int]`):
+            All picks of the last selecting epoch, in the order in which they were made.
+        num_steps (`int`):
+            Steps of the epoch.
+        seed (`int`):
+            Seed of the permutation, together with `epoch`.
+        epoch (`int`):
+            The epoch that replays.
+        num_slots (`int`):
+            World size × gradient accumulation steps; it matters only with `equal_slots`.
+        equal_slots (`bool`):
+            Give every step a multiple of `num_slots` picks. The last few of the permuted picks are then left out,
+            other ones each epoch.
+
+    Returns:
+        `tuple[tuple[int, ...], ...]`: The picks of each step, evenly many, earlier steps getting one (or one
+        `num_slots`) more. Steps are empty only if there are fewer picks (or multiples) than steps.
+
+    Raises:
+        `ValueError`: If `num_steps` or `num_slots` is below 1.
+    """
+    for name, value in (("num_steps", num_steps), ("num_slots", num_slots)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    order: list[int] = _seeded_permutation("replay", seed, epoch, len(indices)).tolist()
+    shuffled = [indices[position] for position in order]
+    unit = num_slots if equal_slots else 1
+    sizes = tuple(unit * size for size in _spread(len(indices) // unit, num_steps))
+    return _cut(shuffled, sizes)
+
+
+def _check_explicit(num_pools: int, num_selected: int, pool_size: int, samples_per_step: int, num_slots: int) -> None:
+    total = num_pools * num_selected
+    arithmetic = f"pools_per_step × num_selected = {num_pools} × {num_selected} = {total} samples"
+    if total > samples_per_step:
+        fixes = [f"raise per_device_train_batch_size to {_ceil_div(total, num_slots)}"]
+        if samples_per_step >= num_selected:
+            fixes.append(f"lower pools_per_step to {samples_per_step // num_selected}")
+        if samples_per_step >= num_pools:
+            fixes.append(f"lower num_selected to {samples_per_step // num_pools}")
+        raise ValueError(
+            f"{arithmetic}, more than the {samples_per_step} of an optimizer step (per_device_train_batch_size × "
+            f"gradient_accumulation_steps × number of processes). To fix it, {', or '.join(fixes)}, or leave "
+            "pools_per_step unset to fill the step whatever its size."
+        )
+    if total < num_slots:
+        fixes = [f"raise pools_per_step to {_ceil_div(num_slots, num_selected)}"]
+        if _ceil_div(num_slots, num_pools) <= pool_size:
+            fixes.append(f"raise num_selected to {_ceil_div(num_slots, num_pools)}")
+        raise ValueError(
+            f"{arithmetic}, fewer than the {num_slots} micro-batches of an optimizer step (number of processes × "
+            f"gradient_accumulation_steps), so some would be empty in every step. To fix it, {', or '.join(fixes)}, "
+            f"or lower gradient_accumulation_steps until there are at most {total} micro-batches."
+        )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _spread(total: int, parts: int) -> tuple[int, ...]:
+    """Split `total` into `parts` whole numbers that differ by at most one, the larger ones first."""
+    size, extra = divmod(total, parts)
+    return (size + 1,) * extra + (size,) * (parts - extra)
+
+
+def _cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(tuple(items[start : start + size]))
+        start += size
+    return tuple(parts)
+
+
+def _seeded_permutation(purpose: str, seed: int, epoch: int, length: int) -> Tensor:
+    """Permute `range(length)`, with a generator of its own so that the training's random state is not touched."""
+    # A hash, because neighbouring seeds and epochs (seed + epoch) would otherwise share permutations.
+    digest = hashlib.sha256(f"spice_trainer/{purpose}/{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(length, generator=generator)

@@ -1,0 +1,167 @@
+"""Candidate rows: collated alone with the user's own collator, then right-padded into micro-batches.
+
+Collating each row alone and padding here serves every collator alike, also those that flatten a batch into one
+sequence (padding-free). Right padding changes nothing in a causal model: no token attends to what comes after it.
+
+Axes: N samples, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+# What flattening collators tell variable-length attention kernels; meaningless once rows are padded into a batch.
+_FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One row of the training set as the model reads it.
+
+    Args:
+        index (`int`): Row of the training dataset.
+        inputs (`dict[str, Any]`): Model inputs of shape `(1, S)` without labels and padding.
+        labels (`torch.Tensor` of shape `(1, S)`): Token labels, unshifted.
+        num_tokens (`int`): S.
+        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
+        can_be_padded (`bool`): Whether the row may share a micro-batch. Packed rows and rows with inputs other than
+            token sequences are scored alone, as the collator made them.
+    """
+
+    index: int
+    inputs: dict[str, Any]
+    labels: Int[Tensor, "1 S"]
+    num_tokens: int
+    num_label_tokens: int
+    can_be_padded: bool
+
+
+def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> CandidateRow:
+    """Collates one dataset row alone.
+
+    Args:
+        index (`int`): Row of the training dataset.
+        row (`Any`): What the dataset holds there.
+        collate (`Callable`): The trainer's collator.
+
+    Returns:
+        [`CandidateRow`]
+
+    Raises:
+        ValueError: If the collator gives no `input_ids` or no `labels`.
+    """
+    batch = dict(collate([row]))
+    for key in ("input_ids", "labels"):
+        if not isinstance(batch.get(key), Tensor):
+            raise ValueError(
+                f"The data collator ({_name_of(collate)}) gave no tensor {key!r} for row {index} of the training "
+                f"dataset, only {sorted(batch)}. SPICE scores causal language models on token ids and labels: use a "
+                "collator that returns both, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)` or "
+                "`DataCollatorForSeq2Seq(tokenizer)`."
+            )
+    labels = batch.pop("labels")
+    if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
+        batch, labels = _strip_padding(batch, labels)
+    length = batch["input_ids"].shape[1]
+    can_be_padded = not _is_packed(batch.get("position_ids"))
+    if can_be_padded:
+        positions = batch.get("position_ids")
+        if positions is not None and bool((positions == torch.arange(length)).all()):
+            # The model's own positions are the same, and need no padding.
+            del batch["position_ids"]
+        batch = {key: value for key, value in batch.items() if key not in _FLATTENED_KEYS}
+        can_be_padded = all(
+            isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == length for value in batch.values()
+        )
+    return CandidateRow(
+        index=index,
+        inputs=batch,
+        labels=labels,
+        num_tokens=length,
+        num_label_tokens=int((labels[:, 1:] != -100).sum()),
+        can_be_padded=can_be_padded,
+    )
+
+
+def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, "N S"]]:
+    """Right-pads rows into one micro-batch.
+
+    Args:
+        rows (`Sequence[CandidateRow]`): Rows of one micro-batch; a row that cannot be padded must be alone.
+
+    Returns:
+        `tuple`: Model inputs, each of shape `(N, S)` with an `attention_mask`, and labels padded with −100.
+    """
+    if len(rows) == 1 and not rows[0].can_be_padded:
+        return rows[0].inputs, rows[0].labels
+    length = max(row.num_tokens for row in rows)
+
+    def pad(tensors: list[Tensor], value: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(item, (0, length - item.shape[1]), value=value) for item in tensors])
+
+    inputs = {
+        key: pad([row.inputs[key] for row in rows], 0) for key in rows[0].inputs if key not in ("attention_mask",)
+    }
+    inputs["attention_mask"] = pad(
+        [row.inputs.get("attention_mask", torch.ones_like(row.inputs["input_ids"])) for row in rows], 0
+    )
+    return inputs, pad([row.labels for row in rows], -100)
+
+
+def plan_micro_batches(rows: Sequence[CandidateRow], tokens_per_batch: int) -> list[list[int]]:
+    """Groups rows of like length into micro-batches of at most `tokens_per_batch` tokens, padding included.
+
+    Args:
+        rows (`Sequence[CandidateRow]`): Rows to score.
+        tokens_per_batch (`int`): Bound on rows × longest row. A longer row makes a micro-batch of its own.
+
+    Returns:
+        `list[list[int]]`: Positions in `rows`, longest rows first, so that a lack of memory shows at once. Rows with
+        different inputs never share a micro-batch.
+    """
+    order = sorted(range(len(rows)), key=lambda position: (-rows[position].num_tokens, position))
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[str, ...], list[int]] = {}
+    for position in order:
+        row = rows[position]
+        if not row.can_be_padded:
+            batches.append([position])
+            continue
+        keys = tuple(sorted(key for key in row.inputs if key != "attention_mask"))
+        batch = open_batches.get(keys)
+        if batch is None or (len(batch) + 1) * rows[batch[0]].num_tokens > tokens_per_batch:
+            batch = open_batches[keys] = []
+            batches.append(batch)
+        batch.append(position)
+    return batches
+
+
+def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Drops the columns before the first and after the last attended token (`pad_to_multiple_of`, left padding)."""
+    attended = batch["attention_mask"][0].nonzero()
+    length = batch["attention_mask"].shape[1]
+    if len(attended) in (0, length):
+        return batch, labels
+    start, stop = int(attended[0]), int(attended[-1]) + 1
+    stripped = {
+        key: value[:, start:stop]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
+        else value
+        for key, value in batch.items()
+    }
+    return stripped, labels[:, start:stop]
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    """Whether positions start anew within the row: several documents that must not attend to each other."""
+    return position_ids is not None and int((position_ids == 0).sum()) > 1
+
+
+def _name_of(collate: Callable[..., Any]) -> str:
+    return getattr(collate, "__name__", type(collate).__name__)

@@ -1,0 +1,323 @@
+"""The sampler: from an epoch's pools to the rows each optimizer step trains on.
+
+    epoch ─ pools (module `pools`) ─ scores at θ_t (module `scoring`) ─ picks (module `picks`) ─ rows of step t
+
+A step's pools are scored when its first row is asked for, never earlier, so the weights are those of its beginning.
+[`SpiceSampler`] serves the Trainer (through `attach_spice`) and a hand-written loop (through [`SpiceSampler.bind`]).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.logs import logger
+from spice_trainer.picks import PoolSelection, StepSelection, drop_last_pick, select_pool
+from spice_trainer.pools import PoolSchedule, replay_epoch
+from spice_trainer.scoring import GradientScorer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+MAX_EMPTY_STEPS = 2
+EMPTY_STEPS_WINDOW = 20
+
+
+class SpiceSampler(Sampler[int]):
+    """Yields the dataset rows that SPICE picks, step by step, at the current weights.
+
+    Pass it to [`SpiceTrainer`] or [`attach_spice`], or bind it by hand to a model and a dataset in an Accelerate loop.
+
+    Args:
+        config ([`SpiceConfig`], *optional*):
+            Settings. Defaults to `SpiceConfig()`.
+
+    Example:
+    ```python
+    >>> sampler = SpiceSampler(SpiceConfig(pool_size=120, num_selected=12))
+    >>> loader = sampler.bind(model, dataset, data_collator=collator, accelerator=accelerator,
+    ...                       per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    >>> for batch in loader:  # one epoch; exactly 4 batches per optimizer step
+    ...     ...
+    ```
+    """
+
+    def __init__(self, config: SpiceConfig | None = None) -> None:
+        self.config = config if config is not None else SpiceConfig()
+        if not isinstance(self.config, SpiceConfig):
+            raise TypeError(f"config must be a SpiceConfig, got {type(self.config).__name__}.")
+        self.progress: Callable[[int, int], None] | None = None
+        self._schedule: PoolSchedule | None = None
+        self._scorer: GradientScorer | None = None
+        self._listeners: list[Callable[[StepSelection], None]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self.global_step = 0
+        self._next_epoch = 0
+        self._first_step = 0
+        self._empty_steps: deque[int] = deque(maxlen=EMPTY_STEPS_WINDOW)
+        self._picks_of_epoch: list[int] = []
+        self._picks_epoch = -1
+
+    # Binding to a model and a dataset
+
+    def prepare(self, schedule: PoolSchedule, scorer: GradientScorer) -> None:
+        """Binds the sampler to a schedule and a scorer, at the beginning of a run.
+
+        Args:
+            schedule ([`~spice_trainer.pools.PoolSchedule`]): Which rows are candidates when.
+            scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores them.
+        """
+        self._schedule, self._scorer = schedule, scorer
+        self._reset()
+
+    def bind(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        *,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]],
+        per_device_train_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        accelerator: Accelerator | None = None,
+        token_normalized: bool = True,
+        drop_last: bool = False,
+        seed: int = 42,
+    ) -> DataLoader[Any]:
+        """Binds the sampler by hand and returns the loader to train from.
+
+        Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
+        pools before the previous update.
+
+        Args:
+            model (`torch.nn.Module`):
+                PEFT model with a LoRA adapter, on its device.
+            dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
+                Tokenised rows with a length and random access.
+            data_collator (`Callable`):
+                Makes `input_ids` and `labels` from a list of rows.
+            per_device_train_batch_size (`int`):
+                Rows of a micro-batch.
+            gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+                Micro-batches of an optimizer step.
+            accelerator (`accelerate.Accelerator`, *optional*):
+                Gives device, precision and rank. Without one the model's device is used.
+            token_normalized (`bool`, *optional*, defaults to `True`):
+                Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
+                is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
+            drop_last (`bool`, *optional*, defaults to `False`):
+                Drop an epoch's last step if its pools are not all full.
+            seed (`int`, *optional*, defaults to `42`):
+                Seed of the pools, unless the configuration sets `pool_seed`.
+
+        Returns:
+            `torch.utils.data.DataLoader`: One iteration is one epoch, with exactly `gradient_accumulation_steps`
+            batches per optimizer step, on the device.
+
+        Raises:
+            ValueError: If settings, dataset and batch size don't fit, or the model has no LoRA layers to score.
+        """
+        from spice_trainer.loading import bind_sampler
+
+        return bind_sampler(
+            self,
+            model,
+            dataset,
+            data_collator=data_collator,
+            per_device_train_batch_size=per_device_train_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            accelerator=accelerator,
+            token_normalized=token_normalized,
+            drop_last=drop_last,
+            seed=seed,
+        )
+
+    @property
+    def schedule(self) -> PoolSchedule:
+        """The bound schedule."""
+        if self._schedule is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._schedule
+
+    @property
+    def scorer(self) -> GradientScorer:
+        """The bound scorer."""
+        if self._scorer is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._scorer
+
+    def add_listener(self, listener: Callable[[StepSelection], None]) -> None:
+        """Calls `listener` with every step's selection, before the step trains."""
+        self._listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[StepSelection], None]) -> None:
+        """Stops calling `listener`."""
+        self._listeners.remove(listener)
+
+    # Iterating
+
+    def __len__(self) -> int:
+        """Rows of an epoch, at most."""
+        return self.schedule.samples_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the rows of one epoch, scoring each step's pools when its first row is asked for."""
+        epoch, first_step = self.begin_epoch()
+        for step_in_epoch in range(first_step, self.schedule.steps_per_epoch):
+            yield from self.select_step(epoch, step_in_epoch).indices
+
+    def start_run(self, global_step: int, *, skip_data: bool = True) -> None:
+        """Continues a run that has done `global_step` optimizer steps.
+
+        Args:
+            global_step (`int`): Optimizer steps done.
+            skip_data (`bool`, *optional*, defaults to `True`): Whether to go on within the epoch rather than start
+                that epoch anew (the Trainer's `ignore_data_skip`).
+        """
+        self.global_step = global_step
+        self._next_epoch, self._first_step = divmod(global_step, self.schedule.steps_per_epoch)
+        if not skip_data:
+            self._first_step = 0
+
+    def begin_epoch(self) -> tuple[int, int]:
+        """Epoch to run next, and its first step that is not done yet."""
+        epoch, first_step = self._next_epoch, self._first_step
+        self._next_epoch, self._first_step = epoch + 1, 0
+        return epoch, first_step
+
+    def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        """Scores a step's pools at the current weights and picks from them, or replays earlier picks.
+
+        Args:
+            epoch (`int`): Epoch, from 0.
+            step_in_epoch (`int`): Step of the epoch, from 0.
+
+        Returns:
+            [`~spice_trainer.picks.StepSelection`]
+
+        Raises:
+            RuntimeError: If more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
+        """
+        last = self.config.selection_epochs
+        if last is not None and epoch >= last:
+            selection = self._replay_step(epoch, step_in_epoch)
+        else:
+            selection = self._score_step(epoch, step_in_epoch)
+            if self._picks_epoch != epoch:
+                self._picks_epoch, self._picks_of_epoch = epoch, []
+            if last is not None and epoch == last - 1:
+                self._picks_of_epoch.extend(selection.indices)
+        self.global_step += 1
+        for listener in self._listeners:
+            listener(selection)
+        return selection
+
+    def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        plan = self.schedule.pools(epoch, step_in_epoch)
+        started = time.perf_counter()
+        seconds_selecting = 0.0
+        pools: list[PoolSelection] = []
+        scored = self.scorer.score(plan.pools, progress=self.progress)
+        for scores, budget in zip(scored, plan.budgets, strict=True):
+            pool_started = time.perf_counter()
+            pools.append(select_pool(scores, budget, self.config))
+            seconds_selecting += time.perf_counter() - pool_started
+        pools = self._even_out(pools)
+        indices = tuple(index for pool in pools for index in pool.indices)
+        self._watch_empty_steps(pools, indices)
+        return StepSelection(
+            step=self.global_step,
+            epoch=epoch,
+            indices=indices,
+            pools=tuple(pools),
+            num_fillers=max(0, self.schedule.shape.num_slots - len(indices)),
+            seconds_scoring=time.perf_counter() - started - seconds_selecting,
+            seconds_selecting=seconds_selecting,
+        )
+
+    def _replay_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        shape = self.schedule.shape
+        steps = replay_epoch(
+            self._picks_of_epoch,
+            num_steps=self.schedule.steps_per_epoch,
+            seed=self.schedule.seed,
+            epoch=epoch,
+            num_slots=shape.num_slots,
+            equal_slots=shape.equal_slots,
+        )
+        indices = steps[step_in_epoch]
+        if not indices and shape.equal_slots:
+            raise RuntimeError(_TOO_FEW_FOR_EQUAL_SLOTS.format(step=self.global_step, num_slots=shape.num_slots))
+        num_fillers = max(0, shape.num_slots - len(indices))
+        return StepSelection(step=self.global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
+
+    def _even_out(self, pools: list[PoolSelection]) -> list[PoolSelection]:
+        """Rounds the step's picks down to a multiple of the slots where the loss needs equal micro-batches.
+
+        The schedule's budgets are multiples already; only rows that could not be picked make this necessary.
+        """
+        shape = self.schedule.shape
+        num_picks = sum(len(pool.indices) for pool in pools)
+        if not shape.equal_slots:
+            return pools
+        if num_picks < shape.num_slots:
+            raise RuntimeError(_TOO_FEW_FOR_EQUAL_SLOTS.format(step=self.global_step, num_slots=shape.num_slots))
+        for _ in range(num_picks % shape.num_slots):
+            longest = max(range(len(pools)), key=lambda position: (len(pools[position].indices), position))
+            pools[longest] = drop_last_pick(pools[longest])
+        return pools
+
+    def _watch_empty_steps(self, pools: list[PoolSelection], indices: tuple[int, ...]) -> None:
+        self._empty_steps.append(0 if indices else 1)
+        if indices:
+            return
+        num_nonfinite, num_zero = sum(len(pool.nonfinite) for pool in pools), sum(len(pool.zero) for pool in pools)
+        found = f"{num_nonfinite} candidates had a gradient that is not finite and {num_zero} a zero gradient"
+        if self.config.min_gain is not None and num_nonfinite + num_zero < sum(len(pool.candidates) for pool in pools):
+            found += f", and no gain reached min_gain={self.config.min_gain}"
+        if sum(self._empty_steps) > MAX_EMPTY_STEPS:
+            raise RuntimeError(
+                f"SPICE could pick no sample in {sum(self._empty_steps)} of the last {len(self._empty_steps)} "
+                f"optimizer steps. In step {self.global_step} {found}. Likely causes: the training diverged (look at "
+                "the loss; lower the learning rate), rows without label tokens (prompts longer than `max_length`), or "
+                "a `min_gain` above what this model's gradients give."
+            )
+        logger.warning(
+            "SPICE: no sample could be picked for step %d: %s. The step trains on nothing.", self.global_step, found
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the number of optimizer steps: replayed picks and recent steps without picks."""
+        return {
+            "picks_epoch": self._picks_epoch,
+            "empty_steps": list(self._empty_steps),
+            "picks_of_epoch": torch.tensor(self._picks_of_epoch, dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`SpiceSampler.state_dict`]."""
+        self._picks_epoch = int(state["picks_epoch"])
+        self._empty_steps = deque(state["empty_steps"], maxlen=EMPTY_STEPS_WINDOW)
+        self._picks_of_epoch = state["picks_of_epoch"].tolist()
+
+
+_NOT_BOUND = (
+    "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
+    "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."
+)
+_TOO_FEW_FOR_EQUAL_SLOTS = (
+    "SPICE could pick too few samples for step {step}: this model's loss is a mean per micro-batch (it does not use "
+    "`num_items_in_batch`), so each of the {num_slots} micro-batches of a step needs at least one. Lower "
+    "`gradient_accumulation_steps`, or look for rows whose gradients are zero or not finite."
+)

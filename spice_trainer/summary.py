@@ -1,0 +1,190 @@
+"""What SPICE says of a run: before it starts, after its first pools, and at its end."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.metrics import RunTotals
+from spice_trainer.pools import PoolSchedule
+
+WARN_AFTER_POOLS = 5
+SHARE_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it starts.
+
+    Args:
+        num_rows (`int`): Rows of the training dataset.
+        total_steps (`int`): Optimizer steps of the run.
+        dimension (`int`): Trainable LoRA numbers, D.
+        num_features (`int`): Numbers kept per candidate.
+        feature_bytes (`int`): Memory the features of the pools scored together take.
+        mean_row_tokens (`float`): Mean tokens of a row, from a sample.
+        token_normalized (`bool`): Whether the loss is normalised by `num_items_in_batch`.
+    """
+
+    num_rows: int
+    total_steps: int
+    dimension: int
+    num_features: int
+    feature_bytes: int
+    mean_row_tokens: float
+    token_normalized: bool
+
+
+def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> str:
+    """The first log line: what is going to happen."""
+    shape = schedule.shape
+    picks, candidates = sum(shape.budgets), min(shape.pools_per_step * schedule.pool_size, plan.num_rows)
+    epochs = plan.total_steps / schedule.steps_per_epoch
+    kept = (
+        f"all {plan.dimension:,} gradient numbers a sample (exact)"
+        if plan.num_features == plan.dimension
+        else f"{plan.num_features:,} numbers a sample, a sketch of {plan.dimension:,}"
+    )
+    at_most = "at most " if config.is_adaptive else ""
+    lines = [
+        f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
+        f"{schedule.steps_per_epoch:,}).",
+        f"Each step scores {shape.pools_per_step} pool{'s' if shape.pools_per_step > 1 else ''} of "
+        f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
+        f"(asked for: {shape.requested_share:.1%}).",
+        f"The model itself scores, with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient features.",
+        f"Per step about {candidates * plan.mean_row_tokens:,.0f} tokens are scored and "
+        f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
+    ]
+    if config.selection_epochs is not None:
+        lines.append(f"After {config.selection_epochs} epoch(s) the picks are replayed without scoring.")
+    if not plan.token_normalized:
+        lines.append(
+            "This loss is a mean per micro-batch, so a step's picks are rounded down to a multiple of the "
+            f"{shape.num_slots} micro-batches of a step."
+        )
+    return " ".join(lines)
+
+
+def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
+    """A warning where the batch size makes the share of picks differ from the one asked for."""
+    shape = schedule.shape
+    if abs(shape.effective_share / shape.requested_share - 1) <= SHARE_TOLERANCE:
+        return None
+    fitting = max(1, round(shape.samples_per_step / shape.pools_per_step / shape.requested_share))
+    return (
+        f"SPICE: a step of {shape.samples_per_step} samples picks {shape.effective_share:.1%} of "
+        f"{shape.pools_per_step} pool(s) of {schedule.pool_size}, where num_selected={config.num_selected} asks for "
+        f"{shape.requested_share:.1%}. Set pool_size={fitting} with "
+        f"num_selected={max(1, shape.samples_per_step // shape.pools_per_step)} for the share asked for, or a batch "
+        f"size that is a multiple of {config.num_selected}."
+    )
+
+
+def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
+    """Warnings after the first pools, naming the setting that changes what was seen."""
+    warnings = []
+    better = next(
+        (name for name in ("sqrt_tokens", "unit") if name != config.gradient_normalization),
+        config.gradient_normalization,
+    )
+    if totals.overlap_top_norm >= 0.9 and config.gradient_normalization != "unit":
+        warnings.append(
+            f"SPICE: {totals.overlap_top_norm:.0%} of the picks of the first {totals.num_pools} pools are simply the "
+            "largest gradient norms of their pool, so neither information nor conflict decides. Set "
+            f'gradient_normalization="{better}" (now "{config.gradient_normalization}") to compare directions rather '
+            "than lengths."
+        )
+    if totals.mean_label_tokens_selected < 0.5 * totals.mean_label_tokens_pool:
+        warnings.append(
+            f"SPICE: the picks of the first {totals.num_pools} pools are short: "
+            f"{totals.mean_label_tokens_selected:.1f} "
+            f"label tokens against {totals.mean_label_tokens_pool:.1f} in the pool. The gradient of a mean over few "
+            f'tokens is large. Set gradient_normalization="{better}" (now "{config.gradient_normalization}") if short '
+            "answers are not what you want."
+        )
+    return warnings
+
+
+def summarize_run(totals: RunTotals) -> list[tuple[str, str]]:
+    """Rows of the end-of-run table: what was picked and what it cost."""
+    seconds = totals.seconds_scoring + totals.seconds_selecting + totals.seconds_training
+    overhead = totals.seconds_scoring + totals.seconds_selecting
+
+    def share(part: float, whole: float) -> str:
+        return f"{part / whole:.1%}" if whole else "-"
+
+    rows = [
+        ("Optimizer steps", f"{totals.num_steps:,}"),
+        (
+            "Candidates scored",
+            f"{totals.num_candidates:,} in {totals.num_pools:,} pools, {totals.tokens_scored:,} tokens",
+        ),
+        (
+            "Samples picked",
+            f"{totals.num_selected:,} ({share(totals.num_selected, totals.num_candidates)} of the candidates)",
+        ),
+        ("Samples trained", f"{totals.num_trained:,}, {totals.tokens_trained:,} tokens"),
+        (
+            "Picks that are not of the largest norms",
+            share(totals.num_selected - totals.num_in_top_norm, totals.num_selected),
+        ),
+        (
+            "Picks changed by the conflict penalty",
+            f"{totals.num_changed_by_conflict:,} ({share(totals.num_changed_by_conflict, totals.num_selected)})",
+        ),
+        (
+            "Label tokens of a pick / of a candidate",
+            f"{totals.mean_label_tokens_selected:.1f} / {totals.mean_label_tokens_pool:.1f}",
+        ),
+        (
+            "Information, picks / largest norms",
+            f"{totals.information / max(totals.num_pools, 1):.4g} / "
+            f"{totals.information_top_norm / max(totals.num_pools, 1):.4g} a pool",
+        ),
+        ("Scoring", f"{totals.seconds_scoring:.1f} s ({share(totals.seconds_scoring, seconds)} of the steps' time)"),
+        ("Selecting", f"{totals.seconds_selecting:.2f} s ({share(totals.seconds_selecting, seconds)})"),
+        ("Training", f"{totals.seconds_training:.1f} s ({share(seconds - overhead, seconds)})"),
+    ]
+    if totals.num_replayed_steps:
+        rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
+    if totals.num_stopped_early:
+        rows.append(("Pools stopped early", f"{totals.num_stopped_early:,} of {totals.num_pools:,}"))
+    if totals.num_nonfinite or totals.num_zero:
+        rows.append(
+            ("Candidates left out", f"{totals.num_nonfinite:,} not finite, {totals.num_zero:,} with zero gradient")
+        )
+    if totals.num_fillers:
+        rows.append(("Micro-batches with a neutral filler", f"{totals.num_fillers:,}"))
+    return rows
+
+
+def print_summary(totals: RunTotals, directory: str) -> None:
+    """Prints the end-of-run table on stdout, with rich where it is installed."""
+    rows = summarize_run(totals)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        print("\n".join(["", "SPICE summary", *lines, f"Records: {directory}"]), file=sys.stdout)
+        return
+    table = Table(title="SPICE summary", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print(f"Records: {directory}", soft_wrap=True, highlight=False)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,153 @@
+"""A check of the sample gradients on the user's own model, adapter and precision, before training starts.
+
+Two short rows in one padded batch must give, layer by layer, the gradients that plain autograd gives for each alone.
+This catches every model nobody thought of: a forward that bypasses the LoRA layers, mixes the rows of a batch, or
+calls a layer in a way the hooks don't see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spice_trainer.gradients import SampleGradients, sample_losses, trainable_bias
+from spice_trainer.rows import CandidateRow, pad_rows
+from spice_trainer.scoring import preserved_random_state
+
+# Largest relative error per layer: rounding in fp32 is at most 1e-5; half precision rounds each product.
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
+
+
+class GradientMismatchError(RuntimeError):
+    """The batched sample gradients are not those of autograd on this model."""
+
+
+class _Collected:
+    def __init__(self) -> None:
+        self.gradients: dict[int, Tensor] = {}
+
+    def add(self, module_index: int, gradients: Tensor) -> None:
+        self.gradients[module_index] = gradients.double()
+
+
+def verify_gradients(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    rows: Sequence[CandidateRow],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> float:
+    """Compares batched sample gradients with autograd, one row at a time.
+
+    Args:
+        model (`torch.nn.Module`): The model that will score.
+        modules (`Mapping[str, torch.nn.Linear]`): Its trainable LoRA layers.
+        rows (`Sequence[CandidateRow]`): Rows with label tokens, two are enough.
+        device (`torch.device`): Where inputs go.
+        autocast (`Callable`, *optional*): Makes the context of the training precision.
+
+    Returns:
+        `float`: Largest relative error over layers and rows.
+
+    Raises:
+        GradientMismatchError: If a layer's gradient is off, with its name.
+        RuntimeError: If a layer is bypassed or fed something else than `(N, S, I)`.
+    """
+    context = autocast if autocast is not None else nullcontext
+    collected = _Collected()
+    groups = [list(rows)] if all(row.can_be_padded for row in rows) else [[row] for row in rows]
+    batched: list[Tensor] = []
+    with preserved_random_state(device), SampleGradients(model, modules) as sample_gradients:
+        for group in groups:
+            inputs, labels = _on_device(pad_rows(group), device)
+            with context():
+                sample_gradients.compute(inputs, labels, collected)
+            batched += [
+                torch.cat([collected.gradients[index][row] for index in range(len(modules))])
+                for row in range(len(group))
+            ]
+    sizes = [collected.gradients[index].shape[1] for index in range(len(modules))]
+    largest = 0.0
+    for row, gradients in zip(rows, batched, strict=True):
+        expected = _autograd(model, modules, row, device, context)
+        scale = max(float(torch.cat(expected).norm()), 1e-30)
+        for name, ours, theirs in zip(modules, gradients.split(sizes), expected, strict=True):
+            error = float((ours - theirs).norm()) / scale
+            largest = max(largest, error)
+            tolerance = max(TOLERANCES.get(dtype, 0.15) for dtype in _precisions(model, context, device))
+            if not error <= tolerance:
+                raise GradientMismatchError(
+                    f"The sample gradient of the LoRA layer {name!r} differs from autograd's by {error:.2g} of the "
+                    f"gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding in "
+                    "this precision). This model calls the layer in a way that SPICE's hooks cannot follow, or the "
+                    "rows of a batch influence each other. Selection would be silently wrong, so it is refused. Leave "
+                    "this layer out of `target_modules`, or switch off kernels that replace the LoRA forward."
+                )
+    return largest
+
+
+def _autograd(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    row: CandidateRow,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> list[Tensor]:
+    """Gradients of one row alone by plain autograd, per layer, in the order of `module_gradients`."""
+    inputs, labels = _on_device(pad_rows([row]), device)
+    modes = [(module, module.training) for module in model.modules()]
+    parameters: list[Tensor] = []
+    for linear in modules.values():
+        parameters += [parameter for parameter in (linear.weight, linear.bias) if parameter is not None]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.enable_grad(), context():
+            outputs = model(**inputs)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+            targets = labels[:, 1:].to(logits.device)
+            loss = sample_losses(logits[:, :-1], targets, targets != -100).sum()
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    finally:
+        for module, training in modes:
+            module.training = training
+    by_parameter = {
+        id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(trained, gradients, strict=True)
+    }
+    return [
+        torch.cat(
+            [by_parameter[id(linear.weight)].flatten()]
+            + ([by_parameter[id(linear.bias)].flatten()] if trainable_bias(linear) else [])
+        )
+        .double()
+        .to(device)
+        for linear in modules.values()
+    ]
+
+
+def _precisions(
+    model: nn.Module, context: Callable[[], AbstractContextManager[Any]], device: torch.device
+) -> set[torch.dtype]:
+    """Floating precisions the forward computes in."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    with context():
+        if torch.is_autocast_enabled(device.type):
+            dtypes.add(torch.get_autocast_dtype(device.type))
+    # A quantised base computes in half precision whatever the dtype of what is trainable.
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        dtypes.add(torch.bfloat16)
+    return dtypes
+
+
+def _on_device(batch: tuple[dict[str, Any], Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    inputs, labels = batch
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}, labels.to(
+        device
+    )

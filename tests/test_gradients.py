@@ -1,0 +1,436 @@
+"""Sample gradients against one-sample-at-a-time autograd, and the traces that scoring must not leave."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import types
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from spice_trainer.adapters import find_lora_modules
+from spice_trainer.gradients import SampleGradients, module_gradients, sample_losses, trainable_size
+
+from .gradient_loop import (
+    CollectingSink,
+    Row,
+    batched_gradients,
+    collate,
+    example_rows,
+    looped_gradients,
+    relative_error,
+)
+from .models import ARCHITECTURES, PlainLanguageModel, add_lora, enable_checkpointing, tiny_lora_model, tiny_model
+
+TOLERANCE = 1e-5
+
+
+def _lora_model(kind: str) -> PeftModel:
+    """Every supported architecture, and every kind of plain LoRA on Llama."""
+    if kind == "opt":
+        # OPT flattens the batch before its feed-forward layers, which are refused by name (tested below).
+        return tiny_lora_model("opt", target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    if kind in ARCHITECTURES:
+        return tiny_lora_model(kind)
+    if kind == "lora_bias":
+        return add_lora(tiny_model(attention_bias=True, mlp_bias=True), lora_bias=True)
+    if kind == "rslora":
+        return tiny_lora_model(use_rslora=True)
+    if kind == "some_layers":
+        return tiny_lora_model(target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    if kind == "mixed_ranks":
+        return tiny_lora_model(rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7}, alpha_pattern={"q_proj": 3})
+    if kind == "head":
+        return tiny_lora_model(target_modules=["q_proj", "lm_head"])
+    if kind == "shared_layer":
+        model = tiny_model(tie_word_embeddings=True)
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return add_lora(model)
+    if kind == "plain":
+        return add_lora(PlainLanguageModel(), target_modules=["mix", "head"], task_type=None)
+    raise AssertionError(kind)
+
+
+KINDS = (*ARCHITECTURES, "lora_bias", "rslora", "some_layers", "mixed_ranks", "head", "shared_layer", "plain")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_gradients_equal_one_at_a_time_autograd(kind: str) -> None:
+    model, rows = _lora_model(kind).train(), example_rows()
+    losses, found = batched_gradients(model, rows)
+    expected_losses, expected = looped_gradients(model, rows)
+
+    assert all(float(gradients.norm(dim=1).max()) > 1e-3 for gradients in expected), "the oracle must not be trivial"
+    torch.testing.assert_close(losses, expected_losses, rtol=TOLERANCE, atol=1e-6)
+    assert relative_error(found, expected) < TOLERANCE
+    # Each module too, against its share: a small module that is wrong would drown in the sum.
+    for name, ours, oracle in zip(find_lora_modules(model), found, expected, strict=True):
+        scale = oracle.norm(dim=1) + 1e-2 * torch.cat(expected, dim=1).norm(dim=1)
+        assert float(((ours - oracle).norm(dim=1) / scale).max()) < 5 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_does_not_depend_on_batch_mates_or_padding(kind: str) -> None:
+    model, rows = _lora_model(kind), example_rows()
+    _, together = batched_gradients(model, rows)
+    for index in range(len(rows)):
+        mates = [rows[index], *example_rows(seed=index + 1)[:2]]
+        for batch, padding in (([rows[index]], 0), ([rows[index]], 9), (mates, 0), (mates, 5)):
+            losses, found = batched_gradients(model, batch, extra_padding=padding)
+            error = relative_error([g[:1] for g in found], [g[index : index + 1] for g in together])
+            assert error < TOLERANCE, (index, padding, len(batch))
+            assert math.isfinite(float(losses[0]))
+
+
+def test_left_padding_gives_the_same_gradients() -> None:
+    # Without a label on the first token: behind left padding it would be predicted, by a padding position.
+    model, rows = tiny_lora_model(), [(ids, [-100, *labels[1:]]) for ids, labels in example_rows()]
+    _, expected = batched_gradients(model, rows)
+    inputs, labels = collate(rows)
+    shifts = [(inputs["attention_mask"].shape[1] - len(ids)) for ids, _ in rows]
+    inputs = {
+        key: torch.stack([value.roll(shift) for value, shift in zip(values, shifts, strict=True)])
+        for key, values in inputs.items()
+    }
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    labels = torch.stack([value.roll(shift) for value, shift in zip(labels, shifts, strict=True)])
+    sink = CollectingSink()
+    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        sample_gradients.compute(inputs, labels, sink)
+    assert relative_error(sink.by_module(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_losses_equal_the_models_own(architecture: str) -> None:
+    model, rows = tiny_lora_model(architecture), example_rows()
+    losses, _ = batched_gradients(model, rows)
+    model.eval()
+    with torch.no_grad():
+        own = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss for ids, labels in rows]
+    torch.testing.assert_close(losses, torch.stack(own), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_and_checkpointing_are_off_while_scoring() -> None:
+    rows = example_rows()
+    plain, dropping = tiny_lora_model(), tiny_lora_model(lora_dropout=0.3)
+    enable_checkpointing(dropping.train(), use_reentrant=True)
+    assert relative_error(batched_gradients(dropping, rows)[1], batched_gradients(plain, rows)[1]) == 0
+
+
+def test_the_initial_adapter_moves_b_alone() -> None:
+    model = tiny_lora_model(randomize=False)
+    _, found = batched_gradients(model, example_rows())
+    for name, gradients in zip(find_lora_modules(model), found, strict=True):
+        assert (".lora_A." in name) == (float(gradients.abs().max()) == 0), name
+
+
+def test_only_the_active_adapter_is_scored() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    expected = looped_gradients(model, rows)[1]
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("default")
+    assert relative_error(batched_gradients(model, rows)[1], expected) < TOLERANCE
+
+
+def test_autocast_gradients_point_the_same_way() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    _, exact = batched_gradients(model, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, rounded = batched_gradients(model, rows)
+    cosines = torch.cosine_similarity(torch.cat(exact, dim=1), torch.cat(rounded, dim=1))
+    assert float(cosines.min()) > 0.99
+    assert relative_error(rounded, exact) > 1e-5, "autocast did not reach the forward"
+
+
+def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    unlabelled = ([7, 8, 9, 10], [-100] * 4)
+    only_first = ([7, 8, 9], [7, -100, -100])  # the first label is predicted by nothing
+    losses, found = batched_gradients(model, [unlabelled, rows[0], only_first])
+    assert losses[0] == 0 and losses[2] == 0
+    assert all(float(gradients[[0, 2]].abs().max()) == 0 for gradients in found)
+    assert relative_error([g[1:2] for g in found], looped_gradients(model, rows[:1])[1]) < TOLERANCE
+
+    losses, found = batched_gradients(model, [unlabelled, only_first])
+    assert losses.tolist() == [0, 0]
+    assert all(float(gradients.abs().max()) == 0 for gradients in found)
+
+
+def test_module_gradients_equal_explicit_sums() -> None:
+    inputs, deltas = torch.randn(3, 5, 4), torch.randn(3, 5, 2)
+    expected = torch.zeros(3, 2 * 4 + 2)
+    for n in range(3):
+        for s in range(5):
+            for o in range(2):
+                for i in range(4):
+                    expected[n, o * 4 + i] += deltas[n, s, o] * inputs[n, s, i]
+                expected[n, 8 + o] += deltas[n, s, o]
+    torch.testing.assert_close(module_gradients(inputs, deltas, bias=True), expected)
+    torch.testing.assert_close(module_gradients(inputs, deltas), expected[:, :8])
+
+
+def test_low_precision_products_accumulate_in_float32() -> None:
+    inputs, deltas = torch.randn(1, 4000, 1).abs().bfloat16(), torch.ones(1, 4000, 1).bfloat16()
+    found = module_gradients(inputs, deltas, bias=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0, 0].double(), inputs.double().sum(), rtol=1e-6, atol=0)
+    assert found[0, 1] == 4000
+
+
+def test_sample_losses_equal_a_loop() -> None:
+    logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 4, -100], [-100, -100, 2]])
+    log_probabilities = logits.log_softmax(-1)
+    expected = [
+        -(log_probabilities[0, 0, 1] + log_probabilities[0, 1, 4]) / 2,
+        -log_probabilities[1, 2, 2],
+    ]
+    torch.testing.assert_close(sample_losses(logits, targets, targets != -100), torch.stack(expected))
+
+
+def test_trainable_size_counts_a_bias_only_if_it_trains() -> None:
+    layer = nn.Linear(3, 2)
+    assert trainable_size(layer) == 8
+    layer.bias.requires_grad_(False)
+    assert trainable_size(layer) == 6
+    assert trainable_size(nn.Linear(3, 2, bias=False)) == 6
+
+
+# --- no side effects ------------------------------------------------------------------------------------------------
+
+
+def _training_model(checkpointing: str) -> PeftModel:
+    """Dropout everywhere, checkpointing as asked, and modules whose mode differs from their parents'."""
+    model = add_lora(tiny_model(attention_dropout=0.1), lora_dropout=0.3).train()
+    if checkpointing != "off":
+        enable_checkpointing(model, use_reentrant=checkpointing == "reentrant")
+    model.base_model.model.model.layers[1].mlp.eval()
+    model.base_model.model.model.norm.training = False
+    return model
+
+
+def _hooks(model: nn.Module) -> list[tuple[int, ...]]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [tuple(len(getattr(module, kind)) for kind in kinds) for module in model.modules()]
+
+
+def _modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def _random_state() -> tuple[bytes, object, tuple[object, ...]]:
+    numpy_state = np.random.get_state()
+    return bytes(torch.get_rng_state().tolist()), random.getstate(), (numpy_state[0], numpy_state[1].tolist())
+
+
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non-reentrant"])
+
+
+@CHECKPOINTING
+def test_scoring_leaves_no_trace(checkpointing: str) -> None:
+    model = _training_model(checkpointing)
+    modes, hooks, random_state = _modes(model), _hooks(model), _random_state()
+    assert len(set(modes)) == 2, "the flags must be mixed for this test to see a blanket train()"
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+
+    _, found = batched_gradients(model, example_rows())
+
+    assert relative_error(found, looped_gradients(model, example_rows())[1]) < TOLERANCE
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert _modes(model) == modes
+    assert _hooks(model) == hooks
+    assert _random_state() == random_state
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@CHECKPOINTING
+def test_training_around_scoring_is_bit_identical(checkpointing: str) -> None:
+    def run(*, scoring: bool) -> tuple[list[float], Tensor]:
+        torch.manual_seed(1)
+        model = _training_model(checkpointing)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for step in range(3):
+            for half in range(2):  # scoring between the micro-batches too: gradients that wait must stay
+                if scoring:
+                    batched_gradients(model, example_rows(seed=50 + step))
+                inputs, labels = collate(example_rows(seed=10 * step + half))
+                loss = model(**inputs, labels=labels).loss
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+        return losses, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    losses, weights = run(scoring=True)
+    expected_losses, expected_weights = run(scoring=False)
+    assert losses == expected_losses
+    assert torch.equal(weights, expected_weights)
+
+
+class _FailingSink:
+    def add(self, module_index: int, gradients: Tensor) -> None:
+        raise FloatingPointError("the sink failed")
+
+
+def _fail_in_sink(model: PeftModel, sample_gradients: SampleGradients) -> None:
+    sample_gradients.compute(*collate(example_rows()), _FailingSink())
+
+
+def _fail_in_forward(model: PeftModel, sample_gradients: SampleGradients) -> None:
+    inputs, labels = collate(example_rows())
+    inputs["input_ids"] = inputs["input_ids"] + 1000  # beyond the vocabulary
+    sample_gradients.compute(inputs, labels, CollectingSink())
+
+
+def _fail_in_body(model: PeftModel, sample_gradients: SampleGradients) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [(_fail_in_sink, FloatingPointError), (_fail_in_forward, IndexError), (_fail_in_body, KeyboardInterrupt)],
+)
+def test_an_exception_leaves_no_trace(
+    fail: Callable[[PeftModel, SampleGradients], None], error: type[BaseException]
+) -> None:
+    model = _training_model("off")
+    modes, hooks, random_state = _modes(model), _hooks(model), _random_state()
+    with pytest.raises(error), SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        fail(model, sample_gradients)
+    assert _modes(model) == modes
+    assert _hooks(model) == hooks
+    assert _random_state() == random_state
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # And it works again afterwards.
+    assert (
+        relative_error(batched_gradients(model, example_rows())[1], looped_gradients(model, example_rows())[1])
+        < TOLERANCE
+    )
+
+
+def test_an_exception_while_opening_leaves_no_trace() -> None:
+    model = _training_model("off")
+    modes, hooks, modules = _modes(model), _hooks(model), find_lora_modules(model)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("no hook here")
+
+    next(reversed(modules.values())).register_forward_hook = refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match="no hook here"), SampleGradients(model, modules):
+        pass
+    assert _modes(model) == modes
+    assert _hooks(model) == hooks
+
+
+def test_one_context_serves_many_batches() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    _, expected = looped_gradients(model, rows)
+    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        for batch in (slice(0, 2), slice(2, 3), slice(3, 5)):
+            sink = CollectingSink()
+            sample_gradients.compute(*collate(rows[batch]), sink)
+            assert relative_error(sink.by_module(), [gradients[batch] for gradients in expected]) < TOLERANCE
+
+
+def test_weights_changed_between_batches_are_seen() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    before = batched_gradients(model, rows)[1]
+    with torch.no_grad():
+        for module in find_lora_modules(model).values():
+            module.weight.mul_(1.5)
+    after = batched_gradients(model, rows)[1]
+    assert relative_error(after, looped_gradients(model, rows)[1]) < TOLERANCE
+    assert relative_error(after, before) > 0.1
+
+
+def test_a_sink_may_overwrite_what_it_gets() -> None:
+    class Overwriting(CollectingSink):
+        def add(self, module_index: int, gradients: Tensor) -> None:
+            super().add(module_index, gradients)
+            gradients.fill_(float("nan"))
+
+    model, rows = _lora_model("shared_layer"), example_rows()
+    sink = Overwriting()
+    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        sample_gradients.compute(*collate(rows), sink)
+    assert relative_error(sink.by_module(), looped_gradients(model, rows)[1]) < TOLERANCE
+
+
+# --- what cannot be told apart by sample is refused, never silently wrong --------------------------------------------
+
+
+def _score(model: nn.Module, rows: list[Row] | None = None) -> None:
+    batched_gradients(model, example_rows() if rows is None else rows)
+
+
+def test_a_bypassed_layer_is_refused() -> None:
+    model = tiny_lora_model()
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+
+    def fused(self: nn.Module, x: Tensor) -> Tensor:  # what fused kernels do: weights read, modules not called
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return self.base_layer(x) + x @ a.T @ b.T * self.scaling["default"]
+
+    layer.forward = types.MethodType(fused, layer)
+    with pytest.raises(RuntimeError, match=r"2 of 28 LoRA layers got no gradient.*layers\.1\.mlp\.up_proj\.lora_A"):
+        _score(model)
+
+
+def test_a_detached_layer_is_refused() -> None:
+    model = tiny_lora_model()
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(RuntimeError, match=r"6 of 28 LoRA layers got no gradient"):
+        _score(model)
+
+
+def test_a_merged_or_disabled_adapter_is_refused_while_scoring() -> None:
+    model = tiny_lora_model()
+    modules = find_lora_modules(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"28 of 28 LoRA layers got no gradient.*and 23 more.*unmerge the adapter"):
+        batched_gradients(model, example_rows(), modules=modules)
+
+
+def test_a_flattened_batch_is_refused() -> None:
+    model = tiny_lora_model()
+    mlp = model.base_model.model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.flatten(0, 1)).view(x.shape)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\..*'.*shape \(70, 32\).*\(5 samples, .*mixture-of-experts"):
+        _score(model)
+    mlp.forward = lambda x: forward(x.flatten(0, 1)[None]).view(x.shape)
+    with pytest.raises(RuntimeError, match=r"shape \(1, 70, 32\)"):
+        _score(model)
+
+
+def test_opts_flattened_feed_forward_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"layers\.0\.fc1.*target_modules"):
+        _score(tiny_lora_model("opt"))
+
+
+def test_inputs_embeds_are_refused() -> None:
+    model = tiny_lora_model()
+    inputs, labels = collate(example_rows())
+    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
+    with (
+        pytest.raises(RuntimeError, match="cannot score a model that is fed `inputs_embeds`"),
+        SampleGradients(model, find_lora_modules(model)) as sample_gradients,
+    ):
+        sample_gradients.compute(embedded, labels, CollectingSink())
+
+
+def test_a_deep_copy_made_while_closed_scores_on_its_own() -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    _score(model)
+    twin = copy.deepcopy(model)
+    assert relative_error(batched_gradients(twin, rows)[1], batched_gradients(model, rows)[1]) == 0
