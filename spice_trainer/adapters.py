@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from torch import nn
 
+_OUTSIDE = "parameters outside the adapter; freeze them with `requires_grad_(False)`"
+_VARIANT_OPTIONS = {"Dora": "DoRA (`use_dora`)", "ALora": "aLoRA (`alora_invocation_tokens`)"}
+
 
 class UnsupportedModelError(ValueError):
     """The model trains something whose sample gradients SPICE cannot compute."""
@@ -47,7 +50,8 @@ def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
             for key in trainable:
                 full_name = f"{name}.{key}" if name else key
                 refused.setdefault(_refuse_parameter(full_name), []).append(full_name)
-    if refused and (found or any("LoRA" in reason for reason in refused)):
+    # A model that trains in full, or another kind of adapter, lacks LoRA altogether: that is said below.
+    if refused and (found or set(refused) != {_OUTSIDE}):
         lines = "\n".join(
             f"- {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             for reason, names in refused.items()
@@ -81,7 +85,7 @@ def _refuse_layer(model: nn.Module, name: str) -> str | None:
     variants = getattr(parent, "lora_variant", {})
     if adapter in variants:
         variant = type(variants[adapter]).__name__.removesuffix("LinearVariant").removesuffix("Variant")
-        return f"the LoRA variant {variant} (`use_{variant.lower()}`); use plain LoRA"
+        return f"the LoRA variant {_VARIANT_OPTIONS.get(variant, variant)}; use plain LoRA"
     if getattr(parent, "use_dora", {}).get(adapter):
         return "the LoRA variant DoRA (`use_dora`); use plain LoRA"
     if getattr(parent, "merged", False):
@@ -101,4 +105,6 @@ def _refuse_parameter(name: str) -> str:
         return "modules trained in full beside LoRA (`modules_to_save`); leave them out"
     if "lora_" in name:
         return "LoRA on a layer that is not linear (a convolution, say); leave it out of `target_modules`"
-    return "parameters outside the adapter (not LoRA); freeze them with `requires_grad_(False)`"
+    if name.endswith(".base_layer.bias"):
+        return 'biases of the base model (`bias="lora_only"` or `bias="all"`); use `bias="none"`'
+    return _OUTSIDE

@@ -58,8 +58,13 @@ class SpiceCallback(TrainerCallback):
     def close(self) -> None:
         """Stops listening and closes the record files."""
         self.sampler.remove_listener(self.on_selection)
+        self.close_records()
+
+    def close_records(self) -> None:
+        """Closes the record files. What is picked from here on, until the next run begins, is not recorded."""
         if self._records is not None:
             self._records.close()
+        self._records = None
 
     # The Trainer's events
 
@@ -131,10 +136,9 @@ class SpiceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prints the summary and closes the record files."""
-        if self._records is not None:
-            self._records.close()
-            if self.totals.num_steps:
-                print_summary(self.totals, os.fspath(self._records.directory))
+        if self._records is not None and self.totals.num_steps:
+            print_summary(self.totals, os.fspath(self._records.directory))
+        self.close_records()
 
     # What the Trainer's log and checkpoints get
 

@@ -107,9 +107,9 @@ def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows:
             args.max_steps, epochs, plain_epochs, steps_per_epoch, plain, steps_per_epoch,
         )  # fmt: skip
     for name, value, used in (
-        ("save_steps", args.save_steps, str(args.save_strategy).endswith("steps")),
-        ("eval_steps", args.eval_steps, str(args.eval_strategy).endswith("steps")),
-        ("logging_steps", args.logging_steps, str(args.logging_strategy).endswith("steps")),
+        ("save_steps", args.save_steps, args.save_strategy == "steps"),
+        ("eval_steps", args.eval_steps, args.eval_strategy == "steps"),
+        ("logging_steps", args.logging_steps, args.logging_strategy == "steps"),
         ("warmup_steps", args.warmup_steps, True),
     ):
         # Values below 1 are shares of the run, which follow its length.

@@ -27,6 +27,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+# Activation gradients of a mean over tokens are often below float16's smallest number (6e-8). A power of two, so that
+# multiplying the losses and dividing the gradients rounds nothing.
+FLOAT16_LOSS_SCALE = 2.0**10
+
 
 class GradientSink(Protocol):
     """Takes one module's sample gradients as soon as the backward has formed them."""
@@ -102,6 +106,7 @@ class SampleGradients:
         self._leaf: Tensor | None = None
         self._sink: GradientSink | None = None
         self._num_samples = 0
+        self._loss_scale = 1.0
         self._num_waiting: dict[int, int] = {}
         self._partial: dict[int, Tensor] = {}
 
@@ -134,7 +139,7 @@ class SampleGradients:
         self._leaf, self._sink = None, None
         self._num_waiting, self._partial = {}, {}
 
-    def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, N]:
+    def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, "N"]:
         """Runs one forward and one backward, and hands each module's sample gradients to `sink`.
 
         Args:
@@ -174,7 +179,8 @@ class SampleGradients:
                     "scores token ids: it cannot score a model that is fed `inputs_embeds`."
                 )
             losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
-            torch.autograd.backward(losses.sum(), inputs=[self._leaf])
+            self._loss_scale = FLOAT16_LOSS_SCALE if _computes_in_float16(logits) else 1.0
+            torch.autograd.backward(losses.sum() * self._loss_scale, inputs=[self._leaf])
         self._leaf, self._sink = None, None
         self._check_all_received()
         return losses.detach()
@@ -203,6 +209,8 @@ class SampleGradients:
 
     def _receive(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
         gradients = module_gradients(inputs, output_gradient.detach(), bias=self._biases[index])
+        if self._loss_scale != 1.0:
+            gradients /= self._loss_scale
         if index in self._partial:
             gradients += self._partial.pop(index)
         self._num_waiting[index] -= 1
@@ -223,7 +231,7 @@ class SampleGradients:
             )
 
 
-def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Tensor) -> Float[Tensor, N]:
+def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Tensor) -> Float[Tensor, "N"]:
     """Mean negative log-likelihood of each sample's label tokens, in float32.
 
     Args:
@@ -241,6 +249,12 @@ def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], m
     token_losses = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
     totals = token_losses.new_zeros(len(mask)).index_add(0, rows, token_losses)
     return totals / mask.sum(1).clamp(min=1)
+
+
+def _computes_in_float16(logits: Tensor) -> bool:
+    kind = logits.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or logits.dtype == torch.float16
 
 
 def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -27,10 +27,11 @@ from spice_trainer.callback import SpiceCallback
 from spice_trainer.compatibility import check_memory, is_token_normalized, warn_of_arguments, warn_of_schedule
 from spice_trainer.loading import SlotCollator, build_dataloader
 from spice_trainer.logs import logger
-from spice_trainer.pools import PoolSchedule, plan_step
+from spice_trainer.pools import PoolSchedule
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import FEATURE_BUFFER_BYTES, GradientScorer, preserved_random_state
+from spice_trainer.step_shape import plan_step
 from spice_trainer.summary import RunPlan
 from spice_trainer.verification import verify_gradients
 
@@ -166,18 +167,29 @@ class SpiceHooks:
         """Tells the callback which checkpoint is resumed, before the loader is built."""
         if self.callback is not None:
             self.callback.resume_from = kwargs.get("resume_from_checkpoint")
-        return original(*args, **kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            # Also after an exception; and a loader that is iterated outside a run must not append to its records.
+            if self.callback is not None:
+                self.callback.close_records()
 
     # Parts
 
     def _training_rows(self, get_loader: Callable[[], DataLoader[Any]]) -> tuple[Any, Callable[..., Any]]:
         """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected."""
-        loaders = self.trainer.accelerator._dataloaders
+        trainer = self.trainer
+        loaders = trainer.accelerator._dataloaders
         num_loaders = len(loaders)
-        with preserved_random_state(self.trainer.args.device):
-            loader = get_loader()
-        # The accelerator keeps every loader it prepared; this one is never iterated.
-        del loaders[num_loaders:]
+        signature_columns = getattr(trainer, "_signature_columns", None)
+        try:
+            with preserved_random_state(trainer.args.device):
+                loader = get_loader()
+        finally:
+            # The accelerator keeps every loader it prepared, though this one is never iterated, and the trainer the
+            # columns it found the model to take.
+            del loaders[num_loaders:]
+            trainer._signature_columns = signature_columns
         return loader.dataset, loader.collate_fn
 
     def _build_schedule(self, dataset: Any) -> PoolSchedule:

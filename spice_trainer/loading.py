@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spice_trainer.adapters import find_lora_modules
-from spice_trainer.pools import PoolSchedule, deal, plan_step, slot_index
+from spice_trainer.pools import PoolSchedule, deal, slot_index
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.step_shape import plan_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,6 +9,7 @@ Axes: N candidates, K picked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -168,11 +169,44 @@ def select_pool(scores: PoolScores, num_selected: int, config: SpiceConfig) -> P
     )
 
 
-def drop_last_pick(pool: PoolSelection) -> PoolSelection:
-    """The same pool without its last pick, where every micro-batch must get equally many samples.
+def round_down_picks(pools: Sequence[PoolSelection], num_slots: int, *, step: int) -> list[PoolSelection]:
+    """Rounds a step's picks down to a multiple of its micro-batches, for losses that need equal ones.
 
-    A greedy selection of K − 1 is the first K − 1 picks of one of K, so nothing is computed anew.
+    The schedule's budgets are multiples already; only rows that could not be picked make this necessary. The longest
+    pool loses its last pick first, the later one of two as long.
+
+    Args:
+        pools (`Sequence[PoolSelection]`): The step's pools.
+        num_slots (`int`): World size × gradient accumulation steps.
+        step (`int`): For the message.
+
+    Returns:
+        `list[PoolSelection]`
+
+    Raises:
+        RuntimeError: If there are fewer picks than slots.
     """
+    rounded = list(pools)
+    num_picks = sum(len(pool.indices) for pool in rounded)
+    if num_picks < num_slots:
+        raise too_few_picks(step, num_slots)
+    for _ in range(num_picks % num_slots):
+        longest = max(range(len(rounded)), key=lambda position: (len(rounded[position].indices), position))
+        rounded[longest] = _drop_last_pick(rounded[longest])
+    return rounded
+
+
+def too_few_picks(step: int, num_slots: int) -> RuntimeError:
+    """The error of a step with fewer picks than micro-batches, where a filler would not be neutral."""
+    return RuntimeError(
+        f"SPICE could pick too few samples for step {step}: this model's loss is a mean per micro-batch (it does not "
+        f"use `num_items_in_batch`), so each of the {num_slots} micro-batches of a step needs at least one. Lower "
+        "`gradient_accumulation_steps`, or look for rows whose gradients are zero or not finite."
+    )
+
+
+def _drop_last_pick(pool: PoolSelection) -> PoolSelection:
+    # A greedy selection of K − 1 is the first K − 1 picks of one of K, so nothing is computed anew.
     selection = pool.selection
     kept = len(selection.indices) - 1
     shorter = replace(

@@ -3,9 +3,9 @@
     epoch e: a permutation of the rows, seeded by (seed, e), cut into pools of N = pool_size
      └ step t: T pools with budgets k_0 … k_{T-1} ─ picks ─ dealt over world size × gradient accumulation slots
 
-B = samples per step. Without a given T: T = max(1, round_half_up(B / K)), Σ k_p = B, and |k_p - k_q| <= 1. With a
-given T: k_p = K. A short last pool of n rows has budget ceil(k_p · n / N). Everything is integer arithmetic on
-(rows, settings, seed, epoch): no weights, no global random state, and, except for `equal_slots`, no number of ranks.
+T and the budgets k_p come from module `step_shape`; a short last pool of n rows has budget ceil(k_p · n / N).
+Everything is a function of (rows, settings, seed, epoch): no weights, no global random state, and, except for
+`equal_slots`, no number of ranks.
 """
 
 from __future__ import annotations
@@ -17,35 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class StepShape:
-    """What one full optimizer step draws and picks, the same for every step but the last of an epoch.
-
-    Args:
-        samples_per_step (`int`):
-            B, the samples that the Trainer's batch settings give a step.
-        num_slots (`int`):
-            World size × gradient accumulation steps: the micro-batches over which a step's picks are dealt.
-        pools_per_step (`int`):
-            T, the pools of a step.
-        budgets (`tuple[int, ...]`):
-            The picks of each pool of a step, T of them, each at least 1.
-        effective_share (`float`):
-            Σ budgets / (T · pool_size), the share of the candidates that is really picked.
-        requested_share (`float`):
-            num_selected / pool_size.
-        equal_slots (`bool`):
-            Whether every slot must hold the same number of picks.
-    """
-
-    samples_per_step: int
-    num_slots: int
-    pools_per_step: int
-    budgets: tuple[int, ...]
-    effective_share: float
-    requested_share: float
-    equal_slots: bool
+from spice_trainer.step_shape import StepShape, ceil_divide, spread
 
 
 @dataclass(frozen=True)
@@ -67,108 +39,6 @@ class StepPools:
     step_in_epoch: int
     pools: tuple[tuple[int, ...], ...]
     budgets: tuple[int, ...]
-
-
-def plan_step(
-    *,
-    pool_size: int,
-    num_selected: int,
-    pools_per_step: int | None,
-    samples_per_step: int,
-    num_slots: int,
-    adaptive: bool = False,
-    equal_slots: bool = False,
-) -> StepShape:
-    """Work out the pools and budgets of an optimizer step.
-
-    Args:
-        pool_size (`int`):
-            N, the candidates of a pool.
-        num_selected (`int`):
-            K, the picks of a pool.
-        pools_per_step (`int` or `None`):
-            T. `None` takes T = max(1, round_half_up(B / K)) and spreads B evenly, the earlier pools getting one
-            more; where a pool would have to give more than it holds, T = ceil(B / N). A given T makes every budget K.
-        samples_per_step (`int`):
-            B = per_device_train_batch_size × gradient_accumulation_steps × world size.
-        num_slots (`int`):
-            World size × gradient_accumulation_steps.
-        adaptive (`bool`, *optional*, defaults to `False`):
-            Whether a pool may stop before its budget.
-        equal_slots (`bool`, *optional*, defaults to `False`):
-            Round the picks of a step down to a multiple of `num_slots`, for losses that are not normalised by
-            `num_items_in_batch` over all devices.
-
-    Returns:
-        [`StepShape`]: The step's shape.
-
-    Raises:
-        `ValueError`: If the numbers do not fit together; the message holds the arithmetic and numbers that fit.
-    """
-    given = {
-        "pool_size": pool_size,
-        "num_selected": num_selected,
-        "pools_per_step": 1 if pools_per_step is None else pools_per_step,
-        "samples_per_step": samples_per_step,
-        "num_slots": num_slots,
-    }
-    for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if num_selected > pool_size:
-        raise ValueError(
-            f"num_selected={num_selected} is more than pool_size={pool_size}: a pool cannot give more samples than it "
-            f"has candidates. Lower num_selected to at most {pool_size}."
-        )
-    if samples_per_step < num_slots:
-        raise ValueError(
-            f"A step of {samples_per_step} samples cannot fill {num_slots} micro-batches (number of processes × "
-            "gradient_accumulation_steps). samples_per_step must be per_device_train_batch_size × "
-            f"gradient_accumulation_steps × number of processes, here a multiple of {num_slots}."
-        )
-    if adaptive and pools_per_step is None:
-        raise ValueError(
-            "Adaptive stopping (stop_ratio or min_gain) needs pools_per_step: num_selected is then only a cap, so the "
-            "number of pools of a step cannot follow from the batch size. Set pools_per_step, for example "
-            f"pools_per_step={max(1, samples_per_step // num_selected)}."
-        )
-    if adaptive and equal_slots:
-        raise ValueError(
-            "Adaptive stopping (stop_ratio or min_gain) cannot be used here: this model's or trainer's loss is not "
-            "normalised by num_items_in_batch over all devices, so every micro-batch must hold the same number of "
-            "samples, and adaptive stopping gives any number. Use a fixed num_selected, or a trainer and model that "
-            "normalise by num_items_in_batch (average_tokens_across_devices=True)."
-        )
-
-    total = samples_per_step
-    if pools_per_step is None:
-        if equal_slots:
-            total = total // num_slots * num_slots
-        num_pools = max(1, (2 * total + num_selected) // (2 * num_selected))  # total / num_selected, half up
-        num_pools = max(num_pools, _ceil_div(total, pool_size))
-    else:
-        num_pools = pools_per_step
-        total = num_pools * num_selected
-        _check_explicit(num_pools, num_selected, pool_size, samples_per_step, num_slots)
-        if equal_slots:
-            total = total // num_slots * num_slots
-            if total < num_pools:
-                raise ValueError(
-                    f"pools_per_step × num_selected = {num_pools} × {num_selected} picks must be rounded down to "
-                    f"{total} here, a multiple of the {num_slots} micro-batches of a step (number of processes × "
-                    f"gradient_accumulation_steps), which leaves {num_pools - total} pools with nothing to give. Set "
-                    f"pools_per_step={total}, or num_selected to at least 2."
-                )
-
-    return StepShape(
-        samples_per_step=samples_per_step,
-        num_slots=num_slots,
-        pools_per_step=num_pools,
-        budgets=_spread(total, num_pools),
-        effective_share=total / (num_pools * pool_size),
-        requested_share=num_selected / pool_size,
-        equal_slots=equal_slots,
-    )
 
 
 class PoolSchedule:
@@ -196,6 +66,7 @@ class PoolSchedule:
     """
 
     def __init__(self, num_rows: int, shape: StepShape, *, pool_size: int, seed: int, drop_last: bool = False) -> None:
+        """Count the steps of an epoch, and check that there is one."""
         if num_rows < 1:
             raise ValueError(
                 f"The training dataset has {num_rows} rows, so there is nothing to select from. Check the filters and "
@@ -269,11 +140,11 @@ class PoolSchedule:
         return StepPools(epoch=epoch, step_in_epoch=step_in_epoch, pools=pools, budgets=budgets)
 
     def _unrounded_budgets(self, rows_left: int) -> tuple[int, ...]:
-        num_pools = _ceil_div(rows_left, self.pool_size)
+        num_pools = ceil_divide(rows_left, self.pool_size)
         sizes = [min(self.pool_size, rows_left - p * self.pool_size) for p in range(num_pools)]
         # Rounded up, so that no pool has budget 0.
         return tuple(
-            _ceil_div(budget * size, self.pool_size) for budget, size in zip(self.shape.budgets, sizes, strict=False)
+            ceil_divide(budget * size, self.pool_size) for budget, size in zip(self.shape.budgets, sizes, strict=False)
         )
 
     def _budgets_of_last_step(self, rows_left: int) -> tuple[int, ...]:
@@ -305,7 +176,7 @@ def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
     """
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots} must be at least 1.")
-    return _cut(indices, _spread(len(indices), num_slots))
+    return _cut(indices, spread(len(indices), num_slots))
 
 
 def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
@@ -366,43 +237,8 @@ def replay_epoch(
     order: list[int] = _seeded_permutation("replay", seed, epoch, len(indices)).tolist()
     shuffled = [indices[position] for position in order]
     unit = num_slots if equal_slots else 1
-    sizes = tuple(unit * size for size in _spread(len(indices) // unit, num_steps))
+    sizes = tuple(unit * size for size in spread(len(indices) // unit, num_steps))
     return _cut(shuffled, sizes)
-
-
-def _check_explicit(num_pools: int, num_selected: int, pool_size: int, samples_per_step: int, num_slots: int) -> None:
-    total = num_pools * num_selected
-    arithmetic = f"pools_per_step × num_selected = {num_pools} × {num_selected} = {total} samples"
-    if total > samples_per_step:
-        fixes = [f"raise per_device_train_batch_size to {_ceil_div(total, num_slots)}"]
-        if samples_per_step >= num_selected:
-            fixes.append(f"lower pools_per_step to {samples_per_step // num_selected}")
-        if samples_per_step >= num_pools:
-            fixes.append(f"lower num_selected to {samples_per_step // num_pools}")
-        raise ValueError(
-            f"{arithmetic}, more than the {samples_per_step} of an optimizer step (per_device_train_batch_size × "
-            f"gradient_accumulation_steps × number of processes). To fix it, {', or '.join(fixes)}, or leave "
-            "pools_per_step unset to fill the step whatever its size."
-        )
-    if total < num_slots:
-        fixes = [f"raise pools_per_step to {_ceil_div(num_slots, num_selected)}"]
-        if _ceil_div(num_slots, num_pools) <= pool_size:
-            fixes.append(f"raise num_selected to {_ceil_div(num_slots, num_pools)}")
-        raise ValueError(
-            f"{arithmetic}, fewer than the {num_slots} micro-batches of an optimizer step (number of processes × "
-            f"gradient_accumulation_steps), so some would be empty in every step. To fix it, {', or '.join(fixes)}, "
-            f"or lower gradient_accumulation_steps until there are at most {total} micro-batches."
-        )
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _spread(total: int, parts: int) -> tuple[int, ...]:
-    """Split `total` into `parts` whole numbers that differ by at most one, the larger ones first."""
-    size, extra = divmod(total, parts)
-    return (size + 1,) * extra + (size,) * (parts - extra)
 
 
 def _cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:

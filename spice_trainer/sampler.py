@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.logs import logger
-from spice_trainer.picks import PoolSelection, StepSelection, drop_last_pick, select_pool
+from spice_trainer.picks import PoolSelection, StepSelection, round_down_picks, select_pool, too_few_picks
 from spice_trainer.pools import PoolSchedule, replay_epoch
 from spice_trainer.scoring import GradientScorer
 
@@ -212,7 +212,8 @@ class SpiceSampler(Sampler[int]):
             selection = self._replay_step(epoch, step_in_epoch)
         else:
             selection = self._score_step(epoch, step_in_epoch)
-            if self._picks_epoch != epoch:
+            # An epoch begins anew when a run is resumed with `ignore_data_skip`; its earlier picks don't count then.
+            if self._picks_epoch != epoch or step_in_epoch == 0:
                 self._picks_epoch, self._picks_of_epoch = epoch, []
             if last is not None and epoch == last - 1:
                 self._picks_of_epoch.extend(selection.indices)
@@ -231,7 +232,9 @@ class SpiceSampler(Sampler[int]):
             pool_started = time.perf_counter()
             pools.append(select_pool(scores, budget, self.config))
             seconds_selecting += time.perf_counter() - pool_started
-        pools = self._even_out(pools)
+        shape = self.schedule.shape
+        if shape.equal_slots:
+            pools = round_down_picks(pools, shape.num_slots, step=self.global_step)
         indices = tuple(index for pool in pools for index in pool.indices)
         self._watch_empty_steps(pools, indices)
         return StepSelection(
@@ -239,7 +242,7 @@ class SpiceSampler(Sampler[int]):
             epoch=epoch,
             indices=indices,
             pools=tuple(pools),
-            num_fillers=max(0, self.schedule.shape.num_slots - len(indices)),
+            num_fillers=max(0, shape.num_slots - len(indices)),
             seconds_scoring=time.perf_counter() - started - seconds_selecting,
             seconds_selecting=seconds_selecting,
         )
@@ -256,25 +259,9 @@ class SpiceSampler(Sampler[int]):
         )
         indices = steps[step_in_epoch]
         if not indices and shape.equal_slots:
-            raise RuntimeError(_TOO_FEW_FOR_EQUAL_SLOTS.format(step=self.global_step, num_slots=shape.num_slots))
+            raise too_few_picks(self.global_step, shape.num_slots)
         num_fillers = max(0, shape.num_slots - len(indices))
         return StepSelection(step=self.global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
-
-    def _even_out(self, pools: list[PoolSelection]) -> list[PoolSelection]:
-        """Rounds the step's picks down to a multiple of the slots where the loss needs equal micro-batches.
-
-        The schedule's budgets are multiples already; only rows that could not be picked make this necessary.
-        """
-        shape = self.schedule.shape
-        num_picks = sum(len(pool.indices) for pool in pools)
-        if not shape.equal_slots:
-            return pools
-        if num_picks < shape.num_slots:
-            raise RuntimeError(_TOO_FEW_FOR_EQUAL_SLOTS.format(step=self.global_step, num_slots=shape.num_slots))
-        for _ in range(num_picks % shape.num_slots):
-            longest = max(range(len(pools)), key=lambda position: (len(pools[position].indices), position))
-            pools[longest] = drop_last_pick(pools[longest])
-        return pools
 
     def _watch_empty_steps(self, pools: list[PoolSelection], indices: tuple[int, ...]) -> None:
         self._empty_steps.append(0 if indices else 1)
@@ -315,9 +302,4 @@ class SpiceSampler(Sampler[int]):
 _NOT_BOUND = (
     "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
     "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."
-)
-_TOO_FEW_FOR_EQUAL_SLOTS = (
-    "SPICE could pick too few samples for step {step}: this model's loss is a mean per micro-batch (it does not use "
-    "`num_items_in_batch`), so each of the {num_slots} micro-batches of a step needs at least one. Lower "
-    "`gradient_accumulation_steps`, or look for rows whose gradients are zero or not finite."
 )

@@ -53,14 +53,14 @@ class PoolScores:
 
     candidates: tuple[int, ...]
     gram: Float64[Tensor, "N N"]
-    gradient_norms: Float64[Tensor, N]
-    finite: Bool[Tensor, N]
-    nonzero: Bool[Tensor, N]
-    losses: Float[Tensor, N]
+    gradient_norms: Float64[Tensor, "N"]
+    finite: Bool[Tensor, "N"]
+    nonzero: Bool[Tensor, "N"]
+    losses: Float[Tensor, "N"]
     label_tokens: tuple[int, ...]
     num_tokens: tuple[int, ...]
     gradients: Float[Tensor, "N D"] | None = None
-    row_weights: Float64[Tensor, N] | None = None
+    row_weights: Float64[Tensor, "N"] | None = None
 
 
 class FeatureBuffer:
@@ -110,7 +110,7 @@ class FeatureBuffer:
             self.features[self._rows] = self._folded
 
     @property
-    def norms(self) -> Float64[Tensor, N]:
+    def norms(self) -> Float64[Tensor, "N"]:
         """Exact norms of the raw gradients."""
         return self._squared_norms.sqrt()
 
@@ -219,7 +219,7 @@ class GradientScorer:
 
     def _fill_buffer(
         self, rows: Sequence[CandidateRow], report: Callable[[int], None] | None
-    ) -> tuple[FeatureBuffer, Float[Tensor, N]]:
+    ) -> tuple[FeatureBuffer, Float[Tensor, "N"]]:
         device = self._device()
         if self.sketch_dim and self._sketch is None:
             self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass
 
@@ -163,6 +164,8 @@ def summarize_run(totals: RunTotals) -> list[tuple[str, str]]:
 def print_summary(totals: RunTotals, directory: str) -> None:
     """Prints the end-of-run table on stdout, with rich where it is installed."""
     rows = summarize_run(totals)
+    # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
+    state = random.getstate()
     try:
         from rich.console import Console
         from rich.table import Table
@@ -180,6 +183,7 @@ def print_summary(totals: RunTotals, directory: str) -> None:
     console.print()
     console.print(table)
     console.print(f"Records: {directory}", soft_wrap=True, highlight=False)
+    random.setstate(state)
 
 
 def _bytes(size: float) -> str:

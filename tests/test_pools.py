@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spice_trainer.pools import PoolSchedule, StepShape, deal, plan_step, replay_epoch, slot_index
+from spice_trainer.pools import PoolSchedule, deal, replay_epoch, slot_index
+from spice_trainer.step_shape import StepShape, plan_step
 
 booleans = st.booleans()
 many = settings(max_examples=300, deadline=None)
