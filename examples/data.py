@@ -1,4 +1,4 @@
-"""Data loading shared by the examples: rows with a prompt and a completion, and their tokens with the prompt masked."""
+"""Data loading shared by the examples: conversations, and their tokens with the prompt masked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 
 
 def load_rows(name_or_path: str, split: str = "train", config: str | None = None) -> Dataset:
-    """Load a training set.
+    """Load a training set as conversations.
 
     Args:
         name_or_path (`str`): A local JSONL file, a folder written by `Dataset.save_to_disk`, or a dataset's name on
@@ -22,69 +22,76 @@ def load_rows(name_or_path: str, split: str = "train", config: str | None = None
         config (`str`, *optional*): The dataset's configuration on the Hub.
 
     Returns:
-        `Dataset`: The rows, in a format TRL reads: the columns `prompt` and `completion`, or `messages`.
+        `Dataset`: The columns `prompt` and `completion`, lists of messages, as TRL reads them. Of a dataset with
+        `messages` the last one is the completion.
     """
+    dataset = _open(name_or_path, split, config)
+    columns = dataset.column_names
+    if "messages" in columns:
+        return dataset.map(
+            lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns=columns
+        )
+    prompt = next((name for name in PROMPT_COLUMNS if name in columns), None)
+    completion = next((name for name in COMPLETION_COLUMNS if name in columns), None)
+    if prompt is None or completion is None:
+        raise ValueError(
+            f"{name_or_path} has the columns {columns}; the examples need `messages`, or one of {PROMPT_COLUMNS} and "
+            f"one of {COMPLETION_COLUMNS}. Rename them with `Dataset.rename_columns`."
+        )
+
+    def converse(row: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+        question, answer = row[prompt], row[completion]
+        if prompt == "instruction" and row.get("input"):
+            question = f"{question}\n\n{row['input']}"
+        return {
+            "prompt": question if isinstance(question, list) else [{"role": "user", "content": question}],
+            "completion": answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}],
+        }
+
+    return dataset.map(converse, remove_columns=columns, desc="Conversations")
+
+
+def _open(name_or_path: str, split: str, config: str | None) -> Dataset:
     path = Path(name_or_path)
     if path.is_dir():
         dataset = load_from_disk(str(path))
-    elif path.suffix in (".json", ".jsonl", ".gz"):
+        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
+    if path.name.endswith((".json", ".jsonl", ".jsonl.gz")):
         # `load_dataset` would report a missing file as an unknown dataset on the Hub.
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no training set at {path} (looked for from {Path.cwd()}). "
                 "demo_output/train.jsonl is written by `make demo`."
             )
-        dataset = load_dataset("json", data_files=str(path), split="train")
-    else:
-        dataset = load_dataset(name_or_path, config, split=split)
-    if isinstance(dataset, DatasetDict):
-        dataset = dataset[split]
-    if "messages" in dataset.column_names:
-        return dataset.select_columns(["messages"])
-    prompt = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
-    completion = next((name for name in COMPLETION_COLUMNS if name in dataset.column_names), None)
-    if prompt is None or completion is None:
-        raise ValueError(
-            f"{name_or_path} has the columns {dataset.column_names}; the examples need `messages`, or one of "
-            f"{PROMPT_COLUMNS} and one of {COMPLETION_COLUMNS}. Rename them with `Dataset.rename_columns`."
-        )
-    dataset = dataset.select_columns([prompt, completion])
-    return dataset.rename_columns({prompt: "prompt", completion: "completion"})
-
-
-def as_messages(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Split a row into the messages that ask and the messages that answer."""
-    if "messages" in row:
-        return row["messages"][:-1], row["messages"][-1:]
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return prompt, completion
+        return load_dataset("json", data_files=str(path), split="train")
+    return load_dataset(name_or_path, config, split=split)
 
 
 def tokenize_rows(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """Tokenize every row with the chat template; only the answer keeps its labels.
+    """Tokenize every row with the chat template; only the completion keeps its labels.
 
     Args:
         dataset (`Dataset`): Rows from [`load_rows`].
         tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a chat template.
-        max_length (`int`): Longer rows are cut; a row whose answer is cut away whole is dropped.
+        max_length (`int`): Longer rows are cut; a row whose completion is cut away whole is dropped.
 
     Returns:
         `Dataset`: The columns `input_ids`, `attention_mask` and `labels`, the prompt's labels all -100.
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, completion = as_messages(row)
-        # As text first: the token count of the prompt alone is then the same in both calls.
-        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        full_text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-        prompt_ids = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-        answer_ids = tokenizer(full_text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
-        input_ids = (prompt_ids + answer_ids)[:max_length]
-        labels = ([-100] * len(prompt_ids) + answer_ids)[:max_length]
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                "This tokenizer's chat template renders a prompt differently once its answer follows, so the answer's "
+                f"tokens cannot be told from the prompt's: {whole!r} does not start with {prompt!r}."
+            )
+        # Apart, so that no token spans the border between what is given and what is learned.
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        completion_ids = tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+        input_ids = (prompt_ids + completion_ids)[:max_length]
+        labels = ([-100] * len(prompt_ids) + completion_ids)[:max_length]
         return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
 
     tokens = dataset.map(tokenize, remove_columns=dataset.column_names, desc="Tokenizing")

@@ -42,6 +42,11 @@ def check_trainer(trainer: Any) -> None:
             "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
             "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
         )
+    if len(dataset) == 0:
+        raise ValueError(
+            "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
+            "that made it."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"The trainer would run torch.nn.DataParallel over {args.n_gpu} GPUs, whose replicas bypass the hooks "

@@ -20,8 +20,8 @@ ConflictReference = Literal["selected", "candidates"]
 Information = Literal["exact", "diagonal", "adafisher"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 
-DEFAULT_SKETCH_DIM: dict[str, int] = {"none": 65536, "sqrt_tokens": 65536, "tokens": 0, "unit": 0}
-"""Numbers kept of each sample gradient when `sketch_dim=-1`, by `gradient_normalization`; 0 keeps all of them."""
+DEFAULT_SKETCH_DIM = 32_768
+"""Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""
 
 MIN_SKETCH_DIM = 16
 
@@ -80,9 +80,8 @@ class SpiceConfig:
         > Parameters that control the scoring
 
         sketch_dim (`int`, *optional*, defaults to `-1`):
-            Numbers kept of each sample gradient by a random projection: `-1` chooses by `gradient_normalization`
-            (exact for `"diagonal"` and `"adafisher"` information), 0 or `None` keeps the exact gradient, else at
-            least 16.
+            Numbers kept of each sample gradient by a random projection: `-1` keeps 32,768 (all of them for
+            `"diagonal"` and `"adafisher"` information), 0 or `None` keeps the exact gradient, else at least 16.
         scoring_tokens_per_batch (`int`, *optional*, defaults to `2048`):
             Number of tokens, padding included, of one forward and backward pass of the scoring. Lower it to save
             memory; it changes no pick beyond rounding.
@@ -131,7 +130,7 @@ class SpiceConfig:
     )
     sketch_dim: int | None = field(
         default=-1,
-        metadata={"help": "Numbers kept of each sample gradient. -1: by gradient_normalization; 0 or None: exact."},
+        metadata={"help": "Numbers kept of each sample gradient. -1: 32,768; 0 or None: exact."},
     )
     scoring_tokens_per_batch: int = field(
         default=2048, metadata={"help": "Number of tokens, padding included, of one scoring pass."}
@@ -218,12 +217,12 @@ class SpiceConfig:
         """Return how many numbers of each sample gradient are kept.
 
         Returns:
-            `int`: `sketch_dim` itself if given, else the default for this `information` and
-            `gradient_normalization`. 0 means the exact gradient.
+            `int`: `sketch_dim` itself if given, else the default for this `information`. 0 means the exact gradient,
+            and so does any number that is at least the gradient's own.
         """
         if self.sketch_dim is not None and self.sketch_dim >= 0:
             return self.sketch_dim
-        return DEFAULT_SKETCH_DIM[self.gradient_normalization] if self.information == "exact" else 0
+        return DEFAULT_SKETCH_DIM if self.information == "exact" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON; `SpiceConfig(**config.to_dict()) == config`.

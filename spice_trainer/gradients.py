@@ -98,7 +98,7 @@ class SampleGradients:
         self._names = tuple(modules)
         self._modules = tuple(modules.values())
         self._biases = tuple(trainable_bias(module) for module in self._modules)
-        parameters = _forward_parameters(model)
+        parameters = forward_parameters(model)
         self._keeps_logits = "logits_to_keep" in parameters
         self._extra_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -257,7 +257,7 @@ def _computes_in_float16(logits: Tensor) -> bool:
     return autocast or logits.dtype == torch.float16
 
 
-def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    # PEFT's own forward is (*args, **kwargs); the base model's tells what it takes.
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes; PEFT's own is (*args, **kwargs), so the base model's tells."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inspect.signature(base.forward).parameters

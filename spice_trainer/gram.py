@@ -117,8 +117,7 @@ def measure_rows(
     products = products.cpu()
     sound = ~unsound.cpu()
     squares = products.diagonal()
-    # sqrt(p·p) is exactly p while sqrt(p)·sqrt(p) need not be: equal rows get a cosine of exactly 1.
-    lengths = torch.outer(squares, squares).sqrt()
+    lengths = torch.outer(squares.sqrt(), squares.sqrt())
     cosines = torch.where(lengths > 0, products / lengths.masked_fill(lengths == 0, 1), 0.0)
     cosines = (0.5 * (cosines + cosines.T)).clamp(-1.0, 1.0)
     cosines.diagonal().copy_(sound.to(torch.float64))

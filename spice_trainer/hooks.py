@@ -27,11 +27,10 @@ from spice_trainer.callback import SpiceCallback
 from spice_trainer.compatibility import check_memory, is_token_normalized, warn_of_arguments, warn_of_schedule
 from spice_trainer.loading import SlotCollator, build_dataloader
 from spice_trainer.logs import logger
-from spice_trainer.pools import PoolSchedule
+from spice_trainer.pools import PoolSchedule, build_schedule
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import FEATURE_BUFFER_BYTES, GradientScorer, preserved_random_state
-from spice_trainer.step_shape import plan_step
 from spice_trainer.summary import RunPlan
 from spice_trainer.verification import verify_gradients
 
@@ -193,19 +192,15 @@ class SpiceHooks:
         return loader.dataset, loader.collate_fn
 
     def _build_schedule(self, dataset: Any) -> PoolSchedule:
-        config, args = self.sampler.config, self.trainer.args
-        num_slots = args.world_size * args.gradient_accumulation_steps
-        shape = plan_step(
-            pool_size=config.pool_size,
-            num_selected=config.num_selected,
-            pools_per_step=config.pools_per_step,
-            samples_per_step=self.trainer._train_batch_size * num_slots,
-            num_slots=num_slots,
-            adaptive=config.is_adaptive,
-            equal_slots=not is_token_normalized(self.trainer),
-        )
-        return PoolSchedule(
-            len(dataset), shape, pool_size=config.pool_size, seed=self._seed(), drop_last=args.dataloader_drop_last
+        args = self.trainer.args
+        return build_schedule(
+            self.sampler.config,
+            len(dataset),
+            per_device_train_batch_size=self.trainer._train_batch_size,
+            num_slots=args.world_size * args.gradient_accumulation_steps,
+            token_normalized=is_token_normalized(self.trainer),
+            drop_last=args.dataloader_drop_last,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
     def _build_scorer(self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule) -> GradientScorer:
@@ -222,12 +217,6 @@ class SpiceHooks:
             seed=schedule.seed,
             autocast=self.trainer.accelerator.autocast,
         )
-
-    def _seed(self) -> int:
-        args = self.trainer.args
-        if self.sampler.config.pool_seed is not None:
-            return self.sampler.config.pool_seed
-        return int(args.data_seed if args.data_seed is not None else args.seed)
 
     def _sample_rows(self, dataset: Any, collate: Callable[..., Any]) -> list[CandidateRow]:
         """Some rows spread over the dataset, collated without touching any random state."""

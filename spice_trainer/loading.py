@@ -9,21 +9,28 @@ a slot that would be empty holds a neutral filler, a picked row with all labels 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spice_trainer.adapters import find_lora_modules
+from spice_trainer.picks import StepSelection
 from spice_trainer.pools import PoolSchedule, deal, slot_index
-from spice_trainer.scoring import GradientScorer
-from spice_trainer.step_shape import plan_step
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-    from spice_trainer.sampler import SpiceSampler
+class PickSource(Protocol):
+    """What the loader asks of a sampler."""
+
+    @property
+    def schedule(self) -> PoolSchedule:
+        """Which rows are candidates when."""
+
+    def begin_epoch(self) -> tuple[int, int]:
+        """Epoch to run next, and its first step that is not done yet."""
+
+    def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        """Picks the rows of a step at the current weights."""
 
 
 class SlotRows(list[Any]):
@@ -44,7 +51,7 @@ class SpiceBatchSampler(Sampler[list[int]]):
         gradient_accumulation_steps (`int`): Micro-batches per optimizer step.
     """
 
-    def __init__(self, sampler: SpiceSampler, *, rank: int, world_size: int, gradient_accumulation_steps: int) -> None:
+    def __init__(self, sampler: PickSource, *, rank: int, world_size: int, gradient_accumulation_steps: int) -> None:
         self.sampler = sampler
         self.rank = rank
         self.world_size = world_size
@@ -126,7 +133,7 @@ class SlotCollator:
 
 
 def build_dataloader(
-    sampler: SpiceSampler,
+    sampler: PickSource,
     dataset: Any,
     *,
     collate: Callable[[list[Any]], Mapping[str, Any]],
@@ -159,59 +166,4 @@ def build_dataloader(
         num_workers=0,
         # Without its own generator an iteration would draw its base seed from the training run's random state.
         generator=torch.Generator(),
-    )
-
-
-def bind_sampler(
-    sampler: SpiceSampler,
-    model: nn.Module,
-    dataset: Any,
-    *,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]],
-    per_device_train_batch_size: int,
-    gradient_accumulation_steps: int,
-    accelerator: Accelerator | None,
-    token_normalized: bool,
-    drop_last: bool,
-    seed: int,
-) -> DataLoader[Any]:
-    """Binds a sampler to a model and a dataset without a Trainer: the body of [`SpiceSampler.bind`]."""
-    rank = 0 if accelerator is None else accelerator.process_index
-    world_size = 1 if accelerator is None else accelerator.num_processes
-    if world_size > 1:
-        raise ValueError(
-            f"SpiceSampler.bind was called in a run of {world_size} processes. Scoring is not shared between "
-            "processes in this version; start the script as a single process."
-        )
-    config = sampler.config
-    num_slots = world_size * gradient_accumulation_steps
-    pool_seed = config.pool_seed if config.pool_seed is not None else seed
-    shape = plan_step(
-        pool_size=config.pool_size,
-        num_selected=config.num_selected,
-        pools_per_step=config.pools_per_step,
-        samples_per_step=per_device_train_batch_size * num_slots,
-        num_slots=num_slots,
-        adaptive=config.is_adaptive,
-        equal_slots=not token_normalized,
-    )
-    schedule = PoolSchedule(len(dataset), shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
-    scorer = GradientScorer(
-        lambda: model,
-        find_lora_modules(model),
-        dataset=dataset,
-        collate=data_collator,
-        config=config,
-        seed=pool_seed,
-        autocast=None if accelerator is None else accelerator.autocast,
-    )
-    sampler.prepare(schedule, scorer)
-    return build_dataloader(
-        sampler,
-        dataset,
-        collate=data_collator,
-        device=next(model.parameters()).device if accelerator is None else accelerator.device,
-        rank=rank,
-        world_size=world_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
     )

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spice_trainer.step_shape import StepShape, ceil_divide, spread
+from spice_trainer.config import SpiceConfig
+from spice_trainer.step_shape import StepShape, ceil_divide, plan_step, spread
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,46 @@ class PoolSchedule:
             if budgets[-1] == 0:
                 budgets.pop()
         return tuple(budgets)
+
+
+def build_schedule(
+    config: SpiceConfig,
+    num_rows: int,
+    *,
+    per_device_train_batch_size: int,
+    num_slots: int,
+    token_normalized: bool,
+    drop_last: bool,
+    seed: int,
+) -> PoolSchedule:
+    """Builds the schedule of a run from its settings and batch size.
+
+    Args:
+        config ([`SpiceConfig`]): The settings.
+        num_rows (`int`): Rows of the training dataset.
+        per_device_train_batch_size (`int`): Rows of a micro-batch.
+        num_slots (`int`): World size × gradient accumulation steps.
+        token_normalized (`bool`): Whether micro-batches of unequal size are weighted by their label tokens.
+        drop_last (`bool`): Whether an epoch's last step is dropped if its pools are not all full.
+        seed (`int`): Seed of the pools, unless `config.pool_seed` is set.
+
+    Returns:
+        [`~spice_trainer.pools.PoolSchedule`]
+
+    Raises:
+        ValueError: If the numbers don't fit together.
+    """
+    shape = plan_step(
+        pool_size=config.pool_size,
+        num_selected=config.num_selected,
+        pools_per_step=config.pools_per_step,
+        samples_per_step=per_device_train_batch_size * num_slots,
+        num_slots=num_slots,
+        adaptive=config.is_adaptive,
+        equal_slots=not token_normalized,
+    )
+    pool_seed = seed if config.pool_seed is None else config.pool_seed
+    return PoolSchedule(num_rows, shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
 
 
 def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:

@@ -71,8 +71,9 @@ class RecordWriter:
             if name in missing:
                 continue
             if source.resolve() != self.directory.resolve():
-                with (source / name).open("rb") as old, target.open("wb") as new:
-                    new.write(old.read(size))
+                if size > 0:
+                    with (source / name).open("rb") as old, target.open("wb") as new:
+                        new.write(old.read(size))
             elif target.exists():
                 os.truncate(target, size)
 

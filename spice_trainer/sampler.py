@@ -9,26 +9,23 @@ A step's pools are scored when its first row is asked for, never earlier, so the
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from spice_trainer.adapters import find_lora_modules
 from spice_trainer.config import SpiceConfig
-from spice_trainer.logs import logger
+from spice_trainer.empty_steps import EmptyStepWatch
+from spice_trainer.loading import build_dataloader
 from spice_trainer.picks import PoolSelection, StepSelection, round_down_picks, select_pool, too_few_picks
-from spice_trainer.pools import PoolSchedule, replay_epoch
+from spice_trainer.pools import PoolSchedule, build_schedule, replay_epoch
 from spice_trainer.scoring import GradientScorer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.utils.data import DataLoader
-
-MAX_EMPTY_STEPS = 2
-EMPTY_STEPS_WINDOW = 20
 
 
 class SpiceSampler(Sampler[int]):
@@ -64,7 +61,7 @@ class SpiceSampler(Sampler[int]):
         self.global_step = 0
         self._next_epoch = 0
         self._first_step = 0
-        self._empty_steps: deque[int] = deque(maxlen=EMPTY_STEPS_WINDOW)
+        self._empty_steps = EmptyStepWatch(self.config.min_gain)
         self._picks_of_epoch: list[int] = []
         self._picks_epoch = -1
 
@@ -74,7 +71,7 @@ class SpiceSampler(Sampler[int]):
         """Binds the sampler to a schedule and a scorer, at the beginning of a run.
 
         Args:
-            schedule ([`~spice_trainer.pools.PoolSchedule`]): Which rows are candidates when.
+            schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
             scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores them.
         """
         self._schedule, self._scorer = schedule, scorer
@@ -126,19 +123,39 @@ class SpiceSampler(Sampler[int]):
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or the model has no LoRA layers to score.
         """
-        from spice_trainer.loading import bind_sampler
-
-        return bind_sampler(
-            self,
-            model,
-            dataset,
-            data_collator=data_collator,
+        world_size = 1 if accelerator is None else accelerator.num_processes
+        if world_size > 1:
+            raise ValueError(
+                f"SpiceSampler.bind was called in a run of {world_size} processes. Scoring is not shared between "
+                "processes in this version; start the script as a single process."
+            )
+        schedule = build_schedule(
+            self.config,
+            len(dataset),
             per_device_train_batch_size=per_device_train_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            accelerator=accelerator,
+            num_slots=world_size * gradient_accumulation_steps,
             token_normalized=token_normalized,
             drop_last=drop_last,
             seed=seed,
+        )
+        scorer = GradientScorer(
+            lambda: model,
+            find_lora_modules(model),
+            dataset=dataset,
+            collate=data_collator,
+            config=self.config,
+            seed=schedule.seed,
+            autocast=None if accelerator is None else accelerator.autocast,
+        )
+        self.prepare(schedule, scorer)
+        return build_dataloader(
+            self,
+            dataset,
+            collate=data_collator,
+            device=next(model.parameters()).device if accelerator is None else accelerator.device,
+            rank=0 if accelerator is None else accelerator.process_index,
+            world_size=world_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
         )
 
     @property
@@ -236,7 +253,7 @@ class SpiceSampler(Sampler[int]):
         if shape.equal_slots:
             pools = round_down_picks(pools, shape.num_slots, step=self.global_step)
         indices = tuple(index for pool in pools for index in pool.indices)
-        self._watch_empty_steps(pools, indices)
+        self._empty_steps.note(self.global_step, pools)
         return StepSelection(
             step=self.global_step,
             epoch=epoch,
@@ -263,39 +280,20 @@ class SpiceSampler(Sampler[int]):
         num_fillers = max(0, shape.num_slots - len(indices))
         return StepSelection(step=self.global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
 
-    def _watch_empty_steps(self, pools: list[PoolSelection], indices: tuple[int, ...]) -> None:
-        self._empty_steps.append(0 if indices else 1)
-        if indices:
-            return
-        num_nonfinite, num_zero = sum(len(pool.nonfinite) for pool in pools), sum(len(pool.zero) for pool in pools)
-        found = f"{num_nonfinite} candidates had a gradient that is not finite and {num_zero} a zero gradient"
-        if self.config.min_gain is not None and num_nonfinite + num_zero < sum(len(pool.candidates) for pool in pools):
-            found += f", and no gain reached min_gain={self.config.min_gain}"
-        if sum(self._empty_steps) > MAX_EMPTY_STEPS:
-            raise RuntimeError(
-                f"SPICE could pick no sample in {sum(self._empty_steps)} of the last {len(self._empty_steps)} "
-                f"optimizer steps. In step {self.global_step} {found}. Likely causes: the training diverged (look at "
-                "the loss; lower the learning rate), rows without label tokens (prompts longer than `max_length`), or "
-                "a `min_gain` above what this model's gradients give."
-            )
-        logger.warning(
-            "SPICE: no sample could be picked for step %d: %s. The step trains on nothing.", self.global_step, found
-        )
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the number of optimizer steps: replayed picks and recent steps without picks."""
         return {
             "picks_epoch": self._picks_epoch,
-            "empty_steps": list(self._empty_steps),
+            "empty_steps": self._empty_steps.state_dict(),
             "picks_of_epoch": torch.tensor(self._picks_of_epoch, dtype=torch.int64),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores [`SpiceSampler.state_dict`]."""
         self._picks_epoch = int(state["picks_epoch"])
-        self._empty_steps = deque(state["empty_steps"], maxlen=EMPTY_STEPS_WINDOW)
+        self._empty_steps.load_state_dict(state["empty_steps"])
         self._picks_of_epoch = state["picks_of_epoch"].tolist()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients import SampleGradients, sample_losses, trainable_bias
+from spice_trainer.gradients import SampleGradients, forward_parameters, sample_losses, trainable_bias
 from spice_trainer.rows import CandidateRow, pad_rows
 from spice_trainer.scoring import preserved_random_state
 
@@ -100,6 +100,9 @@ def _autograd(
 ) -> list[Tensor]:
     """Gradients of one row alone by plain autograd, per layer, in the order of `module_gradients`."""
     inputs, labels = _on_device(pad_rows([row]), device)
+    if "use_cache" in forward_parameters(model):
+        # As in scoring and training: with a cache, models do not tell the documents of a packed row apart.
+        inputs["use_cache"] = False
     modes = [(module, module.training) for module in model.modules()]
     parameters: list[Tensor] = []
     for linear in modules.values():

