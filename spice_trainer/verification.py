@@ -7,8 +7,9 @@ calls a layer in a way the hooks don't see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,38 +58,66 @@ def verify_gradients(
     Raises:
         GradientMismatchError: If a layer's gradient is off, with its name.
         RuntimeError: If a layer is bypassed or fed something else than `(N, S, I)`.
+        ValueError: If no row has a finite gradient.
     """
     context = autocast if autocast is not None else nullcontext
     collected = _Collected()
     groups = [list(rows)] if all(row.can_be_padded for row in rows) else [[row] for row in rows]
     batched: list[Tensor] = []
-    with preserved_random_state(device), SampleGradients(model, modules) as sample_gradients:
-        for group in groups:
-            inputs, labels = _on_device(pad_rows(group), device)
-            with context():
-                sample_gradients.compute(inputs, labels, collected)
-            batched += [
-                torch.cat([collected.gradients[index][row] for index in range(len(modules))])
-                for row in range(len(group))
-            ]
+    with preserved_random_state(device), _without_zero_weights(modules):
+        with SampleGradients(model, modules) as sample_gradients:
+            for group in groups:
+                inputs, labels = _on_device(pad_rows(group), device)
+                with context():
+                    sample_gradients.compute(inputs, labels, collected)
+                batched += [
+                    torch.cat([collected.gradients[index][row] for index in range(len(modules))])
+                    for row in range(len(group))
+                ]
+        alone = [_autograd(model, modules, row, device, context) for row in rows]
+    finite = [bool(torch.cat(gradients).isfinite().all()) for gradients in alone]
+    if not any(finite):
+        raise ValueError(
+            f"The gradients of rows {', '.join(str(row.index) for row in rows)} of the training dataset are not "
+            "finite, also by plain autograd. Likely causes: a weight that is not finite (a broken checkpoint), or an "
+            "overflow in float16 (train in bf16). Training would fail with or without SPICE."
+        )
+    tolerance = max(TOLERANCES.get(dtype, 0.15) for dtype in _precisions(model, context, device))
     sizes = [collected.gradients[index].shape[1] for index in range(len(modules))]
     largest = 0.0
-    for row, gradients in zip(rows, batched, strict=True):
-        expected = _autograd(model, modules, row, device, context)
-        scale = max(float(torch.cat(expected).norm()), 1e-30)
-        for name, ours, theirs in zip(modules, gradients.split(sizes), expected, strict=True):
+    # A row whose own gradient is not finite says nothing about how it was computed.
+    for position in (position for position in range(len(rows)) if finite[position]):
+        scale = max(float(torch.cat(alone[position]).norm()), 1e-30)
+        for name, ours, theirs in zip(modules, batched[position].split(sizes), alone[position], strict=True):
             error = float((ours - theirs).norm()) / scale
             largest = max(largest, error)
-            tolerance = max(TOLERANCES.get(dtype, 0.15) for dtype in _precisions(model, context, device))
             if not error <= tolerance:
                 raise GradientMismatchError(
                     f"The sample gradient of the LoRA layer {name!r} differs from autograd's by {error:.2g} of the "
-                    f"gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding in "
-                    "this precision). This model calls the layer in a way that SPICE's hooks cannot follow, or the "
-                    "rows of a batch influence each other. Selection would be silently wrong, so it is refused. Leave "
-                    "this layer out of `target_modules`, or switch off kernels that replace the LoRA forward."
+                    f"gradient's norm (row {rows[position].index} of the training dataset; at most {tolerance:g} is "
+                    "rounding in this precision). This model calls the layer in a way that SPICE's hooks cannot "
+                    "follow, or the rows of a batch influence each other. Selection would be silently wrong, so it is "
+                    "refused. Leave this layer out of `target_modules`, or switch off kernels that replace the LoRA "
+                    "forward."
                 )
     return largest
+
+
+@contextmanager
+def _without_zero_weights(modules: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """Puts small random numbers in the place of weights that are all zero, and the weights back afterwards.
+
+    B of a fresh adapter is zero, and with it every gradient of A: there would be nothing to compare.
+    """
+    zero = [(module, module.weight.data) for module in modules.values() if not module.weight.data.any()]
+    try:
+        for module, value in zero:
+            # Small beside the base layer's output at any rank.
+            module.weight.data = torch.empty_like(value).normal_(std=0.1 / math.sqrt(module.in_features))
+        yield
+    finally:
+        for module, value in zero:
+            module.weight.data = value
 
 
 def _autograd(

@@ -155,6 +155,16 @@ def test_autocast_gradients_point_the_same_way() -> None:
     assert relative_error(rounded, exact) > 1e-5, "autocast did not reach the forward"
 
 
+def test_float16_gradients_do_not_underflow() -> None:
+    # A tiny LoRA scaling brings activation gradients below float16's smallest number unless the loss is scaled.
+    model, rows = tiny_lora_model(lora_alpha=1e-5), example_rows()
+    losses, exact = batched_gradients(model, rows)
+    with torch.autocast("cpu", dtype=torch.float16):
+        half_losses, half = batched_gradients(model, rows)
+    assert relative_error(half, exact) < 0.02
+    torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
+
+
 def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
     model, rows = tiny_lora_model(), example_rows()
     unlabelled = ([7, 8, 9, 10], [-100] * 4)
@@ -244,6 +254,6 @@ def test_a_sink_may_overwrite_what_it_gets() -> None:
 
 def test_a_deep_copy_made_while_closed_scores_on_its_own() -> None:
     model, rows = tiny_lora_model(), example_rows()
-    _score(model)
+    batched_gradients(model, rows)
     twin = copy.deepcopy(model)
     assert relative_error(batched_gradients(twin, rows)[1], batched_gradients(model, rows)[1]) == 0

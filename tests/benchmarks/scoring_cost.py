@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--tokens-per-batch", type=int, default=1024)
     parser.add_argument("--vmap-chunk", type=int, default=4)
-    parser.add_argument("--sketch-dim", type=int, default=65536)
+    parser.add_argument("--sketch-dim", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-vmap", action="store_true")
