@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,11 @@ def _history(trainer: Trainer) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_detaching_restores_every_attribute(tmp_path: Path, verify: bool) -> None:
-    trainer = make_trainer(tmp_path, lora_dropout=0.3)
+    def noisy(rows: list[Any]) -> dict[str, torch.Tensor]:
+        random.random(), torch.rand(1)
+        return collate(rows)
+
+    trainer = make_trainer(tmp_path, lora_dropout=0.3, data_collator=noisy)
     before = trainer_state(trainer)
     attach_spice(trainer, CONFIG, verify=verify)
     assert {*HOOKED_METHODS, "_spice"} == set(vars(trainer)) - set(before["attributes"])
