@@ -63,7 +63,7 @@ def prepare_data(folder: Path, model_folder: Path, num_train: int, num_heldout: 
         AutoTokenizer.from_pretrained(model_folder),
         num_train=num_train,
         num_heldout=num_heldout,
-        max_tokens=128,
+        max_tokens=96,
         seed=SEED,
     )
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
@@ -140,9 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run")
-    parser.add_argument("--pool-size", type=int, default=32, help="candidates SPICE sees before each step")
-    parser.add_argument("--samples-per-step", type=int, default=8, help="samples each step trains on")
-    parser.add_argument("--heldout", type=int, default=60, help="held-out rows")
+    parser.add_argument("--pool-size", type=int, default=20, help="candidates SPICE sees before each step")
+    parser.add_argument("--samples-per-step", type=int, default=4, help="samples each step trains on")
+    parser.add_argument("--heldout", type=int, default=45, help="held-out rows")
     parser.add_argument(
         "--gradient-normalization",
         default="sqrt_tokens",

@@ -166,7 +166,8 @@ class SampleGradients:
         if self._keeps_logits:
             # Only columns where some sample has a label go through the head: it is the largest matrix of a small
             # model.
-            columns = mask.any(0).nonzero().squeeze(1)
+            # The index stays on the CPU: the head may be on another device than the labels (`device_map`).
+            columns = mask.any(0).nonzero().squeeze(1).cpu()
             keep, targets, mask = {"logits_to_keep": columns}, targets[:, columns], mask[:, columns]
         with torch.enable_grad():
             outputs = self.model(**inputs, **self._extra_inputs, **keep)

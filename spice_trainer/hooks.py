@@ -41,11 +41,14 @@ SAMPLE_ROWS = 32
 class SpiceHooks:
     """What SPICE adds to one trainer."""
 
+    callback: SpiceCallback
+
     def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
         self.trainer = trainer
         self.sampler = sampler
-        self.callback: SpiceCallback | None = None
+        self._is_installed = False
         self._replaced: dict[str, Any] = {}
+        self._bound: dict[str, Any] = {}
         self._last_report = 0.0
 
     def install(self) -> None:
@@ -55,23 +58,34 @@ class SpiceHooks:
             # An attribute a user bound on the instance is kept, called, and put back on removal.
             self._replaced[name] = vars(self.trainer).get(name)
             hook = getattr(self, f"on_{name.removeprefix('_')}")
-            setattr(self.trainer, name, partial(hook, getattr(self.trainer, name)))
+            self._bound[name] = partial(self._call, hook, getattr(self.trainer, name))
+            setattr(self.trainer, name, self._bound[name])
         self.trainer.add_callback(self.callback)
         self.trainer._spice = self
         self.sampler.progress = self._report_progress
+        self._is_installed = True
 
     def remove(self) -> None:
         """Puts everything back."""
+        self._is_installed = False
         for name, value in self._replaced.items():
-            if value is None:
+            if vars(self.trainer).get(name) is not self._bound[name]:
+                logger.warning(
+                    "SPICE: trainer.%s was replaced after attach_spice and is left as it is.",
+                    name,
+                )
+            elif value is None:
                 delattr(self.trainer, name)
             else:
                 setattr(self.trainer, name, value)
-        if self.callback is not None:
-            self.trainer.remove_callback(self.callback)
-            self.callback.close()
+        self.trainer.remove_callback(self.callback)
+        self.callback.close()
         self.sampler.progress = None
         del self.trainer._spice
+
+    def _call(self, hook: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a hook, or only the original once SPICE is detached (a user's wrapper may still hold the hook)."""
+        return hook(original, *args, **kwargs) if self._is_installed else original(*args, **kwargs)
 
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
@@ -128,9 +142,8 @@ class SpiceHooks:
             world_size=args.world_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
-        if self.callback is not None:
-            self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
-            self.callback.plan = self._plan_run(dataset, collate, schedule, scorer)
+        self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
+        self.callback.plan = self._plan_run(dataset, collate, schedule, scorer)
         return loader
 
     def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -144,9 +157,9 @@ class SpiceHooks:
 
     def on_log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         """SPICE's averages join the dict of a training log, the only one every reporter and `log_history` see."""
-        if self.callback is not None and "loss" in logs:
+        if "loss" in logs:
             logs.update(self.callback.take_metrics())
-        elif self.callback is not None and logs.get("train_runtime") and "train_samples_per_second" in logs:
+        elif logs.get("train_runtime") and "train_samples_per_second" in logs:
             # The trainer assumes that every row of the dataset was trained on.
             trained = self.callback.totals.num_trained - self.callback.num_trained_before
             logs["train_samples_per_second"] = round(trained / logs["train_runtime"], 3)
@@ -156,7 +169,7 @@ class SpiceHooks:
         """A checkpoint gets SPICE's state before it is pushed, rotated, or marked complete by the trainer's state."""
         result = original(*args, **kwargs)
         output_dir = kwargs.get("output_dir", args[0] if args else None)
-        if self.callback is None or output_dir is None or not self.trainer.is_in_train:
+        if output_dir is None or not self.trainer.is_in_train:
             return result
         if os.path.basename(output_dir).startswith(f"{PREFIX_CHECKPOINT_DIR}-") and self.trainer.args.should_save:
             self.callback.save_state(output_dir)
@@ -164,14 +177,12 @@ class SpiceHooks:
 
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tells the callback which checkpoint is resumed, before the loader is built."""
-        if self.callback is not None:
-            self.callback.resume_from = kwargs.get("resume_from_checkpoint")
+        self.callback.resume_from = kwargs.get("resume_from_checkpoint")
         try:
             return original(*args, **kwargs)
         finally:
             # Also after an exception; and a loader that is iterated outside a run must not append to its records.
-            if self.callback is not None:
-                self.callback.close_records()
+            self.callback.close_records()
 
     # Parts
 

@@ -51,6 +51,11 @@ def attach_spice(
     sampler = config_or_sampler if isinstance(config_or_sampler, SpiceSampler) else SpiceSampler(config_or_sampler)
     show_messages()
     check_trainer(trainer)
+    if sampler.progress is not None:
+        raise ValueError(
+            "This SpiceSampler is attached to another trainer, whose picks it follows. Build a SpiceSampler for each "
+            "trainer, or call detach_spice on the other one first."
+        )
     hooks = SpiceHooks(trainer, sampler)
     hooks.check(verify=verify)
     hooks.install()

@@ -228,6 +228,8 @@ class GradientScorer:
         # A row without label tokens has a zero gradient: nothing to compute.
         scored = [position for position, row in enumerate(rows) if row.num_label_tokens > 0]
         done = len(rows) - len(scored)
+        if report is not None and not scored:
+            report(done)
         with SampleGradients(self.get_model(), self.modules) as sample_gradients:
             for batch in plan_micro_batches([rows[position] for position in scored], self.tokens_per_batch):
                 positions = [scored[position] for position in batch]

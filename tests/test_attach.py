@@ -256,3 +256,31 @@ def test_spice_sft_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert trained_indices(tmp_path / "found") == trained_indices(tmp_path / "expected")
     assert trainer._spice.sampler.schedule.shape.equal_slots is False
+
+
+def test_a_method_wrapped_after_attaching_is_left_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, spice=CONFIG)
+    attached_log, seen = trainer.log, []
+
+    def log(logs: dict[str, float], *args: Any) -> None:
+        seen.append(dict(logs))
+        attached_log(logs, *args)
+
+    trainer.log = log
+    with caplog.at_level("WARNING", logger="spice_trainer"):
+        detach_spice(trainer)
+    assert "trainer.log was replaced after attach_spice and is left as it is" in caplog.text
+    assert trainer.log is log and "get_train_dataloader" not in vars(trainer)
+    trainer.train()
+    assert any("loss" in logs for logs in seen)
+    assert not any(key.startswith("spice/") for row in trainer.state.log_history for key in row)
+
+
+def test_a_sampler_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    sampler = SpiceSampler(CONFIG)
+    first, second = make_trainer(tmp_path / "first"), make_trainer(tmp_path / "second")
+    attach_spice(first, sampler)
+    with pytest.raises(ValueError, match="This SpiceSampler is attached to another trainer"):
+        attach_spice(second, sampler)
+    detach_spice(first)
+    attach_spice(second, sampler)

@@ -54,7 +54,7 @@ def add_lora(model: nn.Module, seed: int) -> nn.Module:
 
 def read_rows(path: Path, tokenizer: Any, *, seed: int, max_tokens: int, num_rows: int) -> list[Row]:
     """The first `num_rows` usable rows of the shuffled file."""
-    with (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         records = [json.loads(line) for line in file if line.strip()]
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
