@@ -104,7 +104,7 @@ class SpiceHooks:
             min(schedule.pool_size, schedule.num_rows),
             scorer.num_features,
             scorer.dimension,
-            device=args.device,
+            device=scorer.device,
             config=self.sampler.config,
         )
         rows = self._sample_rows(dataset, collate)
@@ -119,7 +119,7 @@ class SpiceHooks:
                 self.trainer.model,
                 scorer.modules,
                 labelled[:2],
-                device=args.device,
+                device=scorer.device,
                 autocast=self.trainer.accelerator.autocast,
             )
             logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)

@@ -183,7 +183,7 @@ class GradientScorer:
         """
         total, done = sum(map(len, pools)), 0
         for group in self._group_pools(pools):
-            with preserved_random_state(self._device()):
+            with preserved_random_state(self.device):
                 rows = [row for pool in group for row in self._load_rows(pool)]
                 report = None if progress is None else partial(_report, progress, done, total)
                 buffer, losses = self._fill_buffer(rows, report)
@@ -213,14 +213,16 @@ class GradientScorer:
             rows = [self.dataset[index] for index in indices]
         return [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, and where the features live."""
         embedding: nn.Module = self.get_model().get_input_embeddings()  # type: ignore[operator]
         return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))
 
     def _fill_buffer(
         self, rows: Sequence[CandidateRow], report: Callable[[int], None] | None
     ) -> tuple[FeatureBuffer, Float[Tensor, "N"]]:
-        device = self._device()
+        device = self.device
         if self.sketch_dim and self._sketch is None:
             self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
         buffer = FeatureBuffer(len(rows), self._sizes, self._sketch, device)
