@@ -127,7 +127,6 @@ class SpiceCallback(TrainerCallback):
                     "seconds_training": seconds,
                     "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
                     "tokens_trained": num_tokens,
-                    "num_fillers": selection.num_fillers,
                 }
             )
         self._current = None
