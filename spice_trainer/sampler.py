@@ -65,8 +65,6 @@ class SpiceSampler(Sampler[int]):
         self._picks_of_epoch: list[int] = []
         self._picks_epoch = -1
 
-    # Binding to a model and a dataset
-
     def prepare(self, schedule: PoolSchedule, scorer: GradientScorer) -> None:
         """Binds the sampler to a schedule and a scorer, at the beginning of a run.
 
@@ -180,8 +178,6 @@ class SpiceSampler(Sampler[int]):
         """Stops calling `listener`."""
         self._listeners.remove(listener)
 
-    # Iterating
-
     def __len__(self) -> int:
         """Rows of an epoch, at most."""
         return self.schedule.samples_per_epoch
@@ -279,8 +275,6 @@ class SpiceSampler(Sampler[int]):
             raise too_few_picks(self.global_step, shape.num_slots)
         num_fillers = max(0, shape.num_slots - len(indices))
         return StepSelection(step=self.global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
-
-    # State
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the number of optimizer steps: replayed picks and recent steps without picks."""
