@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spice_trainer.picks import StepSelection
 from spice_trainer.pools import PoolSchedule, deal, slot_index
+from spice_trainer.rows import fetch_rows
 
 
 class PickSource(Protocol):
@@ -90,11 +91,7 @@ class SelectedRows(Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> SlotRows:
-        if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(list(indices))
-        else:
-            rows = [self.dataset[index] for index in indices]
-        return SlotRows(rows, neutral=getattr(indices, "neutral", False))
+        return SlotRows(fetch_rows(self.dataset, indices), neutral=getattr(indices, "neutral", False))
 
 
 class SlotCollator:

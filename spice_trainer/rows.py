@@ -42,6 +42,14 @@ class CandidateRow:
     can_be_padded: bool
 
 
+def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Rows of a dataset, in one call where it can (`datasets.Dataset` reads a batch much faster than row by row)."""
+    if hasattr(dataset, "__getitems__"):
+        rows: list[Any] = dataset.__getitems__(list(indices))
+        return rows
+    return [dataset[index] for index in indices]
+
+
 def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> CandidateRow:
     """Collates one dataset row alone.
 

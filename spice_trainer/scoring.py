@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.gradients import SampleGradients, trainable_size
 from spice_trainer.gram import measure_rows, normalization_weights, normalized_gram
-from spice_trainer.rows import CandidateRow, collate_row, pad_rows, plan_micro_batches
+from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, pad_rows, plan_micro_batches
 from spice_trainer.sketch import GradientSketch
 
 # Features of several pools are held together up to this size; one pool is always held.
@@ -207,10 +207,7 @@ class GradientScorer:
             yield group
 
     def _load_rows(self, indices: Sequence[int]) -> list[CandidateRow]:
-        if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(list(indices))
-        else:
-            rows = [self.dataset[index] for index in indices]
+        rows = fetch_rows(self.dataset, indices)
         return [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
 
     @property
