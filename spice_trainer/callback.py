@@ -15,6 +15,7 @@ from spice_trainer.loading import SlotCollator
 from spice_trainer.logs import logger
 from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics
 from spice_trainer.picks import StepSelection
+from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.summary import (
@@ -46,6 +47,7 @@ class SpiceCallback(TrainerCallback):
         self.totals = RunTotals()
         self.num_trained_before = 0
         self.collator: SlotCollator | None = None
+        self.processes = Processes()
         self.plan: RunPlan | None = None
         self.resume_from: str | None = None
         self._window = MetricWindow()
@@ -76,14 +78,14 @@ class SpiceCallback(TrainerCallback):
         self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
         self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
         self._records = None
-        if args.process_index == 0 and args.output_dir is not None:
+        if self.processes.is_main and args.output_dir is not None:
             self._records = RecordWriter(Path(args.output_dir) / RECORDS_FOLDER)
         if self.resume_from is not None:
             self._restore(self.resume_from)
         elif self._records is not None:
             self._records.start()
         self.num_trained_before = self.totals.num_trained
-        if self.plan is not None and args.process_index == 0:
+        if self.plan is not None:
             logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
             share = warn_of_share(self.sampler.schedule, self.sampler.config)
             if share is not None:
@@ -113,6 +115,7 @@ class SpiceCallback(TrainerCallback):
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._training_started
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
+        num_tokens = sum(self.processes.gather(num_tokens))
         self.totals.add_training(seconds, num_tokens)
         self._window.add(step_metrics(selection))
         if selection.pools:

@@ -6,6 +6,8 @@ What cannot be right is refused with what, why and the fix; what fits badly is w
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.trainer_utils import has_length
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.logs import logger
+from spice_trainer.processes import Processes, check_parallelism
 
 
 def check_trainer(trainer: Any) -> None:
@@ -52,20 +55,13 @@ def check_trainer(trainer: Any) -> None:
             f"The trainer would run torch.nn.DataParallel over {args.n_gpu} GPUs, whose replicas bypass the hooks "
             "that SPICE reads gradients with. Make a single GPU visible with `CUDA_VISIBLE_DEVICES=0`."
         )
-    if args.world_size > 1:
+    check_parallelism(trainer.accelerator)
+    if args.world_size > 1 and args.accelerator_config.split_batches:
         raise ValueError(
-            f"This run has {args.world_size} processes. Scoring is not shared between processes in this version of "
-            "spice_trainer; start the script as a single process (`python script.py`)."
+            "accelerator_config has split_batches=True, under which a batch is cut into parts for the processes. "
+            "SPICE deals its picks to them itself: set split_batches=False, and per_device_train_batch_size to what "
+            f"each of the {args.world_size} processes gets."
         )
-    for name, enabled in (
-        ("DeepSpeed", getattr(trainer, "is_deepspeed_enabled", False)),
-        ("FSDP", getattr(trainer, "is_fsdp_enabled", False)),
-    ):
-        if enabled:
-            raise ValueError(
-                f"The trainer runs under {name}, which this version of spice_trainer does not support. Run without "
-                "it: a single process needs no sharding."
-            )
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size=True restarts the run with another batch size when memory runs out, and the batch "
@@ -154,12 +150,38 @@ def is_token_normalized(trainer: Any) -> bool:
     return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
 
 
+def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
+    """Refuses processes that see different data or settings: they would pick, and wait, for different things.
+
+    Args:
+        processes ([`~spice_trainer.processes.Processes`]): The processes of the run; each calls this.
+        seen (`Mapping[str, Any]`): What must be the same on all of them, by name.
+
+    Raises:
+        ValueError: On every process, naming what differs.
+    """
+    everyones = processes.gather(dict(seen))
+    differing = [
+        f"{name} is {everyones[0][name]!r} on process 0 and {other[name]!r} on process {rank}"
+        for rank, other in enumerate(everyones)
+        for name in seen
+        if other[name] != everyones[0][name]
+    ]
+    if differing:
+        raise ValueError(
+            f"The processes of this run don't see the same: {'; '.join(differing)}. They must build the same dataset "
+            "and the same settings: give random filters and shuffles a seed, and let every process load the whole "
+            "dataset rather than a part of it."
+        )
+
+
 def check_memory(
-    num_rows: int, num_features: int, dimension: int, *, device: torch.device, config: SpiceConfig
+    feature_bytes: int, num_rows: int, *, num_features: int, dimension: int, device: torch.device, config: SpiceConfig
 ) -> None:
     """Refuses exact or sketched features that cannot fit in free memory.
 
     Args:
+        feature_bytes (`int`): What a process needs to score one pool.
         num_rows (`int`): Candidates of a pool.
         num_features (`int`): Numbers kept per candidate.
         dimension (`int`): D.
@@ -169,8 +191,8 @@ def check_memory(
     Raises:
         ValueError: If one pool's features exceed free memory; names the `sketch_dim` that fits.
     """
-    needed, free = num_rows * num_features * 4, free_memory(device)
-    if needed <= free:
+    free = free_memory(device)
+    if feature_bytes <= free:
         return
     # A quarter of what is free: activations, the optimizer and the data need room too.
     fitting = int(free / 4 / num_rows / 4)
@@ -184,15 +206,16 @@ def check_memory(
         )
     raise ValueError(
         f"Scoring a pool of {num_rows} candidates with {num_features:,} gradient numbers each needs "
-        f"{needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
+        f"{feature_bytes / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
     )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that this process can still allocate on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    # The processes of a machine share its memory.
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,15 +23,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spice_trainer.adapters import find_lora_modules
 from spice_trainer.callback import SpiceCallback
-from spice_trainer.compatibility import check_memory, is_token_normalized, warn_of_arguments, warn_of_schedule
+from spice_trainer.compatibility import (
+    check_agreement,
+    check_memory,
+    is_token_normalized,
+    warn_of_arguments,
+    warn_of_schedule,
+)
 from spice_trainer.loading import SlotCollator, build_dataloader
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule, build_schedule
+from spice_trainer.processes import Processes
+from spice_trainer.progress import ScoringProgress
+from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.sampler import SpiceSampler
-from spice_trainer.scoring import FEATURE_BUFFER_BYTES, GradientScorer, preserved_random_state
+from spice_trainer.scoring import GradientScorer, input_device
 from spice_trainer.summary import RunPlan
-from spice_trainer.verification import verify_gradients
+from spice_trainer.verification import has_whole_weights, verify_gradients
 
 HOOKED_METHODS = ("get_train_dataloader", "get_batch_samples", "log", "save_model", "_inner_training_loop")
 SAMPLE_ROWS = 32
@@ -49,7 +57,6 @@ class SpiceHooks:
         self._is_installed = False
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, Any] = {}
-        self._last_report = 0.0
 
     def install(self) -> None:
         """Binds the hooked methods and adds the callback."""
@@ -62,7 +69,7 @@ class SpiceHooks:
             setattr(self.trainer, name, self._bound[name])
         self.trainer.add_callback(self.callback)
         self.trainer._spice = self
-        self.sampler.progress = self._report_progress
+        self.sampler.progress = ScoringProgress(self.trainer, self.sampler).report
         self._is_installed = True
 
     def remove(self) -> None:
@@ -89,40 +96,62 @@ class SpiceHooks:
 
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
-        args = self.trainer.args
-        dataset, collate = self._training_rows(self.trainer.get_train_dataloader)
-        schedule = self._build_schedule(dataset)
-        scorer = self._build_scorer(dataset, collate, schedule)
-        warn_of_arguments(args)
-        warn_of_schedule(
-            args,
-            steps_per_epoch=schedule.steps_per_epoch,
-            num_rows=schedule.num_rows,
-            samples_per_step=schedule.shape.samples_per_step,
-        )
-        check_memory(
-            min(schedule.pool_size, schedule.num_rows),
-            scorer.num_features,
-            scorer.dimension,
-            device=scorer.device,
-            config=self.sampler.config,
-        )
-        rows = self._sample_rows(dataset, collate)
-        labelled = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)
-        if not labelled:
-            raise ValueError(
-                f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
-                "trained or scored. Look at the prompt masking and at `max_length`."
+        args, model = self.trainer.args, self.trainer.model
+        processes = Processes.of(self.trainer.accelerator)
+        with processes.failing_together("attaching SPICE"):
+            dataset, collate = self._training_rows(self.trainer.get_train_dataloader)
+            schedule = self._build_schedule(dataset)
+            scorer = self._build_scorer(dataset, collate, schedule)
+            warn_of_arguments(args)
+            warn_of_schedule(
+                args,
+                steps_per_epoch=schedule.steps_per_epoch,
+                num_rows=schedule.num_rows,
+                samples_per_step=schedule.shape.samples_per_step,
             )
-        if verify:
-            error = verify_gradients(
-                self.trainer.model,
-                scorer.modules,
-                labelled[:2],
+            num_candidates = min(schedule.pool_size, schedule.num_rows)
+            check_memory(
+                scorer.feature_bytes(1, num_candidates),
+                num_candidates,
+                num_features=scorer.num_features,
+                dimension=scorer.dimension,
                 device=scorer.device,
-                autocast=self.trainer.accelerator.autocast,
+                config=self.sampler.config,
             )
-            logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+            rows = self._sample_rows(dataset, collate)
+            labelled = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)
+            if not labelled:
+                raise ValueError(
+                    f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
+                    "trained or scored. Look at the prompt masking and at `max_length`."
+                )
+        check_agreement(
+            processes,
+            {
+                "the number of rows": len(dataset),
+                "the number of tokens of some rows": [row.num_tokens for row in rows],
+                "the SPICE configuration": self.sampler.config,
+                "the seed of the pools": schedule.seed,
+                "the number of optimizer steps of an epoch": schedule.steps_per_epoch,
+                "the number of LoRA layers": len(scorer.modules),
+            },
+        )
+        if not verify:
+            return
+        if not has_whole_weights(model):
+            logger.info(
+                "SPICE: the sample gradients are not verified, because this model's weights are partitioned already "
+                "(ZeRO-3). Attach once in a single process to verify them."
+            )
+            return
+        # One process is enough, and with FSDP's efficient loading only that one has the weights yet.
+        with processes.failing_together("verifying the sample gradients"):
+            if processes.is_main:
+                autocast = self.trainer.accelerator.autocast
+                error = verify_gradients(
+                    model, scorer.modules, labelled[:2], device=input_device(model), autocast=autocast
+                )
+                logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
 
     # The hooked methods
 
@@ -132,16 +161,17 @@ class SpiceHooks:
         schedule = self._build_schedule(dataset)
         scorer = self._build_scorer(dataset, collate, schedule)
         self.sampler.prepare(schedule, scorer)
-        args = self.trainer.args
+        args, processes = self.trainer.args, scorer.processes
         loader = build_dataloader(
             self.sampler,
             dataset,
             collate=collate,
             device=args.device,
-            rank=args.process_index,
-            world_size=args.world_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
+        self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
         self.callback.plan = self._plan_run(dataset, collate, schedule, scorer)
         return loader
@@ -227,6 +257,7 @@ class SpiceHooks:
             config=self.sampler.config,
             seed=schedule.seed,
             autocast=self.trainer.accelerator.autocast,
+            processes=Processes.of(self.trainer.accelerator),
         )
 
     def _sample_rows(self, dataset: Any, collate: Callable[..., Any]) -> list[CandidateRow]:
@@ -242,34 +273,15 @@ class SpiceHooks:
         args = self.trainer.args
         rows = self._sample_rows(dataset, collate)
         total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
-        pool_bytes = min(schedule.pool_size, schedule.num_rows) * scorer.num_features * 4
-        pools_at_once = min(schedule.shape.pools_per_step, max(1, FEATURE_BUFFER_BYTES // pool_bytes))
+        pool_size = min(schedule.pool_size, schedule.num_rows)
+        num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
         return RunPlan(
             num_rows=schedule.num_rows,
             total_steps=total,
             dimension=scorer.dimension,
             num_features=scorer.num_features,
-            feature_bytes=pools_at_once * pool_bytes,
+            feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
+            num_processes=scorer.processes.world_size,
             mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
             token_normalized=not schedule.shape.equal_slots,
         )
-
-    def _report_progress(self, done: int, total: int) -> None:
-        """Shows scoring on the trainer's own bar (two bars garble each other), or in the log every half minute."""
-        bar = next(
-            (
-                item.training_bar
-                for item in self.trainer.callback_handler.callbacks
-                if getattr(item, "training_bar", None)
-            ),
-            None,
-        )
-        now = time.monotonic()
-        if bar is not None and hasattr(bar, "set_postfix_str"):
-            if done == total or now - self._last_report >= 0.5:
-                bar.set_postfix_str("" if done == total else f"scoring {done}/{total}", refresh=True)
-                self._last_report = now
-        elif now - self._last_report >= 30:
-            if self._last_report:
-                logger.info("SPICE: scored %d of %d candidates of step %d.", done, total, self.sampler.global_step)
-            self._last_report = now

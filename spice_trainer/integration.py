@@ -49,8 +49,8 @@ def attach_spice(
             "`attach_spice(trainer, SpiceConfig(pool_size=..., num_selected=...))`."
         )
     sampler = config_or_sampler if isinstance(config_or_sampler, SpiceSampler) else SpiceSampler(config_or_sampler)
-    show_messages()
     check_trainer(trainer)
+    show_messages(is_main=trainer.is_world_process_zero())
     if sampler.progress is not None:
         raise ValueError(
             "This SpiceSampler is attached to another trainer, whose picks it follows. Build a SpiceSampler for each "

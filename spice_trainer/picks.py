@@ -17,7 +17,7 @@ import torch
 from spice_trainer.config import SpiceConfig
 from spice_trainer.fisher import InformationMeasure, build_information
 from spice_trainer.gram import scaled_alpha
-from spice_trainer.scoring import PoolScores
+from spice_trainer.pool_scores import PoolScores
 from spice_trainer.selection import Selection, greedy
 
 

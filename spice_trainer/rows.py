@@ -21,6 +21,23 @@ _FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "
 
 
 @dataclass(frozen=True)
+class RowShape:
+    """What planning needs to know of a row; small, so that processes can tell each other.
+
+    Args:
+        num_tokens (`int`): S.
+        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
+        can_be_padded (`bool`): Whether the row may share a micro-batch.
+        keys (`tuple[str, ...]`): Names of the model's inputs. Rows with different ones never share a micro-batch.
+    """
+
+    num_tokens: int
+    num_label_tokens: int
+    can_be_padded: bool
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CandidateRow:
     """One row of the training set as the model reads it.
 
@@ -40,6 +57,12 @@ class CandidateRow:
     num_tokens: int
     num_label_tokens: int
     can_be_padded: bool
+
+    @property
+    def shape(self) -> RowShape:
+        """What planning needs to know of the row."""
+        keys = tuple(sorted(key for key in self.inputs if key != "attention_mask"))
+        return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys)
 
 
 def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
@@ -120,34 +143,6 @@ def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, 
         [row.inputs.get("attention_mask", torch.ones_like(row.inputs["input_ids"])) for row in rows], 0
     )
     return inputs, pad([row.labels for row in rows], -100)
-
-
-def plan_micro_batches(rows: Sequence[CandidateRow], tokens_per_batch: int) -> list[list[int]]:
-    """Groups rows of like length into micro-batches of at most `tokens_per_batch` tokens, padding included.
-
-    Args:
-        rows (`Sequence[CandidateRow]`): Rows to score.
-        tokens_per_batch (`int`): Bound on rows × longest row. A longer row makes a micro-batch of its own.
-
-    Returns:
-        `list[list[int]]`: Positions in `rows`, longest rows first, so that a lack of memory shows at once. Rows with
-        different inputs never share a micro-batch.
-    """
-    order = sorted(range(len(rows)), key=lambda position: (-rows[position].num_tokens, position))
-    batches: list[list[int]] = []
-    open_batches: dict[tuple[str, ...], list[int]] = {}
-    for position in order:
-        row = rows[position]
-        if not row.can_be_padded:
-            batches.append([position])
-            continue
-        keys = tuple(sorted(key for key in row.inputs if key != "attention_mask"))
-        batch = open_batches.get(keys)
-        if batch is None or (len(batch) + 1) * rows[batch[0]].num_tokens > tokens_per_batch:
-            batch = open_batches[keys] = []
-            batches.append(batch)
-        batch.append(position)
-    return batches
 
 
 def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -8,7 +8,6 @@ A step's pools are scored when its first row is asked for, never earlier, so the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,11 @@ from spice_trainer.adapters import find_lora_modules
 from spice_trainer.config import SpiceConfig
 from spice_trainer.empty_steps import EmptyStepWatch
 from spice_trainer.loading import build_dataloader
-from spice_trainer.picks import PoolSelection, StepSelection, round_down_picks, select_pool, too_few_picks
+from spice_trainer.picks import StepSelection, too_few_picks
 from spice_trainer.pools import PoolSchedule, build_schedule, replay_epoch
+from spice_trainer.processes import Processes, without_wrapper
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.steps import score_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,7 +96,8 @@ class SpiceSampler(Sampler[int]):
 
         Args:
             model (`torch.nn.Module`):
-                PEFT model with a LoRA adapter, on its device.
+                PEFT model with a LoRA adapter, on its device; in a run of several processes as `accelerator.prepare`
+                returned it.
             dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
                 Tokenised rows with a length and random access.
             data_collator (`Callable`):
@@ -105,7 +107,8 @@ class SpiceSampler(Sampler[int]):
             gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
                 Micro-batches of an optimizer step.
             accelerator (`accelerate.Accelerator`, *optional*):
-                Gives device, precision and rank. Without one the model's device is used.
+                Gives device, precision and processes; needed in a run of several. Without one the model's device is
+                used.
             token_normalized (`bool`, *optional*, defaults to `True`):
                 Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
                 is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
@@ -121,17 +124,13 @@ class SpiceSampler(Sampler[int]):
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or the model has no LoRA layers to score.
         """
-        world_size = 1 if accelerator is None else accelerator.num_processes
-        if world_size > 1:
-            raise ValueError(
-                f"SpiceSampler.bind was called in a run of {world_size} processes. Scoring is not shared between "
-                "processes in this version; start the script as a single process."
-            )
+        processes = Processes() if accelerator is None else Processes.of(accelerator)
+        model = without_wrapper(model)
         schedule = build_schedule(
             self.config,
             len(dataset),
             per_device_train_batch_size=per_device_train_batch_size,
-            num_slots=world_size * gradient_accumulation_steps,
+            num_slots=processes.world_size * gradient_accumulation_steps,
             token_normalized=token_normalized,
             drop_last=drop_last,
             seed=seed,
@@ -144,6 +143,7 @@ class SpiceSampler(Sampler[int]):
             config=self.config,
             seed=schedule.seed,
             autocast=None if accelerator is None else accelerator.autocast,
+            processes=processes,
         )
         self.prepare(schedule, scorer)
         return build_dataloader(
@@ -151,8 +151,8 @@ class SpiceSampler(Sampler[int]):
             dataset,
             collate=data_collator,
             device=next(model.parameters()).device if accelerator is None else accelerator.device,
-            rank=0 if accelerator is None else accelerator.process_index,
-            world_size=world_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
 
@@ -237,28 +237,16 @@ class SpiceSampler(Sampler[int]):
 
     def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
         plan = self.schedule.pools(epoch, step_in_epoch)
-        started = time.perf_counter()
-        seconds_selecting = 0.0
-        pools: list[PoolSelection] = []
-        scored = self.scorer.score(plan.pools, progress=self.progress)
-        for scores, budget in zip(scored, plan.budgets, strict=True):
-            pool_started = time.perf_counter()
-            pools.append(select_pool(scores, budget, self.config))
-            seconds_selecting += time.perf_counter() - pool_started
-        shape = self.schedule.shape
-        if shape.equal_slots:
-            pools = round_down_picks(pools, shape.num_slots, step=self.global_step)
-        indices = tuple(index for pool in pools for index in pool.indices)
-        self._empty_steps.note(self.global_step, pools)
-        return StepSelection(
+        selection = score_step(
+            plan,
+            self.scorer,
+            self.config,
+            shape=self.schedule.shape,
             step=self.global_step,
-            epoch=epoch,
-            indices=indices,
-            pools=tuple(pools),
-            num_fillers=max(0, shape.num_slots - len(indices)),
-            seconds_scoring=time.perf_counter() - started - seconds_selecting,
-            seconds_selecting=seconds_selecting,
+            progress=self.progress,
         )
+        self._empty_steps.note(self.global_step, selection.pools)
+        return selection
 
     def _replay_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
         shape = self.schedule.shape

@@ -23,7 +23,8 @@ class RunPlan:
         total_steps (`int`): Optimizer steps of the run.
         dimension (`int`): Trainable LoRA numbers, D.
         num_features (`int`): Numbers kept per candidate.
-        feature_bytes (`int`): Memory the features of the pools scored together take.
+        feature_bytes (`int`): Memory the features of the pools scored together take on each process.
+        num_processes (`int`): Processes that share the scoring.
         mean_row_tokens (`float`): Mean tokens of a row, from a sample.
         token_normalized (`bool`): Whether the loss is normalised by `num_items_in_batch`.
     """
@@ -33,6 +34,7 @@ class RunPlan:
     dimension: int
     num_features: int
     feature_bytes: int
+    num_processes: int
     mean_row_tokens: float
     token_normalized: bool
 
@@ -47,6 +49,7 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         if plan.num_features == plan.dimension
         else f"{plan.num_features:,} numbers a sample, a sketch of {plan.dimension:,}"
     )
+    shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
     at_most = "at most " if config.is_adaptive else ""
     lines = [
         f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
@@ -54,7 +57,8 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         f"Each step scores {shape.pools_per_step} pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
-        f"The model itself scores, with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient features.",
+        f"The model itself scores, {shared}with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient "
+        f"features{' on each' if plan.num_processes > 1 else ''}.",
         f"Per step about {candidates * plan.mean_row_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from spice_trainer.gradients import SampleGradients, forward_parameters, sample_losses, trainable_bias
+from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, pad_rows
-from spice_trainer.scoring import preserved_random_state
 
 # Largest relative error per layer: rounding in fp32 is at most 1e-5; half precision rounds each product.
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
@@ -101,6 +102,18 @@ def verify_gradients(
                     "forward."
                 )
     return largest
+
+
+def has_whole_weights(model: nn.Module) -> bool:
+    """Whether the model can run a forward by itself: its weights are not partitioned over processes.
+
+    They are once FSDP wrapped the model, and as soon as a model is loaded under ZeRO-3. Only the main process asks
+    with meaning: FSDP's efficient loading leaves the others without weights until it wraps the model.
+    """
+    if any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules()):
+        return False
+    # ZeRO-3 numbers the parameters that it partitioned.
+    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager

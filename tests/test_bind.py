@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,9 +83,3 @@ def test_an_unbound_sampler_says_how_to_bind_it() -> None:
     for use in (len, list, lambda s: s.schedule, lambda s: s.scorer, lambda s: s.select_step(0, 0)):
         with pytest.raises(RuntimeError, match="no model and dataset yet. Pass it to SpiceTrainer or attach_spice"):
             use(sampler)
-
-
-def test_binding_by_hand_in_several_processes_is_refused() -> None:
-    accelerator = SimpleNamespace(process_index=0, num_processes=2)
-    with pytest.raises(ValueError, match=r"run of 2 processes\. Scoring is not shared"):
-        _bind(SpiceSampler(CONFIG), tiny_lora_model(), accelerator=accelerator)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -46,6 +48,13 @@ def _set(patch: Patch, name: str, value: Any) -> None:
 
 def _on_trainer(**attributes: Any) -> Callable[[Patch, Trainer], None]:
     return lambda patch, trainer: [setattr(trainer, name, value) for name, value in attributes.items()]
+
+
+def _on_accelerator(**attributes: Any) -> Callable[[Patch, Trainer], None]:
+    return lambda patch, trainer: [
+        patch.setattr(type(trainer.accelerator), name, property(lambda self, value=value: value))
+        for name, value in attributes.items()
+    ]
 
 
 def _frozen() -> nn.Module:
@@ -88,14 +97,25 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Patch, Traine
         lambda patch, trainer: _set(patch, "n_gpu", 2),
         "DataParallel over 2 GPUs.*CUDA_VISIBLE_DEVICES=0",
     ),
-    "processes": (
-        {},
+    "split_batches": (
+        {"accelerator_config": {"split_batches": True}},
         {},
         lambda patch, trainer: _set(patch, "world_size", 4),
-        "This run has 4 processes.*start the script as a single process",
+        "split_batches=True, under which a batch is cut.*set split_batches=False.*each of the 4 processes gets",
     ),
-    "deepspeed": ({}, {}, _on_trainer(is_deepspeed_enabled=True), "runs under DeepSpeed, which this version"),
-    "fsdp": ({}, {}, _on_trainer(is_fsdp_enabled=True), "runs under FSDP, which this version"),
+    "tensor_parallel": (
+        {},
+        {},
+        _on_accelerator(parallelism_config=SimpleNamespace(tp_size=2)),
+        r"uses tensor parallelism \(tp_size=2\), whose processes share a batch.*Set tp_size=1 and shard.*ZeRO-3",
+    ),
+    "megatron": (
+        {},
+        {},
+        _on_accelerator(distributed_type=DistributedType.MEGATRON_LM),
+        "Megatron-LM, whose pipeline and tensor parallel processes share a batch.*use DDP, FSDP or DeepSpeed ZeRO",
+    ),
+    "tpu": ({}, {}, _on_accelerator(distributed_type=DistributedType.XLA), "TPU.*torch.distributed"),
     "auto_batch_size": ({"auto_find_batch_size": True}, {}, None, "auto_find_batch_size=False and a batch size"),
     "search": ({}, {}, _on_trainer(hp_search_backend="optuna"), "during a hyperparameter search"),
     "too_many_picks": (

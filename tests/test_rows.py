@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from spice_trainer.rows import CandidateRow, collate_row, pad_rows, plan_micro_batches
+from spice_trainer.rows import collate_row, pad_rows
 
 from .trainers import collate, tiny_rows, tiny_tokenizer
 
@@ -122,38 +120,3 @@ def test_pad_rows_pads_on_the_right_and_masks() -> None:
     del rows[0].inputs["attention_mask"]
     again, _ = pad_rows(rows)
     assert torch.equal(again["attention_mask"], expected["attention_mask"])
-
-
-def _row(length: int, *, keys: tuple[str, ...] = ("input_ids",), can_be_padded: bool = True) -> CandidateRow:
-    inputs = {key: torch.ones(1, length, dtype=torch.long) for key in keys}
-    return CandidateRow(0, inputs, torch.ones(1, length, dtype=torch.long), length, length - 1, can_be_padded)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), max_size=30),
-    kinds=st.lists(st.sampled_from(["plain", "types", "alone"]), min_size=30, max_size=30),
-    budget=st.integers(1, 120),
-)
-def test_micro_batches_keep_the_token_budget(lengths: list[int], kinds: list[str], budget: int) -> None:
-    rows = [
-        _row(
-            length,
-            keys=("input_ids", "token_type_ids") if kind == "types" else ("input_ids",),
-            can_be_padded=kind != "alone",
-        )
-        for length, kind in zip(lengths, kinds, strict=False)
-    ]
-    batches = plan_micro_batches(rows, budget)
-    assert sorted(sum(batches, [])) == list(range(len(rows)))
-    longest = [max(rows[position].num_tokens for position in batch) for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-    for batch, length in zip(batches, longest, strict=True):
-        assert len(batch) == 1 or len(batch) * length <= budget
-        assert len({tuple(rows[position].inputs) for position in batch}) == 1
-        assert len(batch) == 1 or all(rows[position].can_be_padded for position in batch)
-
-
-def test_micro_batches_are_filled() -> None:
-    batches = plan_micro_batches([_row(length) for length in (3, 10, 4, 5, 10)], 20)
-    assert batches == [[1, 4], [3, 2, 0]]

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
 from spice_trainer.adapters import find_lora_modules
+from spice_trainer.features import FeatureBuffer
 from spice_trainer.gradients import sample_losses
 from spice_trainer.gram import measure_rows
-from spice_trainer.rows import CandidateRow, collate_row, pad_rows, plan_micro_batches
-from spice_trainer.scoring import FeatureBuffer, GradientScorer
+from spice_trainer.micro_batches import share_micro_batches
+from spice_trainer.rows import CandidateRow, collate_row, pad_rows
+from spice_trainer.scoring import GradientScorer
 from spice_trainer.selection import select
 from tests.benchmarks.real_model import add_lora, load_model, read_rows
 
@@ -47,7 +49,7 @@ class Contestants:
         self.model, self.rows, self.tokens_per_batch, self.vmap_chunk = model, rows, tokens_per_batch, vmap_chunk
         self.modules = find_lora_modules(model)
         self.parameters = [module.weight for module in self.modules.values()]
-        self.plan = plan_micro_batches(rows, tokens_per_batch)
+        self.plan = share_micro_batches([row.shape for row in rows], tokens_per_batch)[0]
         self.batches: list[Batch] = [pad_rows([rows[position] for position in batch]) for batch in self.plan]
         self.gradients: Tensor | None = None
 
@@ -75,8 +77,8 @@ class Contestants:
             config=SpiceConfig(sketch_dim=sketch_dim, scoring_tokens_per_batch=self.tokens_per_batch),
             seed=0,
         )
-        buffer, _ = scorer._fill_buffer(self.rows, None)
-        return buffer
+        rows = dict(enumerate(self.rows))
+        return scorer._fill_buffer(list(rows), rows, self.plan, len(self.plan), lambda share: None)
 
     def one_at_a_time(self) -> Tensor:
         gradients = torch.empty(len(self.rows), sum(parameter.numel() for parameter in self.parameters))

@@ -1,0 +1,145 @@
+"""Features of candidates: where gradients go while scoring, exactly or as a sketch, and how they reach their owner.
+
+Each process fills a buffer with the features of the rows it scored, then sends every row to the process that measures
+its pool: m numbers a candidate, sent at most once, whatever the number of processes.
+
+Axes: N candidates, D gradient dimension, m features kept per candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from spice_trainer.processes import Processes
+from spice_trainer.sketch import GradientSketch
+
+
+class FeatureBuffer:
+    """Holds the features of some candidates, and takes them module by module as a gradient sink.
+
+    Args:
+        num_rows (`int`): Candidates held.
+        sizes (`Sequence[int]`): Gradient coordinates per module, D = Σ sizes.
+        sketch ([`~spice_trainer.sketch.GradientSketch`], *optional*): Folds gradients; `None` keeps them exactly.
+        device (`torch.device`): Where the features live.
+    """
+
+    def __init__(
+        self, num_rows: int, sizes: Sequence[int], sketch: GradientSketch | None, device: torch.device
+    ) -> None:
+        self._sketch = sketch
+        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._sizes = tuple(sizes)
+        width = sketch.sketch_dim if sketch is not None else self._ends[-1]
+        self.features = torch.zeros(num_rows, width, device=device)
+        self.losses = torch.zeros(num_rows, device=device)
+        # Exact also when sketched: the sketch only has to carry directions.
+        self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        self._rows = torch.empty(0, dtype=torch.long, device=device)
+        self._folded = torch.empty(0, device=device)
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Announces which rows of the buffer the next micro-batch fills, in its order."""
+        self._rows = torch.tensor(rows, device=self.features.device)
+        if self._sketch is not None:
+            self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
+
+    def add(self, module_index: int, gradients: Float[Tensor, "n D_l"]) -> None:
+        """Takes one module's sample gradients of the announced rows."""
+        gradients = gradients.to(self.features.device)
+        # float64 sums of squares: gradients of 1e-30 would vanish, and of 1e+30 overflow, when squared in float32.
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        self._squared_norms.index_add_(0, self._rows, norms.square())
+        if self._sketch is not None:
+            self._sketch.fold_(self._folded, module_index, gradients)
+        else:
+            end = self._ends[module_index]
+            self.features[self._rows, end - self._sizes[module_index] : end] = gradients
+
+    def finish(self, losses: Float[Tensor, "n"]) -> None:
+        """Ends the announced micro-batch with its rows' losses."""
+        self.losses[self._rows] = losses.to(self.losses)
+        if self._sketch is not None:
+            self.features[self._rows] = self._folded
+
+    @property
+    def norms(self) -> Float64[Tensor, "N"]:
+        """Exact norms of the raw gradients."""
+        return self._squared_norms.sqrt()
+
+
+class DiscardedGradients:
+    """A gradient sink that keeps nothing, for a forward that only keeps step with the other processes."""
+
+    def add(self, module_index: int, gradients: Tensor) -> None:
+        """Drops the gradients."""
+
+
+@dataclass(frozen=True)
+class OwnedFeatures:
+    """Features of the candidates of the pools that this process measures.
+
+    Args:
+        rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
+        features (`torch.Tensor` of shape `(n, m)`): Their features.
+        norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
+        losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
+    """
+
+    rows: dict[int, int]
+    features: Float[Tensor, "n m"]
+    norms: Float64[Tensor, "n"]
+    losses: Float[Tensor, "n"]
+
+    def take(self, positions: Sequence[int]) -> tuple[Float[Tensor, "N m"], Float64[Tensor, "N"], Float[Tensor, "N"]]:
+        """Features, norms and losses of some candidates; a view where they lie together."""
+        rows = [self.rows[position] for position in positions]
+        where: slice | list[int] = rows
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            where = slice(rows[0], rows[0] + len(rows))
+        return self.features[where], self.norms[where], self.losses[where]
+
+
+def order_for_owners(held: Sequence[int], owners: Sequence[int]) -> list[int]:
+    """The order in which a process holds candidates: by owner, then position, so that each owner's lie together."""
+    return sorted(held, key=lambda position: (owners[position], position))
+
+
+def send_to_owners(
+    buffer: FeatureBuffer, holders: Sequence[int], owners: Sequence[int], processes: Processes
+) -> OwnedFeatures:
+    """Brings each candidate's features from the process that scored it to the one that measures its pool.
+
+    Args:
+        buffer ([`FeatureBuffer`]): What this process scored, in the order of [`order_for_owners`].
+        holders (`Sequence[int]`): The process that scored each candidate.
+        owners (`Sequence[int]`): The process that measures each candidate's pool.
+        processes ([`~spice_trainer.processes.Processes`]): All of them; each calls this.
+
+    Returns:
+        [`OwnedFeatures`]
+    """
+    world_size, rank = processes.world_size, processes.rank
+    send_counts, receive_counts = [0] * world_size, [0] * world_size
+    arriving: list[list[int]] = [[] for _ in range(world_size)]
+    for position, (holder, owner) in enumerate(zip(holders, owners, strict=True)):
+        if holder == rank:
+            send_counts[owner] += 1
+        if owner == rank:
+            receive_counts[holder] += 1
+            arriving[holder].append(position)
+    features = processes.exchange(buffer.features, send_counts, receive_counts)
+    measured = torch.stack([buffer.norms, buffer.losses.double()], dim=1)
+    norms, losses = processes.exchange(measured, send_counts, receive_counts).cpu().unbind(1)
+    order = [position for positions in arriving for position in positions]
+    return OwnedFeatures(
+        rows={position: row for row, position in enumerate(order)},
+        features=features,
+        norms=norms,
+        losses=losses.float(),
+    )

@@ -1,0 +1,98 @@
+"""What scoring found out about one pool: from its candidates' features to the normalised Gram matrix.
+
+    K_xy = c_x c_y ⟨g_x, g_y⟩,      c_x = normalisation of x's gradient
+
+Axes: N candidates of a pool, D gradient dimension, m features kept per candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from spice_trainer.gram import measure_rows, normalization_weights, normalized_gram
+from spice_trainer.rows import RowShape
+
+
+@dataclass(frozen=True)
+class PoolScores:
+    """What scoring found out about one pool.
+
+    Args:
+        pool (`int`): Which of the step's pools, from 0.
+        candidates (`tuple[int, ...]`): Dataset rows in pool order.
+        gram (`torch.Tensor` of shape `(N, N)`): Normalised inner products of sample gradients, float64, on the CPU.
+        gradient_norms (`torch.Tensor` of shape `(N,)`): Norms of the raw gradients, float64.
+        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is finite.
+        nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite and not zero.
+        losses (`torch.Tensor` of shape `(N,)`): Mean negative log-likelihood of each row's label tokens.
+        label_tokens (`tuple[int, ...]`): Label tokens per row.
+        num_tokens (`tuple[int, ...]`): Tokens per row.
+        gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
+            that need coordinates.
+        row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
+            gradients.
+    """
+
+    pool: int
+    candidates: tuple[int, ...]
+    gram: Float64[Tensor, "N N"]
+    gradient_norms: Float64[Tensor, "N"]
+    finite: Bool[Tensor, "N"]
+    nonzero: Bool[Tensor, "N"]
+    losses: Float[Tensor, "N"]
+    label_tokens: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    gradients: Float[Tensor, "N D"] | None = None
+    row_weights: Float64[Tensor, "N"] | None = None
+
+
+def measure_pool(
+    features: Float[Tensor, "N m"],
+    norms: Float64[Tensor, "N"],
+    *,
+    pool: int,
+    candidates: Sequence[int],
+    shapes: Sequence[RowShape],
+    losses: Float[Tensor, "N"],
+    gradient_normalization: Literal["none", "sqrt_tokens", "tokens", "unit"],
+    keep_gradients: bool,
+) -> PoolScores:
+    """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, m)`): Features of the candidates.
+        norms (`torch.Tensor` of shape `(N,)`): Exact norms of their raw gradients.
+        pool (`int`): Which of the step's pools.
+        candidates (`Sequence[int]`): Dataset rows.
+        shapes (`Sequence[RowShape]`): Their lengths.
+        losses (`torch.Tensor` of shape `(N,)`): Their losses.
+        gradient_normalization (`str`): See [`SpiceConfig`].
+        keep_gradients (`bool`): Whether the features are kept for measures that need coordinates.
+
+    Returns:
+        [`PoolScores`]
+    """
+    geometry = measure_rows(features)
+    finite = geometry.finite.cpu() & norms.isfinite()
+    nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
+    label_tokens = tuple(shape.num_label_tokens for shape in shapes)
+    weights = normalization_weights(norms, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
+    return PoolScores(
+        pool=pool,
+        candidates=tuple(candidates),
+        gram=normalized_gram(geometry.cosines.cpu(), norms, weights, unit=gradient_normalization == "unit"),
+        gradient_norms=norms,
+        finite=finite,
+        nonzero=nonzero,
+        losses=losses,
+        label_tokens=label_tokens,
+        num_tokens=tuple(shape.num_tokens for shape in shapes),
+        gradients=features if keep_gradients else None,
+        row_weights=weights * geometry.scales.cpu() if keep_gradients else None,
+    )

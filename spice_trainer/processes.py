@@ -1,0 +1,188 @@
+"""The processes of a run: who this one is, and what scoring sends between them.
+
+Scoring is shared: each process computes the gradients of some candidates, and every pool's features are brought
+together on the one process that measures the pool (its owner). Objects (picks, row lengths, errors) go through
+Accelerate; features through one `all_to_all`, so that a candidate's features are sent at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that score together; by default a single one.
+
+    Every method but [`Processes.owner`] is a collective: all processes must call it, in the same order.
+
+    Args:
+        rank (`int`, *optional*, defaults to `0`):
+            This process.
+        world_size (`int`, *optional*, defaults to `1`):
+            How many there are.
+        device (`torch.device`, *optional*):
+            Where tensors that are sent must be: the CPU for gloo, this process's GPU for NCCL.
+        lockstep (`bool`, *optional*, defaults to `False`):
+            Whether the model's weights are sharded (FSDP, ZeRO-3), so that every forward gathers them from all
+            processes and each must run equally many.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    lockstep: bool = False
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Processes:
+        """The processes of an accelerator.
+
+        Args:
+            accelerator (`accelerate.Accelerator`): The run's accelerator, prepared or not.
+
+        Returns:
+            [`Processes`]
+
+        Raises:
+            ValueError: If the processes don't each train on data of their own (tensor, context, sequence or pipeline
+                parallelism).
+        """
+        check_parallelism(accelerator)
+        plugin = accelerator.state.deepspeed_plugin
+        return cls(
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+            lockstep=accelerator.distributed_type == DistributedType.FSDP
+            or (plugin is not None and plugin.zero_stage == 3),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    def owner(self, pool: int) -> int:
+        """The process that measures a pool of a step: they take turns."""
+        return pool % self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank, on every process."""
+        return gather_object([value]) if self.world_size > 1 else [value]
+
+    def broadcast(self, value: T) -> T:
+        """The value of process 0."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values, from_process=0)
+        return values[0]
+
+    def exchange(
+        self, rows: Shaped[Tensor, "n *features"], send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Shaped[Tensor, "m *features"]:
+        """Sends rows to their owners.
+
+        Args:
+            rows (`torch.Tensor` of shape `(n, ...)`):
+                Rows of this process, those for process 0 first.
+            send_counts (`Sequence[int]`):
+                How many go to each process, n in all.
+            receive_counts (`Sequence[int]`):
+                How many come from each process, m in all.
+
+        Returns:
+            `torch.Tensor` of shape `(m, ...)`: What was sent to this process, that of process 0 first.
+        """
+        if self.world_size == 1:
+            return rows
+        received = torch.empty(sum(receive_counts), *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        torch.distributed.all_to_all_single(
+            received, rows.to(self.device).contiguous(), list(receive_counts), list(send_counts)
+        )
+        return received
+
+    @contextmanager
+    def failing_together(self, doing: str) -> Iterator[None]:
+        """Ends the block on every process with an error if it failed on one.
+
+        Without this the others would wait in their next collective for a process that does not come.
+
+        Args:
+            doing (`str`): What the block does, for the message.
+
+        Raises:
+            RuntimeError: On the processes where the block did not fail, with the error of the first that did.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failures = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RuntimeError(
+                    f"SPICE: process {rank} of {self.world_size} failed while {doing}, so this one stops too. The "
+                    f"error there, with its traceback in that process's output: {failure}"
+                )
+
+
+def check_parallelism(accelerator: Accelerator) -> None:
+    """Refuses processes that share one batch, which are not SPICE's to deal picks to.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): The run's accelerator.
+
+    Raises:
+        ValueError: With the name of the parallelism.
+    """
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise ValueError(
+            "This run uses Megatron-LM, whose pipeline and tensor parallel processes share a batch. SPICE deals its "
+            "picks to processes that each train on their own: use DDP, FSDP or DeepSpeed ZeRO."
+        )
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise ValueError(
+            "This run uses TPUs (torch_xla), whose processes cannot send each other what scoring shares through "
+            "torch.distributed. Run on GPUs or CPUs."
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name, kind in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(parallelism, name, 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"This run uses {kind} parallelism ({name}={size}), whose processes share a batch. SPICE deals its "
+                f"picks to processes that each train on their own. Set {name}=1 and shard the model with FSDP or "
+                "DeepSpeed ZeRO-3 instead."
+            )
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside DDP's or DeepSpeed's wrapper, whose forwards count and scale what belongs to training.
+
+    FSDP's stays: sharded weights are gathered by it alone.
+    """
+    if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        inner: nn.Module = model.module  # type: ignore[assignment]
+        return inner
+    return model

@@ -1,0 +1,30 @@
+"""Random states that come back as they were, whatever a user's collator or dataset draws in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Gives back the random states of Python, NumPy, torch and `device` as they were.
+
+    The model draws nothing in evaluation mode, but a user's dataset transform or collator may, and the training run
+    must not see that it was called for candidates.
+
+    Args:
+        device (`torch.device`): The device whose generator training draws from, beside the CPU's.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
