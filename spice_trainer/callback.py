@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ class SpiceCallback(TrainerCallback):
         self.num_trained_before = 0
         self.collator: SlotCollator | None = None
         self.processes = Processes()
+        self.verify: Callable[[], None] | None = None
         self.plan: RunPlan | None = None
         self.resume_from: str | None = None
+        self._num_verifications = 0
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
         self._current: StepSelection | None = None
@@ -90,6 +93,9 @@ class SpiceCallback(TrainerCallback):
             share = warn_of_share(self.sampler.schedule, self.sampler.config)
             if share is not None:
                 logger.warning("%s", share)
+        # While B of a fresh adapter is zero the gradients of A are too: look again once it is not.
+        self._num_verifications = 2
+        self._verify()
 
     def on_selection(self, selection: StepSelection) -> None:
         """Records a step's picks before it trains."""
@@ -133,6 +139,7 @@ class SpiceCallback(TrainerCallback):
                 }
             )
         self._current = None
+        self._verify()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,6 +148,11 @@ class SpiceCallback(TrainerCallback):
         if self._records is not None and self.totals.num_steps:
             print_summary(self.totals, os.fspath(self._records.directory))
         self.close_records()
+
+    def _verify(self) -> None:
+        if self.verify is not None and self._num_verifications > 0:
+            self._num_verifications -= 1
+            self.verify()
 
     # What the Trainer's log and checkpoints get
 

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from spice_trainer.kernels import check_quantized_layers, training_flag_for_scoring, uncompiled
 
 # Activation gradients of a mean over tokens are often below float16's smallest number (6e-8). A power of two, so that
 # multiplying the losses and dividing the gradients rounds nothing.
@@ -76,9 +79,9 @@ def trainable_bias(module: nn.Linear) -> bool:
 class SampleGradients:
     """Context manager that computes sample gradients of LoRA layers and leaves no trace behind.
 
-    While it is open every module is in evaluation mode (LoRA dropout, NEFTune and gradient checkpointing are off) and
-    the hooks are in place. On exit, also after an exception, each module's own mode is restored and every hook
-    removed.
+    While it is open every module is in evaluation mode (LoRA dropout, NEFTune and gradient checkpointing are off;
+    quantised linear layers alone train, see module `kernels`), compiled modules run uncompiled and the hooks are in
+    place. On exit, also after an exception, each module's own mode is restored and every hook removed.
 
     Args:
         model (`torch.nn.Module`):
@@ -103,19 +106,23 @@ class SampleGradients:
         self._extra_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._modes: list[tuple[nn.Module, bool]] = []
+        self._contexts = ExitStack()
         self._leaf: Tensor | None = None
         self._sink: GradientSink | None = None
         self._num_samples = 0
         self._loss_scale = 1.0
+        self._is_backward = False
         self._num_waiting: dict[int, int] = {}
         self._partial: dict[int, Tensor] = {}
 
     def __enter__(self) -> SampleGradients:
+        check_quantized_layers(self.model)
         self._modes = [(module, module.training) for module in self.model.modules()]
         try:
+            self._contexts.enter_context(uncompiled(self.model))
             # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
             for module, _ in self._modes:
-                module.training = False
+                module.training = training_flag_for_scoring(module)
             embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
             self._handles.append(embedding.register_forward_hook(self._replace_by_leaf))
             for index, module in enumerate(self._modules):
@@ -131,6 +138,7 @@ class SampleGradients:
         self._restore()
 
     def _restore(self) -> None:
+        self._contexts.close()
         for handle in self._handles:
             handle.remove()
         for module, training in self._modes:
@@ -181,7 +189,11 @@ class SampleGradients:
                 )
             losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
             self._loss_scale = FLOAT16_LOSS_SCALE if _computes_in_float16(logits) else 1.0
-            torch.autograd.backward(losses.sum() * self._loss_scale, inputs=[self._leaf])
+            self._is_backward = True
+            try:
+                torch.autograd.backward(losses.sum() * self._loss_scale, inputs=[self._leaf])
+            finally:
+                self._is_backward = False
         self._leaf, self._sink = None, None
         self._check_all_received()
         return losses.detach()
@@ -200,7 +212,9 @@ class SampleGradients:
                     "apart by sample. This happens in mixture-of-experts layers, which flatten the batch. Leave this "
                     "layer out of `target_modules`."
                 )
-            if not output.requires_grad:
+            # Checkpointing that evaluation mode does not switch off (FSDP's) runs forwards again within the backward;
+            # no gradient comes to their outputs.
+            if not output.requires_grad or self._is_backward:
                 return
             # A module may be called more than once in a forward (shared layers); its gradient is the sum.
             self._num_waiting[index] = self._num_waiting.get(index, 0) + 1
@@ -247,7 +261,9 @@ def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], m
         `torch.Tensor` of shape `(N,)`; 0 for a sample without labels.
     """
     rows = mask.nonzero()[:, 0]
-    token_losses = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
+    # Not `cross_entropy`, which Liger can replace by a kernel that writes into the logits. The numbers are the same.
+    log_probabilities = torch.log_softmax(logits[mask].float(), dim=-1)
+    token_losses = nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none")
     totals = token_losses.new_zeros(len(mask)).index_add(0, rows, token_losses)
     return totals / mask.sum(1).clamp(min=1)
 

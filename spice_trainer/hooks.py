@@ -22,14 +22,9 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spice_trainer.adapters import find_lora_modules
+from spice_trainer.attachment import check_run, verify_run
 from spice_trainer.callback import SpiceCallback
-from spice_trainer.compatibility import (
-    check_agreement,
-    check_memory,
-    is_token_normalized,
-    warn_of_arguments,
-    warn_of_schedule,
-)
+from spice_trainer.compatibility import check_agreement, is_token_normalized
 from spice_trainer.loading import SlotCollator, build_dataloader
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule, build_schedule
@@ -38,9 +33,8 @@ from spice_trainer.progress import ScoringProgress
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.sampler import SpiceSampler
-from spice_trainer.scoring import GradientScorer, input_device
+from spice_trainer.scoring import GradientScorer
 from spice_trainer.summary import RunPlan
-from spice_trainer.verification import has_whole_weights, verify_gradients
 
 HOOKED_METHODS = ("get_train_dataloader", "get_batch_samples", "log", "save_model", "_inner_training_loop")
 SAMPLE_ROWS = 32
@@ -55,12 +49,14 @@ class SpiceHooks:
         self.trainer = trainer
         self.sampler = sampler
         self._is_installed = False
+        self._verify_later: Callable[[], None] | None = None
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, Any] = {}
 
     def install(self) -> None:
         """Binds the hooked methods and adds the callback."""
         self.callback = SpiceCallback(self.sampler)
+        self.callback.verify = self._verify_later
         for name in HOOKED_METHODS:
             # An attribute a user bound on the instance is kept, called, and put back on removal.
             self._replaced[name] = vars(self.trainer).get(name)
@@ -96,35 +92,13 @@ class SpiceHooks:
 
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
-        args, model = self.trainer.args, self.trainer.model
         processes = Processes.of(self.trainer.accelerator)
         with processes.failing_together("attaching SPICE"):
             dataset, collate = self._training_rows(self.trainer.get_train_dataloader)
             schedule = self._build_schedule(dataset)
             scorer = self._build_scorer(dataset, collate, schedule)
-            warn_of_arguments(args)
-            warn_of_schedule(
-                args,
-                steps_per_epoch=schedule.steps_per_epoch,
-                num_rows=schedule.num_rows,
-                samples_per_step=schedule.shape.samples_per_step,
-            )
-            num_candidates = min(schedule.pool_size, schedule.num_rows)
-            check_memory(
-                scorer.feature_bytes(1, num_candidates),
-                num_candidates,
-                num_features=scorer.num_features,
-                dimension=scorer.dimension,
-                device=scorer.device,
-                config=self.sampler.config,
-            )
             rows = self._sample_rows(dataset, collate)
-            labelled = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)
-            if not labelled:
-                raise ValueError(
-                    f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
-                    "trained or scored. Look at the prompt masking and at `max_length`."
-                )
+            check_run(self.trainer.args, schedule, scorer, rows, config=self.sampler.config)
         check_agreement(
             processes,
             {
@@ -136,22 +110,8 @@ class SpiceHooks:
                 "the number of LoRA layers": len(scorer.modules),
             },
         )
-        if not verify:
-            return
-        if not has_whole_weights(model):
-            logger.info(
-                "SPICE: the sample gradients are not verified, because this model's weights are partitioned already "
-                "(ZeRO-3). Attach once in a single process to verify them."
-            )
-            return
-        # One process is enough, and with FSDP's efficient loading only that one has the weights yet.
-        with processes.failing_together("verifying the sample gradients"):
-            if processes.is_main:
-                autocast = self.trainer.accelerator.autocast
-                error = verify_gradients(
-                    model, scorer.modules, labelled[:2], device=input_device(model), autocast=autocast
-                )
-                logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+        if verify:
+            self._verify_later = verify_run(self.trainer, scorer, rows)
 
     # The hooked methods
 

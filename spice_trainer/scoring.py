@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.features import DiscardedGradients, FeatureBuffer, OwnedFeatures, order_for_owners, send_to_owners
 from spice_trainer.gradients import SampleGradients, trainable_size
+from spice_trainer.kernels import rows_influence_each_other
 from spice_trainer.micro_batches import share_micro_batches
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.processes import Processes
@@ -185,10 +186,11 @@ class GradientScorer:
         shapes = _interleave(processes.gather([rows[position].shape for position in positions]))
         # A row without label tokens has a zero gradient: nothing to compute, its owner just holds the zeros.
         scored = [position for position, shape in enumerate(shapes) if shape.num_label_tokens > 0]
+        tokens_per_batch = 1 if rows_influence_each_other(self.get_model()) else self.tokens_per_batch
         shares = [
             [[scored[place] for place in batch] for batch in share]
             for share in share_micro_batches(
-                [shapes[position] for position in scored], self.tokens_per_batch, num_shares=processes.world_size
+                [shapes[position] for position in scored], tokens_per_batch, num_shares=processes.world_size
             )
         ]
         holders = list(owners)

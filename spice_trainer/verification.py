@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from spice_trainer.gradients import SampleGradients, forward_parameters, sample_losses, trainable_bias
+from spice_trainer.kernels import rows_influence_each_other, training_flag_for_scoring, uncompiled
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, pad_rows
 
@@ -62,19 +63,8 @@ def verify_gradients(
         ValueError: If no row has a finite gradient.
     """
     context = autocast if autocast is not None else nullcontext
-    collected = _Collected()
-    groups = [list(rows)] if all(row.can_be_padded for row in rows) else [[row] for row in rows]
-    batched: list[Tensor] = []
     with preserved_random_state(device), _without_zero_weights(modules):
-        with SampleGradients(model, modules) as sample_gradients:
-            for group in groups:
-                inputs, labels = _on_device(pad_rows(group), device)
-                with context():
-                    sample_gradients.compute(inputs, labels, collected)
-                batched += [
-                    torch.cat([collected.gradients[index][row] for index in range(len(modules))])
-                    for row in range(len(group))
-                ]
+        batched = batched_gradients(model, modules, rows, device=device, context=context)
         alone = [_autograd(model, modules, row, device, context) for row in rows]
     finite = [bool(torch.cat(gradients).isfinite().all()) for gradients in alone]
     if not any(finite):
@@ -83,24 +73,67 @@ def verify_gradients(
             "finite, also by plain autograd. Likely causes: a weight that is not finite (a broken checkpoint), or an "
             "overflow in float16 (train in bf16). Training would fail with or without SPICE."
         )
-    tolerance = max(TOLERANCES.get(dtype, 0.15) for dtype in _precisions(model, context, device))
-    sizes = [collected.gradients[index].shape[1] for index in range(len(modules))]
-    largest = 0.0
+    tolerance = rounding_tolerance(model, context, device)
     # A row whose own gradient is not finite says nothing about how it was computed.
-    for position in (position for position in range(len(rows)) if finite[position]):
-        scale = max(float(torch.cat(alone[position]).norm()), 1e-30)
-        for name, ours, theirs in zip(modules, batched[position].split(sizes), alone[position], strict=True):
-            error = float((ours - theirs).norm()) / scale
-            largest = max(largest, error)
-            if not error <= tolerance:
-                raise GradientMismatchError(
-                    f"The sample gradient of the LoRA layer {name!r} differs from autograd's by {error:.2g} of the "
-                    f"gradient's norm (row {rows[position].index} of the training dataset; at most {tolerance:g} is "
-                    "rounding in this precision). This model calls the layer in a way that SPICE's hooks cannot "
-                    "follow, or the rows of a batch influence each other. Selection would be silently wrong, so it is "
-                    "refused. Leave this layer out of `target_modules`, or switch off kernels that replace the LoRA "
-                    "forward."
-                )
+    return max(
+        compare_layers(
+            list(modules), ours, theirs, row=row, scale=float(torch.cat(theirs).norm()), tolerance=tolerance
+        )
+        for row, ours, theirs, sound in zip(rows, batched, alone, finite, strict=True)
+        if sound
+    )
+
+
+def batched_gradients(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    rows: Sequence[CandidateRow],
+    *,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> list[list[Tensor]]:
+    """Sample gradients as scoring takes them, rows in one micro-batch where they can be: for each row its layers'."""
+    collected = _Collected()
+    can_share = all(row.can_be_padded for row in rows) and not rows_influence_each_other(model)
+    groups = [list(rows)] if can_share else [[row] for row in rows]
+    gradients: list[list[Tensor]] = []
+    with SampleGradients(model, modules) as sample_gradients:
+        for group in groups:
+            inputs, labels = move_batch(group, device)
+            with context():
+                sample_gradients.compute(inputs, labels, collected)
+            gradients += [
+                [collected.gradients[index][row] for index in range(len(modules))] for row in range(len(group))
+            ]
+    return gradients
+
+
+def compare_layers(
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    *,
+    row: CandidateRow,
+    scale: float,
+    tolerance: float,
+) -> float:
+    """Largest error of a layer of one row, relative to `scale`.
+
+    Raises:
+        GradientMismatchError: If it exceeds the tolerance.
+    """
+    largest = 0.0
+    for name, found, expected in zip(names, ours, theirs, strict=True):
+        error = float((found - expected).norm()) / max(scale, 1e-30)
+        largest = max(largest, error)
+        if not error <= tolerance:
+            raise GradientMismatchError(
+                f"The sample gradient of the LoRA layer {name!r} differs from autograd's by {error:.2g} of the "
+                f"gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding in this "
+                "precision). This model calls the layer in a way that SPICE's hooks cannot follow, or the rows of a "
+                "batch influence each other. Selection would be silently wrong, so it is refused. Leave this layer "
+                "out of `target_modules`, or switch off kernels that replace the LoRA forward."
+            )
     return largest
 
 
@@ -141,7 +174,7 @@ def _autograd(
     context: Callable[[], AbstractContextManager[Any]],
 ) -> list[Tensor]:
     """Gradients of one row alone by plain autograd, per layer, in the order of `module_gradients`."""
-    inputs, labels = _on_device(pad_rows([row]), device)
+    inputs, labels = move_batch([row], device)
     if "use_cache" in forward_parameters(model):
         # As in scoring and training: with a cache, models do not tell the documents of a packed row apart.
         inputs["use_cache"] = False
@@ -151,8 +184,8 @@ def _autograd(
         parameters += [parameter for parameter in (linear.weight, linear.bias) if parameter is not None]
     try:
         for module, _ in modes:
-            module.training = False
-        with torch.enable_grad(), context():
+            module.training = training_flag_for_scoring(module)
+        with torch.enable_grad(), uncompiled(model), context():
             outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
             targets = labels[:, 1:].to(logits.device)
@@ -177,10 +210,10 @@ def _autograd(
     ]
 
 
-def _precisions(
+def rounding_tolerance(
     model: nn.Module, context: Callable[[], AbstractContextManager[Any]], device: torch.device
-) -> set[torch.dtype]:
-    """Floating precisions the forward computes in."""
+) -> float:
+    """Largest error that is rounding in the precisions the forward computes in."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     with context():
         if torch.is_autocast_enabled(device.type):
@@ -188,11 +221,11 @@ def _precisions(
     # A quantised base computes in half precision whatever the dtype of what is trainable.
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         dtypes.add(torch.bfloat16)
-    return dtypes
+    return max(TOLERANCES.get(dtype, 0.15) for dtype in dtypes)
 
 
-def _on_device(batch: tuple[dict[str, Any], Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    inputs, labels = batch
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}, labels.to(
-        device
-    )
+def move_batch(rows: Sequence[CandidateRow], device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """Rows padded into one micro-batch on a device: model inputs and labels."""
+    inputs, labels = pad_rows(rows)
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs, labels.to(device)
