@@ -1,4 +1,4 @@
-"""Gradient checkpointing under SFTTrainer, both kinds (under `Trainer` see `test_side_effects.py`)."""
+"""Gradient checkpointing: both kinds under SFTTrainer (under `Trainer` see `test_side_effects.py`), and FSDP's own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spice_trainer.gradients import SampleGradients
 
+from .gradient_loop import batched_gradients, example_rows, looped_gradients, relative_error
 from .models import tiny_lora_model
 from .replays import train_and_replay
+from .test_sharded_verification import verify_two_rows
 from .trainers import checkpointing_options, make_sft_trainer
 
 LAYER = "base_model.model.model.layers.1"
@@ -48,3 +55,20 @@ def test_a_run_under_sft(use_reentrant: bool, tmp_path: Path, monkeypatch: pytes
     train_and_replay(make, tmp_path, monkeypatch, num_steps=3)
     # Every layer runs twice a step under checkpointing; two runs of three steps. Scoring has it off.
     assert calls == {"training": 2 * 3 * 2, "scoring": 3}
+
+
+def test_checkpointing_that_evaluation_mode_does_not_switch_off() -> None:
+    """FSDP's `activation_checkpointing` wraps layers, which then run again in every backward."""
+    model = tiny_lora_model(lora_dropout=0.3).train()
+    _, expected = looped_gradients(model, example_rows())
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, LlamaDecoderLayer)
+    )
+    calls: list[nn.Module] = []
+    model.get_submodule(f"{LAYER}._checkpoint_wrapped_module.input_layernorm").register_forward_hook(
+        lambda m, *_: calls.append(m)
+    )
+    _, found = batched_gradients(model, example_rows())
+    assert len(calls) == 2, "nothing was checkpointed"
+    assert relative_error(found, expected) < 1e-5
+    assert verify_two_rows(model) < 1e-5

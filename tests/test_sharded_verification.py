@@ -22,7 +22,7 @@ from .traces import model_state, random_states
 from .trainers import collate, make_trainer, tiny_rows
 
 
-def _verify(model: nn.Module, **settings: Any) -> float:
+def verify_two_rows(model: nn.Module, **settings: Any) -> float:
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
     return verify_directions(model, find_lora_modules(model), rows, device=torch.device("cpu"), **settings)
 
@@ -30,8 +30,8 @@ def _verify(model: nn.Module, **settings: Any) -> float:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_sound_models_pass(architecture: str) -> None:
     model = tiny_lora_model(architecture, lora_dropout=0.3).train()
-    assert 0 < _verify(model) < 1e-5
-    mixed = _verify(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert 0 < verify_two_rows(model) < 1e-5
+    mixed = verify_two_rows(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     # Gemma's attention rounds alike with and without padding.
     assert (0 if architecture == "gemma2" else 1e-4) < mixed < 0.15
 
@@ -45,13 +45,13 @@ def test_sound_models_pass(architecture: str) -> None:
     ids=["lora_bias", "fresh_adapter"],
 )
 def test_other_sound_models_pass(build: Callable[[], nn.Module]) -> None:
-    assert _verify(build()) < 1e-5
+    assert verify_two_rows(build()) < 1e-5
 
 
 def test_a_layer_called_more_than_once_is_followed() -> None:
     model = tiny_lora_model()
     _call_twice_on_halves(model)
-    assert _verify(model) < 1e-5
+    assert verify_two_rows(model) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_models_that_the_hooks_cannot_follow_are_caught(
     model = tiny_lora_model()
     break_model(model)
     with pytest.raises(error, match=f"(?s){words}"):
-        _verify(model)
+        verify_two_rows(model)
 
 
 @pytest.mark.parametrize("factor", [1.1, -1.0, 0.0, float("nan")])
@@ -81,14 +81,14 @@ def test_a_wrong_gradient_is_caught(matrix: str, factor: float, monkeypatch: pyt
 
     monkeypatch.setattr(spice_trainer.gradients, "module_gradients", scaled)
     with pytest.raises(GradientMismatchError, match=f"{matrix}.*differs from autograd's"):
-        _verify(tiny_lora_model())
+        verify_two_rows(tiny_lora_model())
 
 
 def test_the_check_leaves_no_trace() -> None:
     model = tiny_lora_model(lora_dropout=0.3).train()
     model.get_submodule("base_model.model.model.layers.1").training = False
     before, states = random_states(), model_state(model)
-    _verify(model)
+    verify_two_rows(model)
     assert random_states() == before and model_state(model) == states
     assert all(parameter.grad is None for parameter in model.parameters())
 
