@@ -2,6 +2,7 @@
 
 ```
 python examples/accelerate_loop.py --dataset demo_output/train.jsonl --model demo_output/model --max_steps 3
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml examples/accelerate_loop.py ...
 ```
 """
 
@@ -36,7 +37,7 @@ def main(options: argparse.Namespace) -> None:
     sampler = SpiceSampler(SpiceConfig(pool_size=options.pool_size, num_selected=options.num_selected))
     # Don't pass the loader to `accelerator.prepare`: its look-ahead would score a step's pools one update too early.
     loader = sampler.bind(
-        accelerator.unwrap_model(model),
+        model,
         dataset,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         accelerator=accelerator,

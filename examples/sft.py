@@ -3,6 +3,7 @@
 ```
 python examples/sft.py --config examples/sft.yaml
 python examples/sft.py --config examples/sft.yaml --num_selected 16 --learning_rate 1e-4
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml examples/sft.py --config examples/sft.yaml
 ```
 
 `--dataset_name` takes a local JSONL file, a folder written by `Dataset.save_to_disk`, or a dataset on the Hub. Flags
@@ -37,7 +38,7 @@ def main(
     attach_spice(trainer, spice_config)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    print(f"Adapter saved in {training_args.output_dir}")
+    trainer.accelerator.print(f"Adapter saved in {training_args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main(example_args: ExampleArguments, training_args: TrainingArguments, spice
     attach_spice(trainer, spice_config)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    print(f"Adapter saved in {training_args.output_dir}")
+    trainer.accelerator.print(f"Adapter saved in {training_args.output_dir}")
 
 
 if __name__ == "__main__":

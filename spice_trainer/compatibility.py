@@ -74,7 +74,15 @@ def check_trainer(trainer: Any) -> None:
 
 
 def warn_of_arguments(args: TrainingArguments) -> None:
-    """Warns of data loading arguments that have no effect with SPICE."""
+    """Warns of data loading arguments that have no effect with SPICE, and of a launch that fell apart."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
+        # accelerate 1.15 and transformers 5.23 do so without a word on machines without a GPU.
+        logger.warning(
+            "SPICE: %d processes were launched, but this one trains alone, and so does each of the others. On CPUs "
+            "set use_cpu=True in TrainingArguments, or ACCELERATE_USE_CPU=true, to train together.",
+            launched,
+        )
     if args.dataloader_num_workers > 0:
         logger.warning(
             "SPICE: dataloader_num_workers=%d has no effect. A step's rows are known only when it begins, so they are "

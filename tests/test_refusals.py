@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 import spice_trainer.compatibility
 from spice_trainer import SpiceConfig, attach_spice
 from spice_trainer.adapters import UnsupportedModelError
+from spice_trainer.compatibility import warn_of_arguments
 
 from .models import tiny_lora_model, tiny_model
 from .traces import trainer_state
@@ -241,6 +242,18 @@ def test_what_fits_badly_is_warned_about(case: str, tmp_path: Path, caplog: pyte
     make_trainer(tmp_path, spice={}, **arguments)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and warnings[0].startswith(text)
+
+
+def test_a_launch_that_fell_apart_is_warned_about(
+    tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = make_trainer(tmp_path).args
+    warn_of_arguments(args)
+    assert not caplog.records
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warn_of_arguments(args)
+    assert caplog.messages[0].startswith("SPICE: 2 processes were launched, but this one trains alone")
+    assert "set use_cpu=True in TrainingArguments" in caplog.messages[0]
 
 
 def test_shares_of_a_run_and_unused_arguments_are_not_warned_about(
