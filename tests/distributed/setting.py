@@ -1,0 +1,90 @@
+"""The run that one process and several processes do alike: rows, adapter, settings.
+
+41 rows in pools of 10, two pools a step: steps of 20, 20 and 1 candidates, so every epoch ends with fewer candidates
+than processes and fewer picks than micro-batches. One row is three times as long as any other, so that one process
+has nothing but long rows to score.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from spice_trainer import SpiceConfig, attach_spice
+
+from ..models import tiny_lora_model
+from ..trainers import collate, tiny_rows, training_options
+
+NUM_ROWS = 41
+LONG_ROW = 7
+STEPS_PER_EPOCH = 3
+NUM_STEPS = 2 * STEPS_PER_EPOCH
+# Within an epoch, before its short last step.
+SAVED_STEP = 2
+# Samples of a step over all processes and micro-batches.
+SAMPLES_PER_STEP = 8
+ACCUMULATION = 2
+SETTINGS: dict[str, Any] = {
+    "pool_size": 10,
+    "num_selected": 4,
+    "gradient_normalization": "sqrt_tokens",
+    "scoring_tokens_per_batch": 48,
+}
+
+
+def dataset() -> Dataset:
+    """Rows of 4 to 20 tokens, and one of 60."""
+    rows = tiny_rows(NUM_ROWS, seed=3)
+    input_ids = (rows[LONG_ROW]["input_ids"] * 15)[:60]
+    rows[LONG_ROW] = {"input_ids": input_ids, "attention_mask": [1] * 60, "labels": [-100] * 5 + input_ids[5:]}
+    return Dataset.from_list(rows)
+
+
+def save_model(folder: Path, *, lora_dropout: float = 0.3) -> Path:
+    """Writes the base model and its adapter, which every process loads."""
+    model = tiny_lora_model(lora_dropout=lora_dropout)
+    model.save_pretrained(folder / "adapter")
+    model.unload().save_pretrained(folder / "base")
+    return folder
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Loads them, under ZeRO-3 in shards, if the `TrainingArguments` exist."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+
+
+def arguments(output_dir: Path, *, world_size: int, **overrides: Any) -> TrainingArguments:
+    """Two short epochs at the same effective batch size whatever the number of processes."""
+    values = {
+        "per_device_train_batch_size": SAMPLES_PER_STEP // ACCUMULATION // world_size,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": SAVED_STEP,
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**training_options(os.fspath(output_dir), **values | overrides))
+
+
+def make_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    *,
+    spice: dict[str, Any] | None = None,
+    data_collator: Any = collate,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Trainer:
+    """A Trainer with SPICE attached; `spice` goes over [`SETTINGS`]."""
+    trainer = Trainer(
+        model=model, args=args, train_dataset=dataset(), data_collator=data_collator, callbacks=callbacks
+    )
+    attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))))
+    return trainer

@@ -1,0 +1,226 @@
+"""What every process of a launch does. Run by `accelerate launch --module tests.distributed.worker`.
+
+    worker CONFIG FOLDER TASK [key=value ...]
+
+Every task ends all processes with a barrier and `os._exit`: a stock DDP run on gloo aborts in one of four exits
+("terminate called without an active exception", torch 2.13), after its work is done.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, set_seed
+
+from spice_trainer.picks import StepSelection
+from spice_trainer.sampler import SpiceSampler
+from spice_trainer.scoring import GradientScorer
+
+from ..trainers import checkpointing_options, collate
+from . import cpu_shims, setting
+from .launch import TIMEOUT
+from .observers import ScoreWatch, WeightProbe
+
+CONFIG, FOLDER, TASK = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[4:])
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+WRAPPERS = {
+    "multi_gpu": "DistributedDataParallel",
+    "fsdp1": "FullyShardedDataParallel",
+    "fsdp2": "FSDPPeftModelForCausalLM",
+    "deepspeed_zero1": "DeepSpeedEngine",
+    "deepspeed_zero2": "DeepSpeedEngine",
+    "deepspeed_zero3": "DeepSpeedEngine",
+}
+
+
+def build(name: str, *, spice: dict[str, Any] | None = None, **overrides: Any) -> tuple[Trainer, WeightProbe]:
+    """A trainer with SPICE, its arguments first, from the model every process loads."""
+    if "checkpointing" in OPTIONS:
+        overrides |= checkpointing_options(use_reentrant=OPTIONS["checkpointing"] == "reentrant")
+    args = setting.arguments(FOLDER / name, world_size=WORLD_SIZE, **overrides)
+    if CONFIG == "deepspeed_zero3":
+        cpu_shims.partition_small_parameters(args)
+    probe = WeightProbe()
+    set_seed(args.seed)
+    model = setting.load_model(Path(OPTIONS["model"]))
+    # Loaded in shards from the start, as `zero3_init_flag` asks.
+    assert any(hasattr(parameter, "ds_id") for parameter in model.parameters()) == (CONFIG == "deepspeed_zero3")
+    trainer = setting.make_trainer(model, args, spice=spice, callbacks=[probe])
+    return trainer, probe
+
+
+def check_wrapper(trainer: Trainer) -> None:
+    """Fails where a library fell back to something else than the configuration says, as many do silently."""
+    assert (trainer.args.world_size, torch.distributed.get_world_size()) == (WORLD_SIZE, WORLD_SIZE)
+    wrapper = type(trainer.model_wrapped).__name__
+    assert wrapper == WRAPPERS[CONFIG], f"{CONFIG} wraps the model in {wrapper}"
+    is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+    assert is_checkpointed == ("checkpointing" in OPTIONS)
+    parameters = list(trainer.model_wrapped.parameters())
+    if CONFIG == "fsdp2":
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    elif CONFIG == "fsdp1":
+        whole = sum(parameter.numel() for parameter in setting.load_model(Path(OPTIONS["model"])).parameters())
+        assert sum(parameter.numel() for parameter in parameters) < 0.7 * whole
+    elif CONFIG.startswith("deepspeed"):
+        assert trainer.model_wrapped.zero_optimization_stage() == int(CONFIG[-1])
+        assert all(hasattr(parameter, "ds_id") for parameter in parameters) == (CONFIG[-1] == "3")
+        if CONFIG[-1] == "3":
+            assert sum(parameter.numel() for parameter in parameters) == 0
+
+
+def train(trainer: Trainer, probe: WeightProbe, **options: Any) -> list[dict[str, Tensor]]:
+    """Trains, and returns the adapter before every step and after the last."""
+    trainer.train(**options)
+    check_wrapper(trainer)
+    row = setting.dataset()[0]
+    batch = {key: value.to(trainer.args.device) for key, value in collate([row]).items()}
+    return [*probe.before_step, probe.read(trainer, batch)]
+
+
+def difference(first: Sequence[Mapping[str, Tensor]], second: Sequence[Mapping[str, Tensor]]) -> float:
+    """Largest difference between the weights of two runs, 0 only if they are equal bit for bit."""
+    assert len(first) == len(second) and all(a.keys() == b.keys() and a for a, b in zip(first, second, strict=True))
+    return max(float((a[name] - b[name]).abs().max()) for a, b in zip(first, second, strict=True) for name in a)
+
+
+def replay(steps: Sequence[Sequence[int]]) -> None:
+    """Hands out recorded picks from now on; scoring is refused."""
+
+    def recorded_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> StepSelection:
+        return StepSelection(step=self.global_step, epoch=epoch, indices=tuple(steps[self.global_step]))
+
+    def refuse(self: GradientScorer, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("scored while replaying")
+
+    SpiceSampler._score_step = recorded_step
+    GradientScorer.score = refuse
+
+
+def run_everything() -> dict[str, Any]:
+    """Trains with scoring, resumes, scores with coordinates, trains with the picks replayed."""
+    original = GradientScorer.score
+    watch = ScoreWatch()
+    watch.install()
+    heard: list[list[int]] = []
+    trainer, probe = build("scored")
+    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+    weights = train(trainer, probe)
+    found = watch.tensors()
+    GradientScorer.score = original
+    states = torch.get_rng_state()
+
+    resumed, probe = build("resumed")
+    again = train(resumed, probe, resume_from_checkpoint=str(FOLDER / "scored" / f"checkpoint-{setting.SAVED_STEP}"))
+
+    watch = ScoreWatch()
+    watch.install()
+    # One step with the measure that needs the gradients' coordinates, from the initial weights.
+    diagonal, probe = build("diagonal", spice={"information": "diagonal"}, max_steps=1, save_strategy="no")
+    diagonal.train()
+    found |= {f"diagonal.{key}": value for key, value in watch.tensors().items()}
+
+    replay(heard)
+    replayed, probe = build("replayed")
+    without = train(replayed, probe)
+    rng_equal = bool(torch.equal(states, torch.get_rng_state()))
+
+    save_file(found, FOLDER / f"scores.{RANK}.safetensors")
+    if RANK == 0:
+        flat = {f"step{step}.{name}": value for step, part in enumerate(weights) for name, value in part.items()}
+        save_file({name: value.contiguous() for name, value in flat.items()}, FOLDER / "weights.safetensors")
+    return {
+        "picks": heard,
+        "change_in_training": difference(weights[:1], weights[-1:]),
+        "scored_against_replayed": difference(weights, without),
+        "losses_equal": losses(trainer) == losses(replayed),
+        "rng_equal": rng_equal,
+        "scored_against_resumed": difference(weights[setting.SAVED_STEP :], again),
+        "scored_against_resumed_first": difference(weights[setting.SAVED_STEP :][:1], again[:1]),
+        "resumed_losses_equal": losses(trainer) == losses(resumed),
+    }
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """The logged loss of every step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def resume() -> dict[str, Any]:
+    """Goes on from a checkpoint, perhaps one of another number of processes."""
+    trainer, _ = build("resumed")
+    heard: list[list[int]] = []
+    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+    trainer.train(resume_from_checkpoint=OPTIONS["checkpoint"])
+    return {"picks": heard, "steps": trainer.state.global_step}
+
+
+def train_in_bf16() -> dict[str, Any]:
+    """Trains an epoch in bf16 autocast."""
+    trainer, _ = build("bf16", bf16=True, num_train_epochs=1, save_strategy="no")
+    heard: list[list[int]] = []
+    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+    trainer.train()
+    return {"picks": heard}
+
+
+def fail() -> dict[str, Any]:
+    """Trains until the last process fails, while it scores the first step after the checkpoint."""
+    trainer, _ = build("failing")
+    score = GradientScorer.score
+
+    def failing_score(self: GradientScorer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step > setting.SAVED_STEP and RANK == WORLD_SIZE - 1:
+            if OPTIONS["place"] == "collator":
+                self.collate = die
+            else:
+                # Within the forward, where sharded weights are gathered from every process.
+                layer = next(m for n, m in self.get_model().named_modules() if n.endswith("layers.1.mlp.act_fn"))
+                layer.forward = die
+        return score(self, *args, **kwargs)
+
+    GradientScorer.score = failing_score
+    trainer.train()
+    return {"steps": trainer.state.global_step}
+
+
+def die(*args: Any, **kwargs: Any) -> Any:
+    """Fails in the way asked for, and notes when."""
+    (FOLDER / "failed_at").write_text(str(time.time()))
+    if OPTIONS["way"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("the user's own error")
+
+
+TASKS = {"all": run_everything, "resume": resume, "bf16": train_in_bf16, "fail": fail}
+
+
+def main() -> None:
+    """Does the task and writes what it found, one file a process."""
+    # Where every thread stands, should the launch run out of time.
+    faulthandler.dump_traceback_later(TIMEOUT - 20)
+    cpu_shims.prepare(CONFIG)
+    result = TASKS[TASK]()
+    result["world_size"] = WORLD_SIZE
+    (FOLDER / f"{TASK}.{RANK}.json").write_text(json.dumps(result))
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
