@@ -19,6 +19,7 @@ from spice_trainer.picks import StepSelection
 from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
 from spice_trainer.sampler import SpiceSampler
+from spice_trainer.sharded_adapter import check_adapter_is_saved
 from spice_trainer.summary import (
     WARN_AFTER_POOLS,
     RunPlan,
@@ -77,6 +78,8 @@ class SpiceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins or resumes records, metrics and the sampler's position, and says what will happen."""
+        if kwargs.get("model") is not None:
+            check_adapter_is_saved(kwargs["model"], is_resumed=self.resume_from is not None)
         self._device = args.device
         self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
         self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)

@@ -6,21 +6,17 @@ Each mode is launched once, with its shipped configuration on CPU processes; the
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer
 
 from spice_trainer.picks import select_pool
 
 from .distributed import setting
-from .distributed.launch import Launched, launch
+from .distributed.launch import launch
 from .trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -72,12 +68,6 @@ def run(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: py
     return Run(folder, num_processes)
 
 
-def single_trainer(folder: Path, output_dir: Path, *, spice: dict[str, Any] | None = None, **options: Any) -> Trainer:
-    """The same run in this process."""
-    args = setting.arguments(output_dir, world_size=1, **options)
-    return setting.make_trainer(setting.load_model(folder), args, spice=spice)
-
-
 def put_adapter(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """Gives a model the adapter of a run."""
     modules = {name: module for name, module in model.named_modules() if ".lora_A." in name or ".lora_B." in name}
@@ -101,7 +91,7 @@ def test_every_process_got_the_same_picks_and_they_were_recorded(run: Run) -> No
 
 
 def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
-    trainer = single_trainer(model_folder, tmp_path)
+    trainer = setting.single_trainer(model_folder, tmp_path)
     trainer.get_train_dataloader()
     sampler = trainer._spice.sampler
     for step, picks in enumerate(run.result["picks"]):
@@ -118,7 +108,7 @@ def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder
 
 
 def test_sample_gradients_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
-    trainer = single_trainer(model_folder, tmp_path, spice={"information": "diagonal"})
+    trainer = setting.single_trainer(model_folder, tmp_path, spice={"information": "diagonal"})
     trainer.get_train_dataloader()
     sampler = trainer._spice.sampler
     largest = 0.0
@@ -143,70 +133,3 @@ def test_resuming_goes_on_bit_identically(run: Run) -> None:
         assert result["scored_against_resumed"] == 0.0 and result["resumed_losses_equal"]
     for name in ("selections", "pools", "trained"):
         assert read_records(run.folder / "resumed", name) == read_records(run.folder / "scored", name)
-
-
-def test_resuming_with_other_numbers_of_processes_picks_the_same(tmp_path: Path) -> None:
-    # Without dropout, which draws differently in every process.
-    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
-    whole = single_trainer(folder, tmp_path / "whole")
-    whole.train()
-    picks = trained_indices(tmp_path / "whole")
-    assert len(picks) == setting.NUM_STEPS
-
-    # The first steps in one process, the next in two, the last in one again.
-    checkpoint = tmp_path / "whole" / f"checkpoint-{setting.SAVED_STEP}"
-    arguments = (f"model={folder}", f"checkpoint={checkpoint}")
-    launch("multi_gpu", tmp_path / "two", "resume", *arguments).check()
-    heard = [json.loads((tmp_path / "two" / f"resume.{rank}.json").read_text())["picks"] for rank in range(2)]
-    assert heard == [picks[setting.SAVED_STEP :]] * 2
-
-    last = single_trainer(folder, tmp_path / "one")
-    last.train(resume_from_checkpoint=str(tmp_path / "two" / "resumed" / "checkpoint-4"))
-    assert trained_indices(tmp_path / "one") == picks
-
-
-def test_processes_agree_in_bf16(
-    model_folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    launch("multi_gpu", tmp_path, "bf16", f"model={model_folder}").check()
-    picks, other = (json.loads((tmp_path / f"bf16.{rank}.json").read_text())["picks"] for rank in range(2))
-    assert picks == other and [len(step) for step in picks] == [8, 8, 1]
-    # Rounding differs with the rows that share a micro-batch, so across numbers of processes picks only overlap.
-    single = single_trainer(model_folder, tmp_path / "single", bf16=True, max_steps=1, save_strategy="no")
-    single.train()
-    overlap = len(set(picks[0]) & set(trained_indices(tmp_path / "single")[0])) / len(picks[0])
-    record_property("overlap of first picks, 2 processes and 1, bf16", overlap)
-    assert overlap >= 0.5
-
-
-def fail(config: str, folder: Path, *, place: str, way: str, model_folder: Path) -> Launched:
-    """A launch whose last process fails while scoring; ended by its launcher soon, with an error."""
-    launched = launch(config, folder, "fail", f"model={model_folder}", f"place={place}", f"way={way}", timeout=150)
-    ended = time.time()
-    assert not launched.timed_out and launched.returncode != 0, launched.stdout
-    # The launcher gives processes half a minute to end; the collective time-out is 30 minutes.
-    assert ended - float((folder / "failed_at").read_text()) < 60
-    checkpoints = sorted(path.name for path in (folder / "failing").glob("checkpoint-*"))
-    assert checkpoints == [f"checkpoint-{setting.SAVED_STEP}"]
-    return launched
-
-
-def test_an_error_while_scoring_ends_every_process(model_folder: Path, tmp_path: Path) -> None:
-    stderr = fail("multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder).stderr
-    assert "ValueError: the user's own error" in stderr
-    assert "SPICE: process 1 of 2 failed while reading candidates, so this one stops too" in stderr
-
-
-def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_folder: Path, tmp_path: Path) -> None:
-    stderr = fail("multi_gpu", tmp_path, place="forward", way="kill", model_folder=model_folder).stderr
-    assert "SIGKILL" in stderr and "local_rank: 1" in stderr
-
-    resumed = single_trainer(model_folder, tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "failing" / f"checkpoint-{setting.SAVED_STEP}"))
-    assert resumed.state.global_step == setting.NUM_STEPS
-    assert trained_indices(tmp_path / "resumed")[: setting.SAVED_STEP + 1] == trained_indices(tmp_path / "failing")
-
-
-def test_an_error_within_a_sharded_forward_ends_every_process(model_folder: Path, tmp_path: Path) -> None:
-    stderr = fail("fsdp2", tmp_path, place="forward", way="raise", model_folder=model_folder).stderr
-    assert "ValueError: the user's own error" in stderr

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import yaml
@@ -60,6 +60,11 @@ def cpu_config(name: str, *, num_processes: int) -> dict[str, Any]:
     return values
 
 
+def gpu_config(name: str, *, num_processes: int) -> dict[str, Any]:
+    """A shipped configuration on this machine's GPUs: as it is, but for their number."""
+    return load_config(name) | {"num_processes": num_processes, "main_process_port": 0}
+
+
 @dataclass(frozen=True)
 class Launched:
     """What a launch left behind."""
@@ -89,7 +94,14 @@ def first_error(stderr: str) -> str:
     return f"{stderr[start : start + 4000]}\n[...]\n{stderr[-2000:]}"
 
 
-def launch(config: str, folder: Path, *arguments: str, num_processes: int = 2, timeout: float = TIMEOUT) -> Launched:
+def launch(
+    config: str,
+    folder: Path,
+    *arguments: str,
+    num_processes: int = 2,
+    device: Literal["cpu", "cuda"] = "cpu",
+    timeout: float = TIMEOUT,
+) -> Launched:
     """Runs `tests.distributed.worker` under `accelerate launch` and waits for it.
 
     Args:
@@ -97,26 +109,28 @@ def launch(config: str, folder: Path, *arguments: str, num_processes: int = 2, t
         folder (`Path`): Where the derived configuration is written; the worker's first argument.
         arguments (`str`): More arguments of the worker.
         num_processes (`int`): Processes to start.
+        device (`str`): Whether they run on the CPU or each on a GPU; the worker's second argument.
         timeout (`float`): Seconds after which all processes are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder / f"{config}.yaml"
-    config_file.write_text(yaml.safe_dump(cpu_config(config, num_processes=num_processes)))
+    build = cpu_config if device == "cpu" else gpu_config
+    config_file.write_text(yaml.safe_dump(build(config, num_processes=num_processes)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", os.fspath(config_file)]
-    command += ["--module", "tests.distributed.worker", config, os.fspath(folder), *arguments]
+    command += ["--module", "tests.distributed.worker", config, os.fspath(folder), device, *arguments]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(key, None)
     environment = kept | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.fspath(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # transformers 5 announces FSDP1's end, and others their own; a user's run would only warn too.
         "PYTHONWARNINGS": "ignore",
     }
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     started = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from spice_trainer import SpiceConfig, attach_spice
 
-from ..models import tiny_lora_model
+from ..models import add_lora, tiny_model
 from ..trainers import collate, tiny_rows, training_options
 
 NUM_ROWS = 41
@@ -47,17 +47,23 @@ def dataset() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def save_model(folder: Path, *, lora_dropout: float = 0.3) -> Path:
-    """Writes the base model and its adapter, which every process loads."""
-    model = tiny_lora_model(lora_dropout=lora_dropout)
+def save_model(folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32) -> Path:
+    """Writes the base model and its adapter, which every process loads; `randomize` as in `add_lora`."""
+    base = tiny_model(hidden_size=hidden_size, intermediate_size=2 * hidden_size)
+    model = add_lora(base, lora_dropout=lora_dropout, randomize=randomize)
     model.save_pretrained(folder / "adapter")
     model.unload().save_pretrained(folder / "base")
     return folder
 
 
-def load_model(folder: Path) -> nn.Module:
-    """Loads them, under ZeRO-3 in shards, if the `TrainingArguments` exist."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+def load_model(folder: Path, *, quantized: bool = False) -> nn.Module:
+    """Loads them, the base in 4 bits if asked, and under ZeRO-3 in shards, if the `TrainingArguments` exist."""
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if quantized:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
     return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
 
 
@@ -88,3 +94,16 @@ def make_trainer(
     )
     attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))))
     return trainer
+
+
+def single_trainer(
+    folder: Path,
+    output_dir: Path,
+    *,
+    spice: dict[str, Any] | None = None,
+    quantized: bool = False,
+    **options: Any,
+) -> Trainer:
+    """The same run in this process alone."""
+    args = arguments(output_dir, world_size=1, **options)
+    return make_trainer(load_model(folder, quantized=quantized), args, spice=spice)

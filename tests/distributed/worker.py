@@ -1,6 +1,6 @@
 """What every process of a launch does. Run by `accelerate launch --module tests.distributed.worker`.
 
-    worker CONFIG FOLDER TASK [key=value ...]
+    worker CONFIG FOLDER DEVICE TASK [key=value ...]
 
 Every task ends all processes with a barrier and `os._exit`: a stock DDP run on gloo aborts in one of four exits
 ("terminate called without an active exception", torch 2.13), after its work is done.
@@ -33,8 +33,8 @@ from . import cpu_shims, setting
 from .launch import TIMEOUT
 from .observers import ScoreWatch, WeightProbe
 
-CONFIG, FOLDER, TASK = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[4:])
+CONFIG, FOLDER, DEVICE, TASK = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[5:])
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WRAPPERS = {
     "multi_gpu": "DistributedDataParallel",
@@ -50,12 +50,14 @@ def build(name: str, *, spice: dict[str, Any] | None = None, **overrides: Any) -
     """A trainer with SPICE, its arguments first, from the model every process loads."""
     if "checkpointing" in OPTIONS:
         overrides |= checkpointing_options(use_reentrant=OPTIONS["checkpointing"] == "reentrant")
-    args = setting.arguments(FOLDER / name, world_size=WORLD_SIZE, **overrides)
+    args = setting.arguments(FOLDER / name, world_size=WORLD_SIZE, use_cpu=DEVICE == "cpu", **overrides)
     if CONFIG == "deepspeed_zero3":
         cpu_shims.partition_small_parameters(args)
     probe = WeightProbe()
     set_seed(args.seed)
-    model = setting.load_model(Path(OPTIONS["model"]))
+    model = setting.load_model(Path(OPTIONS["model"]), quantized="quantized" in OPTIONS)
+    is_quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    assert is_quantized == ("quantized" in OPTIONS)
     # Loaded in shards from the start, as `zero3_init_flag` asks.
     assert any(hasattr(parameter, "ds_id") for parameter in model.parameters()) == (CONFIG == "deepspeed_zero3")
     trainer = setting.make_trainer(model, args, spice=spice, callbacks=[probe])
@@ -74,7 +76,7 @@ def check_wrapper(trainer: Trainer) -> None:
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
     elif CONFIG == "fsdp1":
         whole = sum(parameter.numel() for parameter in setting.load_model(Path(OPTIONS["model"])).parameters())
-        assert sum(parameter.numel() for parameter in parameters) < 0.7 * whole
+        assert sum(parameter.numel() for parameter in parameters) < (0.7 * whole if WORLD_SIZE > 1 else whole + 1)
     elif CONFIG.startswith("deepspeed"):
         assert trainer.model_wrapped.zero_optimization_stage() == int(CONFIG[-1])
         assert all(hasattr(parameter, "ds_id") for parameter in parameters) == (CONFIG[-1] == "3")
@@ -159,22 +161,15 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def resume() -> dict[str, Any]:
-    """Goes on from a checkpoint, perhaps one of another number of processes."""
-    trainer, _ = build("resumed")
+def train_and_listen() -> dict[str, Any]:
+    """Trains, or goes on from a checkpoint, perhaps one of another number of processes."""
+    spice, args = (json.loads(OPTIONS.get(name, "{}")) for name in ("spice", "args"))
+    trainer, _ = build("trained", spice=spice, **args)
     heard: list[list[int]] = []
     trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
-    trainer.train(resume_from_checkpoint=OPTIONS["checkpoint"])
-    return {"picks": heard, "steps": trainer.state.global_step}
-
-
-def train_in_bf16() -> dict[str, Any]:
-    """Trains an epoch in bf16 autocast."""
-    trainer, _ = build("bf16", bf16=True, num_train_epochs=1, save_strategy="no")
-    heard: list[list[int]] = []
-    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
-    trainer.train()
-    return {"picks": heard}
+    trainer.train(resume_from_checkpoint=OPTIONS.get("checkpoint"))
+    check_wrapper(trainer)
+    return {"picks": heard, "losses": losses(trainer)}
 
 
 def fail() -> dict[str, Any]:
@@ -205,14 +200,15 @@ def die(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("the user's own error")
 
 
-TASKS = {"all": run_everything, "resume": resume, "bf16": train_in_bf16, "fail": fail}
+TASKS = {"all": run_everything, "train": train_and_listen, "fail": fail}
 
 
 def main() -> None:
     """Does the task and writes what it found, one file a process."""
     # Where every thread stands, should the launch run out of time.
     faulthandler.dump_traceback_later(TIMEOUT - 20)
-    cpu_shims.prepare(CONFIG)
+    if DEVICE == "cpu":
+        cpu_shims.prepare(CONFIG)
     result = TASKS[TASK]()
     result["world_size"] = WORLD_SIZE
     (FOLDER / f"{TASK}.{RANK}.json").write_text(json.dumps(result))
