@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spice_trainer.callback import SpiceCallback
 from spice_trainer.config import SpiceConfig
 from spice_trainer.integration import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
+from spice_trainer.proxy import ProxyModel
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.selection import Selection, select, select_from_gradients
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ProxyModel",
     "Selection",
     "SpiceCallback",
     "SpiceConfig",

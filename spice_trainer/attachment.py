@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from spice_trainer.compatibility import check_memory, warn_of_arguments, warn_of_schedule
@@ -12,6 +14,8 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.kernels import changes_when_training_begins, warn_of_quantization
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule
+from spice_trainer.proxy import ProxyModel
+from spice_trainer.proxy_data import TargetRows, embedding_size
 from spice_trainer.rows import CandidateRow
 from spice_trainer.scoring import GradientScorer, input_device
 from spice_trainer.sharded_verification import verify_directions
@@ -78,16 +82,17 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
         GradientMismatchError: If gradients are wrong.
     """
     shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
-    model, accelerator, processes = trainer.model, trainer.accelerator, scorer.processes
+    model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
+    is_target = model is trainer.model
 
     def verify_when_wrapped() -> None:
         error = verify_directions(
-            trainer.model, scorer.modules, shortest, device=scorer.device, autocast=accelerator.autocast
+            scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=accelerator.autocast
         )
         logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
 
     # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
-    is_ready = has_whole_weights(model) and input_device(model).type == accelerator.device.type
+    is_ready = has_whole_weights(model) and (not is_target or input_device(model).type == accelerator.device.type)
     is_ready = processes.broadcast(is_ready)
     if is_ready:
         with processes.failing_together("verifying the sample gradients"):
@@ -96,4 +101,83 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
                     model, scorer.modules, shortest, device=input_device(model), autocast=accelerator.autocast
                 )
                 logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
-    return verify_when_wrapped if not is_ready or changes_when_training_begins(trainer.args) else None
+    changes = is_target and changes_when_training_begins(trainer.args)
+    return verify_when_wrapped if not is_ready or changes else None
+
+
+def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any]) -> TargetRows:
+    """The training rows as the target reads them, with what a proxy of another tokenizer needs to read them itself.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        dataset (`Any`): Its tokenised rows, unused columns removed.
+        collate (`Callable`): Its collator.
+
+    Returns:
+        [`~spice_trainer.proxy_data.TargetRows`]
+    """
+    args, tokenizer = trainer.args, getattr(trainer, "processing_class", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokenization = {
+        "max_length": getattr(args, "max_length", None),
+        "truncation_mode": getattr(args, "truncation_mode", "keep_start"),
+        "completion_only": getattr(args, "completion_only_loss", None),
+        "assistant_only": bool(getattr(args, "assistant_only_loss", False)),
+        "dataset_text_field": getattr(args, "dataset_text_field", "text"),
+        # SFTTrainer writes it into plain texts.
+        "target_eos_token": getattr(tokenizer, "eos_token", None),
+    }
+    config = getattr(trainer.model, "config", None)
+    return TargetRows(
+        dataset,
+        collate,
+        processing_class=tokenizer,
+        raw_dataset=trainer.train_dataset,
+        tokenization=tokenization,
+        vocab_size=getattr(config, "vocab_size", None),
+    )
+
+
+def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, rows: Sequence[CandidateRow]) -> None:
+    """Refuses a proxy that cannot read the rows, and warns of one that hardly pays.
+
+    Args:
+        proxy ([`ProxyModel`]): The proxy.
+        target (`torch.nn.Module`): The model that trains.
+        device (`torch.device`): Where that is.
+        rows (`Sequence[CandidateRow]`): Some rows as the proxy reads them.
+
+    Raises:
+        ValueError: If a token id is beyond the proxy's vocabulary.
+    """
+    largest = max(int(row.inputs["input_ids"].max()) for row in rows)
+    if largest >= embedding_size(proxy.model):
+        raise ValueError(
+            f"A training row holds the token id {largest:,}, and the proxy's vocabulary ends at "
+            f"{embedding_size(proxy.model) - 1:,}. It was tokenised for another model: pass "
+            "`ProxyModel(..., processing_class=...)` with the proxy's own tokenizer, or a dataset tokenised by it."
+        )
+    ours, theirs = num_parameters(proxy.model), num_parameters(target)
+    if ours > theirs:
+        logger.warning(
+            "SPICE: the proxy has %s parameters, more than the %s of the model it scores for, so scoring costs more "
+            "than without it. Leave the proxy out, or take a smaller one.",
+            f"{ours:,}",
+            f"{theirs:,}",
+        )
+    place = input_device(proxy.model)
+    if place.type == "cpu" and device.type != "cpu":
+        logger.warning(
+            "SPICE: the proxy is on the CPU, where scoring is slow, and training runs on %s. Move it there with "
+            "`.to(device)` before ProxyModel(...).",
+            device,
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights of a model, also where they are partitioned (DeepSpeed) or packed two to a byte (bitsandbytes)."""
+    return sum(
+        int(getattr(parameter, "ds_numel", parameter.numel()))
+        * (2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1)
+        for parameter in model.parameters()
+    )

@@ -12,14 +12,15 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spice_trainer.checkpoint import load_state, save_state
+from spice_trainer.ledger import CostLedger
 from spice_trainer.loading import SlotCollator
 from spice_trainer.logs import logger
-from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics
-from spice_trainer.picks import StepSelection
+from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
 from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.sharded_adapter import check_adapter_is_saved
+from spice_trainer.step_selection import StepSelection
 from spice_trainer.summary import (
     WARN_AFTER_POOLS,
     RunPlan,
@@ -28,6 +29,7 @@ from spice_trainer.summary import (
     warn_of_first_pools,
     warn_of_share,
 )
+from spice_trainer.transfer_totals import TransferTotals, describe_transfer
 
 RECORDS_FOLDER = "spice"
 
@@ -47,6 +49,7 @@ class SpiceCallback(TrainerCallback):
     def __init__(self, sampler: SpiceSampler) -> None:
         self.sampler = sampler
         self.totals = RunTotals()
+        self.transfers = TransferTotals()
         self.num_trained_before = 0
         self.collator: SlotCollator | None = None
         self.processes = Processes()
@@ -82,6 +85,7 @@ class SpiceCallback(TrainerCallback):
             check_adapter_is_saved(kwargs["model"], is_resumed=self.resume_from is not None)
         self._device = args.device
         self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
+        self.transfers = TransferTotals()
         self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
         self._records = None
         if self.processes.is_main and args.output_dir is not None:
@@ -110,6 +114,11 @@ class SpiceCallback(TrainerCallback):
         if not warned and self.totals.num_pools >= WARN_AFTER_POOLS:
             for warning in warn_of_first_pools(self.totals, self.sampler.config):
                 logger.warning("%s", warning)
+        if selection.transfers:
+            for transfer in selection.transfers:
+                self.transfers.add(transfer)
+            if self.transfers.num_pools == self.sampler.config.proxy_check_pools:
+                logger.info("%s", describe_transfer(self.transfers))
         self._training_started = time.perf_counter()
 
     def on_step_end(
@@ -126,7 +135,7 @@ class SpiceCallback(TrainerCallback):
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
         num_tokens = sum(self.processes.gather(num_tokens))
         self.totals.add_training(seconds, num_tokens)
-        self._window.add(step_metrics(selection))
+        self._window.add(step_metrics(selection) | transfer_metrics(selection))
         if selection.pools:
             self._window.add(clock_metrics(selection, seconds))
         if self._records is not None:
@@ -136,6 +145,9 @@ class SpiceCallback(TrainerCallback):
                     "epoch": selection.epoch,
                     "seconds_scoring": selection.seconds_scoring,
                     "seconds_selecting": selection.seconds_selecting,
+                    "seconds_learning": selection.seconds_learning,
+                    "seconds_checking": selection.seconds_checking,
+                    "seconds_ahead": selection.seconds_ahead,
                     "seconds_training": seconds,
                     "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
                     "tokens_trained": num_tokens,
@@ -149,7 +161,7 @@ class SpiceCallback(TrainerCallback):
     ) -> None:
         """Prints the summary and closes the record files."""
         if self._records is not None and self.totals.num_steps:
-            print_summary(self.totals, os.fspath(self._records.directory))
+            print_summary(self.totals, os.fspath(self._records.directory), self._ledger())
         self.close_records()
 
     def _verify(self) -> None:
@@ -165,31 +177,42 @@ class SpiceCallback(TrainerCallback):
 
     def save_state(self, checkpoint: str) -> None:
         """Writes SPICE's state into a checkpoint."""
-        sampler_state = self.sampler.state_dict()
-        picks = sampler_state.pop("picks_of_epoch")
         save_state(
             checkpoint,
             {
                 "global_step": self.sampler.global_step,
                 "schedule": self._describe_schedule(),
                 "config": self.sampler.config.to_dict(),
-                "sampler": sampler_state,
+                "sampler": self.sampler.state_dict(),
                 "window": self._window.state_dict(),
                 "totals": self.totals.state_dict(),
+                "transfers": self.transfers.state_dict(),
                 "record_bytes": self._records.positions() if self._records is not None else {},
             },
-            {"picks_of_epoch": picks},
+            self.sampler.tensors(),
         )
 
     def _restore(self, checkpoint: str) -> None:
         state, tensors = load_state(
             checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
         )
-        self.sampler.load_state_dict({**state["sampler"], **tensors})
+        self.sampler.load_state_dict(state["sampler"], tensors)
         self._window.load_state_dict(state["window"])
         self.totals.load_state_dict(state["totals"])
+        self.transfers.load_state_dict(state["transfers"])
         if self._records is not None:
             self._records.resume(state["record_bytes"], Path(checkpoint).resolve().parent / RECORDS_FOLDER)
+
+    def _ledger(self) -> CostLedger:
+        # A proxy counts the candidates' tokens with its own tokenizer.
+        mean_row_tokens = None if self.sampler.proxy is None or self.plan is None else self.plan.mean_row_tokens
+        schedule = self.sampler.schedule
+        return CostLedger.from_totals(
+            self.totals,
+            num_rows=schedule.num_rows,
+            steps_per_epoch=schedule.steps_per_epoch,
+            mean_row_tokens=mean_row_tokens,
+        )
 
     def _describe_schedule(self) -> dict[str, Any]:
         schedule = self.sampler.schedule

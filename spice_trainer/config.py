@@ -9,11 +9,11 @@ with α = `fisher_alpha` and λ = `conflict_penalty`. T = `pools_per_step` pools
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
+
+from spice_trainer.field_checks import model_name, one_of, real_number, truth_value, whole_number
 
 AlphaScaling = Literal["fixed", "pool"]
 ConflictReference = Literal["selected", "candidates"]
@@ -85,6 +85,23 @@ class SpiceConfig:
         scoring_tokens_per_batch (`int`, *optional*, defaults to `2048`):
             Number of tokens, padding included, of one forward and backward pass of the scoring. Lower it to save
             memory; it changes no pick beyond rounding.
+
+        > Parameters that control a proxy
+
+        proxy_model_name_or_path (`str`, *optional*):
+            A small causal language model, on the hub or in a folder, that scores instead of the one that trains and
+            learns from what it picked. It gets LoRA r 16 on all linear layers; for another adapter or tokenised rows
+            of its own pass a [`ProxyModel`] to [`attach_spice`].
+        proxy_learning_rate (`float`, *optional*, defaults to `0.0002`):
+            Constant learning rate of the proxy's own AdamW. 0 keeps the proxy as it is. For
+            `proxy_model_name_or_path`; a [`ProxyModel`] has its own.
+        proxy_update_every (`int`, *optional*, defaults to `1`):
+            Number of optimizer steps from one update of the proxy to the next. For `proxy_model_name_or_path`.
+        proxy_check_pools (`int`, *optional*, defaults to `0`):
+            Number of first pools that the target scores too. How well the proxy's gains and picks agree with the
+            target's is logged.
+        overlap_scoring (`bool`, *optional*, defaults to `False`):
+            Whether the proxy scores the next step's pools while the target trains on this one's. Changes no pick.
     """
 
     pool_size: int = field(default=120, metadata={"help": "Number of candidates in a pool [N]."})
@@ -136,6 +153,23 @@ class SpiceConfig:
         default=2048, metadata={"help": "Number of tokens, padding included, of one scoring pass."}
     )
 
+    proxy_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A small model that scores instead of the one that trains. None: none does."}
+    )
+    proxy_learning_rate: float = field(
+        default=2e-4, metadata={"help": "Learning rate of the proxy's own updates on what it picked. 0: none."}
+    )
+    proxy_update_every: int = field(
+        default=1, metadata={"help": "Number of optimizer steps from one update of the proxy to the next."}
+    )
+    proxy_check_pools: int = field(
+        default=0, metadata={"help": "Number of first pools that the target scores too, to compare the proxy with it."}
+    )
+    overlap_scoring: bool = field(
+        default=False,
+        metadata={"help": "Let the proxy score the next step's pools while the target trains on this one's."},
+    )
+
     def __post_init__(self) -> None:
         """Check every field, and store whole numbers as `int`, real numbers as `float`, `sketch_dim=None` as 0."""
         self._check_integer("pool_size", 2, "a pool needs at least two candidates to choose between")
@@ -167,10 +201,18 @@ class SpiceConfig:
             "tie_tolerance", "at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1
         )
         self._check_integer("scoring_tokens_per_batch", 1, "a scoring pass needs at least one token")
-        self._check_choice("alpha_scaling", get_args(AlphaScaling))
-        self._check_choice("conflict_reference", get_args(ConflictReference))
-        self._check_choice("information", get_args(Information))
-        self._check_choice("gradient_normalization", get_args(GradientNormalization))
+        one_of("SpiceConfig", "alpha_scaling", self.alpha_scaling, get_args(AlphaScaling))
+        one_of("SpiceConfig", "conflict_reference", self.conflict_reference, get_args(ConflictReference))
+        one_of("SpiceConfig", "information", self.information, get_args(Information))
+        one_of("SpiceConfig", "gradient_normalization", self.gradient_normalization, get_args(GradientNormalization))
+        self._check_real(
+            "proxy_learning_rate", "at least 0", "a negative rate would unlearn the picks", lambda x: x >= 0
+        )
+        name = self.proxy_model_name_or_path
+        self.proxy_model_name_or_path = model_name("SpiceConfig", "proxy_model_name_or_path", name)
+        truth_value("SpiceConfig", "overlap_scoring", self.overlap_scoring)
+        self._check_integer("proxy_update_every", 1, "it counts cycles from one update of the proxy to the next")
+        self._check_integer("proxy_check_pools", 0, "it counts pools")
         self._check_sketch()
 
         if self.is_adaptive and self.pools_per_step is None:
@@ -225,50 +267,16 @@ class SpiceConfig:
         return DEFAULT_SKETCH_DIM if self.information == "exact" else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields, ready for JSON; `SpiceConfig(**config.to_dict()) == config`.
-
-        Returns:
-            `dict[str, Any]`: Field names and values.
-        """
+        """Return all fields, ready for JSON; `SpiceConfig(**config.to_dict()) == config`."""
         return asdict(self)
 
     def _check_integer(self, name: str, minimum: int, reason: str) -> None:
-        value: object = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise ValueError(
-                f"SpiceConfig: {name}={value!r} is of type {type(value).__name__}, but {name} is a whole number. "
-                f"Fix: set {name} to an int of at least {minimum}, written without quotes or decimal point."
-            )
-        setattr(self, name, int(value))
-        if value < minimum:
-            raise ValueError(
-                f"SpiceConfig: {name}={value} is below {minimum}: {reason}. Fix: set {name} to at least {minimum}."
-            )
+        setattr(self, name, whole_number("SpiceConfig", name, getattr(self, name), minimum, reason))
 
     def _check_real(self, name: str, legal: str, reason: str, is_legal: Callable[[float], bool]) -> None:
-        value: object = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(
-                f"SpiceConfig: {name}={value!r} is of type {type(value).__name__}, but {name} is a number. Fix: set "
-                f"{name} to a float {legal}; YAML reads 1e-6 as text and 1.0e-6 as a number."
-            )
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ValueError(f"SpiceConfig: {name}={value} is not finite. Fix: set {name} to a float {legal}.")
-        if not is_legal(number):
-            raise ValueError(
-                f"SpiceConfig: {name}={value} is not {legal}: {reason}. Fix: set {name} to a float {legal}."
-            )
+        value = getattr(self, name)
+        number = real_number("SpiceConfig", name, value, legal=legal, reason=reason, is_legal=is_legal)
         setattr(self, name, number)
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value: object = getattr(self, name)
-        if value not in choices:
-            listed = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(f"SpiceConfig: {name}={value!r} is unknown. Fix: set {name} to one of {listed}.")
 
     def _check_sketch(self) -> None:
         if self.sketch_dim is None:

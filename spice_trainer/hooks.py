@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.attachment import check_run, verify_run
+from spice_trainer.assembly import build_selector
+from spice_trainer.attachment import check_proxy, check_run, describe_rows, num_parameters, verify_run
 from spice_trainer.callback import SpiceCallback
 from spice_trainer.compatibility import check_agreement, is_token_normalized
 from spice_trainer.loading import SlotCollator, build_dataloader
@@ -34,6 +34,7 @@ from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.steps import StepSelector
 from spice_trainer.summary import RunPlan
 
 HOOKED_METHODS = ("get_train_dataloader", "get_batch_samples", "log", "save_model", "_inner_training_loop")
@@ -96,9 +97,12 @@ class SpiceHooks:
         with processes.failing_together("attaching SPICE"):
             dataset, collate = self._training_rows(self.trainer.get_train_dataloader)
             schedule = self._build_schedule(dataset)
-            scorer = self._build_scorer(dataset, collate, schedule)
-            rows = self._sample_rows(dataset, collate)
+            selector = self._build_selector(dataset, collate, schedule)
+            scorer = selector.scorer
+            rows = self._sample_rows(scorer.dataset, scorer.collate)
             check_run(self.trainer.args, schedule, scorer, rows, config=self.sampler.config)
+            if self.sampler.proxy is not None:
+                check_proxy(self.sampler.proxy, self.trainer.model, device=self.trainer.args.device, rows=rows)
         check_agreement(
             processes,
             {
@@ -112,6 +116,9 @@ class SpiceHooks:
         )
         if verify:
             self._verify_later = verify_run(self.trainer, scorer, rows)
+            if selector.target_scorer is not None:
+                target_rows = self._sample_rows(dataset, collate)
+                self._verify_later = verify_run(self.trainer, selector.target_scorer, target_rows)
 
     # The hooked methods
 
@@ -119,9 +126,10 @@ class SpiceHooks:
         """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
         dataset, collate = self._training_rows(original)
         schedule = self._build_schedule(dataset)
-        scorer = self._build_scorer(dataset, collate, schedule)
-        self.sampler.prepare(schedule, scorer)
-        args, processes = self.trainer.args, scorer.processes
+        selector = self._build_selector(dataset, collate, schedule)
+        args, processes = self.trainer.args, selector.scorer.processes
+        plan = self._plan_run(dataset, collate, schedule, selector.scorer)
+        self.sampler.prepare(schedule, selector, total_steps=plan.total_steps)
         loader = build_dataloader(
             self.sampler,
             dataset,
@@ -133,7 +141,7 @@ class SpiceHooks:
         )
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
-        self.callback.plan = self._plan_run(dataset, collate, schedule, scorer)
+        self.callback.plan = plan
         return loader
 
     def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -173,6 +181,7 @@ class SpiceHooks:
         finally:
             # Also after an exception; and a loader that is iterated outside a run must not append to its records.
             self.callback.close_records()
+            self.sampler.close()
 
     # Parts
 
@@ -204,18 +213,17 @@ class SpiceHooks:
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
-    def _build_scorer(self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule) -> GradientScorer:
+    def _build_selector(self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule) -> StepSelector:
         def get_model() -> nn.Module:
             model: nn.Module = self.trainer.model
             return model
 
-        return GradientScorer(
-            get_model,
-            find_lora_modules(get_model()),
-            dataset=dataset,
-            collate=collate,
-            config=self.sampler.config,
-            seed=schedule.seed,
+        return build_selector(
+            self.sampler.config,
+            schedule,
+            get_model=get_model,
+            rows=describe_rows(self.trainer, dataset, collate),
+            proxy=self.sampler.proxy,
             autocast=self.trainer.accelerator.autocast,
             processes=Processes.of(self.trainer.accelerator),
         )
@@ -230,8 +238,9 @@ class SpiceHooks:
     def _plan_run(
         self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule, scorer: GradientScorer
     ) -> RunPlan:
-        args = self.trainer.args
+        args, proxy = self.trainer.args, self.sampler.proxy
         rows = self._sample_rows(dataset, collate)
+        candidates = rows if proxy is None else self._sample_rows(scorer.dataset, scorer.collate)
         total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
         pool_size = min(schedule.pool_size, schedule.num_rows)
         num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
@@ -243,5 +252,7 @@ class SpiceHooks:
             feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
             num_processes=scorer.processes.world_size,
             mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
+            mean_candidate_tokens=sum(row.num_tokens for row in candidates) / len(candidates),
+            num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
             token_normalized=not schedule.shape.equal_slots,
         )

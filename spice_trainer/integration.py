@@ -10,11 +10,16 @@ from spice_trainer.compatibility import check_trainer
 from spice_trainer.config import SpiceConfig
 from spice_trainer.hooks import SpiceHooks
 from spice_trainer.logs import show_messages
+from spice_trainer.proxy import ProxyModel, load_proxy
 from spice_trainer.sampler import SpiceSampler
 
 
 def attach_spice(
-    trainer: Any, config_or_sampler: SpiceConfig | SpiceSampler | None = None, *, verify: bool = True
+    trainer: Any,
+    config_or_sampler: SpiceConfig | SpiceSampler | None = None,
+    *,
+    proxy: ProxyModel | None = None,
+    verify: bool = True,
 ) -> None:
     """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
 
@@ -26,6 +31,9 @@ def attach_spice(
             A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
         config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
             Settings, or a sampler with settings. Defaults to `SpiceConfig()`.
+        proxy ([`ProxyModel`], *optional*):
+            A small model that scores instead of the trainer's. Without one, `config.proxy_model_name_or_path` is
+            loaded, if it is set.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to compare the batched sample gradients of two short rows with autograd's first.
 
@@ -48,8 +56,17 @@ def attach_spice(
             f"attach_spice needs a SpiceConfig or a SpiceSampler, got {type(config_or_sampler).__name__}. Write "
             "`attach_spice(trainer, SpiceConfig(pool_size=..., num_selected=...))`."
         )
-    sampler = config_or_sampler if isinstance(config_or_sampler, SpiceSampler) else SpiceSampler(config_or_sampler)
+    if isinstance(config_or_sampler, SpiceSampler) and proxy is not None:
+        raise ValueError(
+            "A SpiceSampler brings its own proxy: pass it there, `SpiceSampler(config, proxy)`, and not to "
+            "attach_spice."
+        )
     check_trainer(trainer)
+    if isinstance(config_or_sampler, SpiceConfig):
+        if proxy is None and config_or_sampler.proxy_model_name_or_path is not None:
+            proxy = load_proxy(config_or_sampler, device=trainer.args.device, seed=trainer.args.seed)
+        config_or_sampler = SpiceSampler(config_or_sampler, proxy)
+    sampler = config_or_sampler
     show_messages(is_main=trainer.is_world_process_zero())
     if sampler.progress is not None:
         raise ValueError(

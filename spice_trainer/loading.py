@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spice_trainer.picks import StepSelection
 from spice_trainer.pools import PoolSchedule, deal, slot_index
 from spice_trainer.rows import fetch_rows
+from spice_trainer.step_selection import StepSelection
 
 
 class PickSource(Protocol):

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from spice_trainer.picks import StepSelection
+from spice_trainer.step_selection import StepSelection
 
 
 def step_metrics(selection: StepSelection) -> dict[str, float]:
     """The log's values for one step, without clock readings.
 
     Args:
-        selection ([`~spice_trainer.picks.StepSelection`]): The step's picks.
+        selection ([`~spice_trainer.step_selection.StepSelection`]): The step's picks.
 
     Returns:
         `dict[str, float]`: Keys `spice/...`. A replayed step has `spice/trained_samples` only; values that need a pick
@@ -45,15 +45,36 @@ def step_metrics(selection: StepSelection) -> dict[str, float]:
     }
 
 
+def transfer_metrics(selection: StepSelection) -> dict[str, float]:
+    """How a proxy's scores compare with the target's, over the step's pools that both scored."""
+    found: dict[str, float] = {}
+    for name in ("rank_correlation", "overlap", "retained"):
+        values = [value for transfer in selection.transfers if (value := getattr(transfer, name)) is not None]
+        if values:
+            found[f"spice/proxy_{name}"] = _mean(values)
+    return found
+
+
 def clock_metrics(selection: StepSelection, seconds_training: float) -> dict[str, float]:
-    """The log's clock readings for one step: seconds, and scoring's and selecting's share of the step's time."""
-    overhead = selection.seconds_scoring + selection.seconds_selecting
+    """The log's clock readings for one step.
+
+    Args:
+        selection ([`~spice_trainer.step_selection.StepSelection`]): The step's picks.
+        seconds_training (`float`): What the step itself took.
+
+    Returns:
+        `dict[str, float]`: Seconds scoring and selecting, and learning where a proxy learned; `spice/overhead` is the
+        share of the step's time that went into anything but training.
+    """
+    learning = selection.seconds_learning
+    overhead = selection.seconds_scoring + selection.seconds_selecting + learning + selection.seconds_checking
     total = overhead + seconds_training
-    return {
+    metrics = {
         "spice/seconds_scoring": selection.seconds_scoring,
         "spice/seconds_selecting": selection.seconds_selecting,
         "spice/overhead": overhead / total if total > 0 else 0.0,
     }
+    return metrics | {"spice/seconds_learning": learning} if learning > 0 else metrics
 
 
 class MetricWindow:
@@ -109,6 +130,8 @@ class RunTotals:
     tokens_trained: int = 0
     seconds_scoring: float = 0.0
     seconds_selecting: float = 0.0
+    seconds_learning: float = 0.0
+    seconds_checking: float = 0.0
     seconds_training: float = 0.0
 
     def add_selection(self, selection: StepSelection) -> None:
@@ -119,6 +142,8 @@ class RunTotals:
         self.num_fillers += selection.num_fillers
         self.seconds_scoring += selection.seconds_scoring
         self.seconds_selecting += selection.seconds_selecting
+        self.seconds_learning += selection.seconds_learning
+        self.seconds_checking += selection.seconds_checking
         for pool in selection.pools:
             picked = len(pool.indices)
             self.num_pools += 1
@@ -161,9 +186,9 @@ class RunTotals:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores [`RunTotals.state_dict`]."""
+        """Restores [`RunTotals.state_dict`]; sums that an older version did not keep begin at their default."""
         for field in fields(self):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, state.get(field.name, field.default))
 
 
 def _mean(values: list[float]) -> float:

@@ -28,3 +28,19 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def seeded_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws from a seed of its own within, and gives back the random states as they were.
+
+    Args:
+        device (`torch.device`): The device that draws, beside the CPU.
+        seed (`int`): Of torch's generators there. Other devices' are left alone: they may be training.
+    """
+    with preserved_random_state(device):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -2,6 +2,7 @@
 
     selections.jsonl   one line a pick          pools.jsonl   one line a pool
     trained.jsonl      one line a step          costs.jsonl   one line a step: seconds and tokens
+    transfer.jsonl     one line a pool that a proxy and the target both scored
 
 All open with `datasets.load_dataset("json")`. The first three hold no clock readings, so a resumed run's are the
 uninterrupted run's byte for byte. Every step's lines are flushed before the step trains.
@@ -12,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from spice_trainer.logs import logger
-from spice_trainer.picks import StepSelection
+from spice_trainer.step_selection import StepSelection
 
-RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl")
+RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")
 
 
 class RecordWriter:
@@ -90,6 +92,9 @@ class RecordWriter:
         self._write("selections.jsonl", _pick_lines(selection, where))
         self._write("pools.jsonl", _pool_lines(selection, where))
         self._write("trained.jsonl", [{**where, "indices": selection.indices}])
+        if selection.transfers:
+            lines = [{**where, **asdict(transfer), "overlap": transfer.overlap} for transfer in selection.transfers]
+            self._write("transfer.jsonl", lines)
 
     def write_costs(self, costs: Mapping[str, Any]) -> None:
         """Appends one step's seconds and tokens, and flushes them."""

@@ -2,7 +2,7 @@
 
     epoch ─ pools (module `pools`) ─ scores at θ_t (module `scoring`) ─ picks (module `picks`) ─ rows of step t
 
-A step's pools are scored when its first row is asked for, never earlier, so the weights are those of its beginning.
+A step's pools are scored when its first row is asked for, so the weights are those of its beginning.
 [`SpiceSampler`] serves the Trainer (through `attach_spice`) and a hand-written loop (through [`SpiceSampler.bind`]).
 """
 
@@ -15,15 +15,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from spice_trainer.adapters import find_lora_modules
+from spice_trainer.assembly import build_selector
 from spice_trainer.config import SpiceConfig
 from spice_trainer.empty_steps import EmptyStepWatch
 from spice_trainer.loading import build_dataloader
-from spice_trainer.picks import StepSelection, too_few_picks
-from spice_trainer.pools import PoolSchedule, build_schedule, replay_epoch
+from spice_trainer.pools import PoolSchedule, StepPools, build_schedule
 from spice_trainer.processes import Processes, without_wrapper
+from spice_trainer.proxy import ProxyModel
+from spice_trainer.proxy_data import TargetRows
+from spice_trainer.replay import PickReplay
 from spice_trainer.scoring import GradientScorer
-from spice_trainer.steps import score_step
+from spice_trainer.step_selection import StepSelection
+from spice_trainer.steps import StepSelector
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,11 +35,13 @@ if TYPE_CHECKING:
 class SpiceSampler(Sampler[int]):
     """Yields the dataset rows that SPICE picks, step by step, at the current weights.
 
-    Pass it to [`SpiceTrainer`] or [`attach_spice`], or bind it by hand to a model and a dataset in an Accelerate loop.
+    Pass it to [`SpiceTrainer`] or [`attach_spice`], or bind it by hand in an Accelerate loop.
 
     Args:
         config ([`SpiceConfig`], *optional*):
             Settings. Defaults to `SpiceConfig()`.
+        proxy ([`ProxyModel`], *optional*):
+            Scores instead of the model that trains.
 
     Example:
     ```python
@@ -48,13 +53,17 @@ class SpiceSampler(Sampler[int]):
     ```
     """
 
-    def __init__(self, config: SpiceConfig | None = None) -> None:
+    def __init__(self, config: SpiceConfig | None = None, proxy: ProxyModel | None = None) -> None:
         self.config = config if config is not None else SpiceConfig()
         if not isinstance(self.config, SpiceConfig):
             raise TypeError(f"config must be a SpiceConfig, got {type(self.config).__name__}.")
+        if not isinstance(proxy, ProxyModel | None):
+            raise TypeError(f"proxy must be a ProxyModel, got {type(proxy).__name__}. Write `ProxyModel(model)`.")
+        self.proxy = proxy
         self.progress: Callable[[int, int], None] | None = None
         self._schedule: PoolSchedule | None = None
-        self._scorer: GradientScorer | None = None
+        self._selector: StepSelector | None = None
+        self._total_steps: int | None = None
         self._listeners: list[Callable[[StepSelection], None]] = []
         self._reset()
 
@@ -63,18 +72,26 @@ class SpiceSampler(Sampler[int]):
         self._next_epoch = 0
         self._first_step = 0
         self._empty_steps = EmptyStepWatch(self.config.min_gain)
-        self._picks_of_epoch: list[int] = []
-        self._picks_epoch = -1
+        self._replay = PickReplay(self.config.selection_epochs)
 
-    def prepare(self, schedule: PoolSchedule, scorer: GradientScorer) -> None:
-        """Binds the sampler to a schedule and a scorer, at the beginning of a run.
+    def prepare(self, schedule: PoolSchedule, selector: StepSelector, *, total_steps: int | None = None) -> None:
+        """Binds the sampler to a schedule and what selects, at the beginning of a run.
 
         Args:
             schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
-            scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores them.
+            selector ([`~spice_trainer.steps.StepSelector`]): Scores them and picks.
+            total_steps (`int`, *optional*): Optimizer steps of the run. `None` is an epoch at a time.
         """
-        self._schedule, self._scorer = schedule, scorer
+        self.close()
+        self._schedule, self._selector, self._total_steps = schedule, selector, total_steps
+        if selector.learner is not None:
+            selector.learner.synchronize()
         self._reset()
+
+    def close(self) -> None:
+        """Waits for scoring that runs beside the training, at the end of a run."""
+        if self._selector is not None:
+            self._selector.close()
 
     def bind(
         self,
@@ -88,6 +105,7 @@ class SpiceSampler(Sampler[int]):
         token_normalized: bool = True,
         drop_last: bool = False,
         seed: int = 42,
+        processing_class: Any = None,
     ) -> DataLoader[Any]:
         """Binds the sampler by hand and returns the loader to train from.
 
@@ -113,16 +131,18 @@ class SpiceSampler(Sampler[int]):
                 Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
                 is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
             drop_last (`bool`, *optional*, defaults to `False`):
-                Drop an epoch's last step if its pools are not all full.
+                Drop an epoch's last step if its pools aren't full.
             seed (`int`, *optional*, defaults to `42`):
                 Seed of the pools, unless the configuration sets `pool_seed`.
+            processing_class (`PreTrainedTokenizerBase`, *optional*):
+                The tokenizer of `dataset`, to tell whether a proxy shares it.
 
         Returns:
             `torch.utils.data.DataLoader`: One iteration is one epoch, with exactly `gradient_accumulation_steps`
             batches per optimizer step, on the device.
 
         Raises:
-            ValueError: If settings, dataset and batch size don't fit, or the model has no LoRA layers to score.
+            ValueError: If settings, dataset and batch size don't fit, or there are no LoRA layers to score.
         """
         processes = Processes() if accelerator is None else Processes.of(accelerator)
         model = without_wrapper(model)
@@ -135,17 +155,18 @@ class SpiceSampler(Sampler[int]):
             drop_last=drop_last,
             seed=seed,
         )
-        scorer = GradientScorer(
-            lambda: model,
-            find_lora_modules(model),
-            dataset=dataset,
-            collate=data_collator,
-            config=self.config,
-            seed=schedule.seed,
+        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=vocab_size)
+        selector = build_selector(
+            self.config,
+            schedule,
+            get_model=lambda: model,
+            rows=rows,
+            proxy=self.proxy,
             autocast=None if accelerator is None else accelerator.autocast,
             processes=processes,
         )
-        self.prepare(schedule, scorer)
+        self.prepare(schedule, selector)
         return build_dataloader(
             self,
             dataset,
@@ -164,14 +185,19 @@ class SpiceSampler(Sampler[int]):
         return self._schedule
 
     @property
-    def scorer(self) -> GradientScorer:
-        """The bound scorer."""
-        if self._scorer is None:
+    def selector(self) -> StepSelector:
+        """The bound selector."""
+        if self._selector is None:
             raise RuntimeError(_NOT_BOUND)
-        return self._scorer
+        return self._selector
+
+    @property
+    def scorer(self) -> GradientScorer:
+        """What scores: the target's scorer, or the proxy's."""
+        return self.selector.scorer
 
     def add_listener(self, listener: Callable[[StepSelection], None]) -> None:
-        """Calls `listener` with every step's selection, before the step trains."""
+        """Calls `listener` with every step's picks before it trains."""
         self._listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[StepSelection], None]) -> None:
@@ -220,65 +246,56 @@ class SpiceSampler(Sampler[int]):
         Raises:
             RuntimeError: If more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
         """
-        last = self.config.selection_epochs
-        if last is not None and epoch >= last:
-            selection = self._replay_step(epoch, step_in_epoch)
+        if self._replay.replays(epoch):
+            selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)
         else:
             selection = self._score_step(epoch, step_in_epoch)
-            # An epoch begins anew when a run is resumed with `ignore_data_skip`; its earlier picks don't count then.
-            if self._picks_epoch != epoch or step_in_epoch == 0:
-                self._picks_epoch, self._picks_of_epoch = epoch, []
-            if last is not None and epoch == last - 1:
-                self._picks_of_epoch.extend(selection.indices)
+            self._replay.remember(epoch, step_in_epoch, selection.indices)
         self.global_step += 1
         for listener in self._listeners:
             listener(selection)
         return selection
 
     def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
-        plan = self.schedule.pools(epoch, step_in_epoch)
-        selection = score_step(
-            plan,
-            self.scorer,
-            self.config,
-            shape=self.schedule.shape,
+        selection = self.selector.select(
+            self.schedule.pools(epoch, step_in_epoch),
             step=self.global_step,
+            next_plan=self._next_pools(epoch, step_in_epoch) if self.config.overlap_scoring else None,
             progress=self.progress,
         )
         self._empty_steps.note(self.global_step, selection.pools)
         return selection
 
-    def _replay_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
-        shape = self.schedule.shape
-        steps = replay_epoch(
-            self._picks_of_epoch,
-            num_steps=self.schedule.steps_per_epoch,
-            seed=self.schedule.seed,
-            epoch=epoch,
-            num_slots=shape.num_slots,
-            equal_slots=shape.equal_slots,
-        )
-        indices = steps[step_in_epoch]
-        if not indices and shape.equal_slots:
-            raise too_few_picks(self.global_step, shape.num_slots)
-        num_fillers = max(0, shape.num_slots - len(indices))
-        return StepSelection(step=self.global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
+    def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:
+        """The pools of the step after this one, if this run will score them."""
+        step_in_epoch += 1
+        if step_in_epoch == self.schedule.steps_per_epoch:
+            epoch, step_in_epoch = epoch + 1, 0
+        is_over = step_in_epoch == 0 if self._total_steps is None else self.global_step + 1 >= self._total_steps
+        return None if is_over or self._replay.replays(epoch) else self.schedule.pools(epoch, step_in_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the number of optimizer steps: replayed picks and recent steps without picks."""
+        """What resuming needs beside the number of optimizer steps, as JSON values."""
         return {
-            "picks_epoch": self._picks_epoch,
+            "replay": self._replay.state_dict(),
             "empty_steps": self._empty_steps.state_dict(),
-            "picks_of_epoch": torch.tensor(self._picks_of_epoch, dtype=torch.int64),
+            "selector": self.selector.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores [`SpiceSampler.state_dict`]."""
-        self._picks_epoch = int(state["picks_epoch"])
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The same as tensors: the picks that are replayed, and the proxy's adapter and optimizer."""
+        proxy = {f"{_PROXY}{name}": value for name, value in self.selector.tensors().items()}
+        return self._replay.tensors() | proxy
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restores both; raises a `ValueError` if the checkpoint's proxy is not this run's."""
+        proxy = {name.removeprefix(_PROXY): value for name, value in tensors.items() if name.startswith(_PROXY)}
+        self.selector.load_state_dict(state["selector"], proxy)
         self._empty_steps.load_state_dict(state["empty_steps"])
-        self._picks_of_epoch = state["picks_of_epoch"].tolist()
+        self._replay.load_state_dict(state["replay"], tensors)
 
 
+_PROXY = "proxy."
 _NOT_BOUND = (
     "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
     "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."

@@ -5,8 +5,9 @@ exactly or as a sketch, then per pool the normalised Gram matrix K_xy = c_x c_y 
 (module `gram`). Sketched features of all T pools fit in memory, so their rows are sorted by length together; exact
 ones are scored in as many pools at a time as fit.
 
-With several processes each collates a share of the rows, all learn every row's length and make the same plan (module
-`micro_batches`), each scores its share, and the features go to the pool's owner (module `features`).
+With several processes each scores a share of the candidates (module `sharing`), and the features go to the one that
+measures the pool (module `features`). Only [`GradientScorer.compute`] runs the model, and it talks to no other process
+but for sharded weights: a proxy's can run beside the target's training.
 
 Axes: N candidates of a pool, T pools, S tokens, D gradient dimension, m features kept per candidate.
 """
@@ -21,18 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.features import DiscardedGradients, FeatureBuffer, OwnedFeatures, order_for_owners, send_to_owners
+from spice_trainer.features import DiscardedGradients, FeatureBuffer, send_to_owners
 from spice_trainer.gradients import SampleGradients, trainable_size
 from spice_trainer.kernels import rows_influence_each_other
-from spice_trainer.micro_batches import share_micro_batches
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
-from spice_trainer.rows import CandidateRow, RowShape, collate_row, fetch_rows, pad_rows
+from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, pad_rows
+from spice_trainer.sharing import SharedCandidates, share_candidates
 from spice_trainer.sketch import GradientSketch
 
 # A process holds features of several pools together up to this size; one pool is always held.
 FEATURE_BUFFER_BYTES = 2**30
+_SCORING = "scoring candidates"
 
 
 class GradientScorer:
@@ -131,113 +133,54 @@ class GradientScorer:
             [`PoolScores`], one per pool that this process owns: with a single process every pool.
         """
         total, done = sum(map(len, pools)), 0
-        for group in self._group_pools(pools):
-            indices = [index for pool in group for index in pools[pool]]
-            owners = [self.processes.owner(pool) for pool in group for _ in pools[pool]]
+        for group in self.group_pools(pools):
+            num_rows = sum(map(len, group.values()))
 
-            def report(share: float, done: int = done, num_rows: int = len(indices)) -> None:
+            def report(share: float, done: int = done, num_rows: int = num_rows) -> None:
                 if progress is not None:
                     progress(done + int(share * num_rows), total)
 
             with preserved_random_state(self.device):
-                shapes, owned = self._score_rows(indices, owners, report)
-            start = 0
-            for pool in group:
-                positions = range(start, start + len(pools[pool]))
-                start = positions.stop
-                if self.processes.owner(pool) == self.processes.rank:
-                    features, norms, losses = owned.take(positions)
-                    yield measure_pool(
-                        features,
-                        norms,
-                        pool=pool,
-                        candidates=pools[pool],
-                        shapes=[shapes[position] for position in positions],
-                        losses=losses,
-                        gradient_normalization=self.gradient_normalization,
-                        keep_gradients=self.keep_gradients,
-                    )
-            done += len(indices)
+                shared = self.share(group)
+                # With sharded weights the others are inside a forward's collective: only the launcher can end them.
+                together = nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
+                with together:
+                    buffer = self.compute(shared, report)
+            yield from self.measure(shared, buffer)
+            done += num_rows
 
-    def _group_pools(self, pools: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        group: list[int] = []
-        num_rows = 0
-        for pool, rows in enumerate(pools):
-            num_rows += len(rows)
-            if group and self.feature_bytes(len(group) + 1, num_rows) > FEATURE_BUFFER_BYTES:
-                yield group
-                group, num_rows = [], len(rows)
-            group.append(pool)
-        if group:
-            yield group
+    def share(self, pools: dict[int, tuple[int, ...]]) -> SharedCandidates:
+        """Collates the candidates of some pools and deals them to the processes. A collective."""
+        return share_candidates(
+            pools,
+            self._collate,
+            tokens_per_batch=1 if rows_influence_each_other(self.get_model()) else self.tokens_per_batch,
+            processes=self.processes,
+        )
 
-    def _collate(self, indices: Sequence[int]) -> list[CandidateRow]:
-        rows = fetch_rows(self.dataset, indices)
-        return [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
+    def compute(self, shared: SharedCandidates, report: Callable[[float], None] | None = None) -> FeatureBuffer:
+        """Runs this process's micro-batches. No collective but those of sharded weights; draws nothing.
 
-    def _score_rows(
-        self, indices: Sequence[int], owners: Sequence[int], report: Callable[[float], None]
-    ) -> tuple[list[RowShape], OwnedFeatures]:
-        """Scores candidates together with the other processes, and brings home those of the pools owned here."""
-        processes = self.processes
-        positions = range(processes.rank, len(indices), processes.world_size)
-        with processes.failing_together("reading candidates"):
-            rows = dict(zip(positions, self._collate([indices[position] for position in positions]), strict=True))
-        shapes = _interleave(processes.gather([rows[position].shape for position in positions]))
-        # A row without label tokens has a zero gradient: nothing to compute, its owner just holds the zeros.
-        scored = [position for position, shape in enumerate(shapes) if shape.num_label_tokens > 0]
-        tokens_per_batch = 1 if rows_influence_each_other(self.get_model()) else self.tokens_per_batch
-        shares = [
-            [[scored[place] for place in batch] for batch in share]
-            for share in share_micro_batches(
-                [shapes[position] for position in scored], tokens_per_batch, num_shares=processes.world_size
-            )
-        ]
-        holders = list(owners)
-        for rank, share in enumerate(shares):
-            for batch in share:
-                for position in batch:
-                    holders[position] = rank
-        batches = shares[processes.rank]
-        num_rounds = max(map(len, shares)) if processes.lockstep else len(batches)
-        if len(batches) < num_rounds:
-            # Every forward gathers sharded weights from all processes. One with nothing left to score repeats the
-            # shortest row, and drops what comes of it.
-            spare = min(scored, key=lambda position: (shapes[position].num_tokens, position))
-            batches = batches + [[spare]] * (num_rounds - len(batches))
-        needed = {position for batch in batches for position in batch}
-        with processes.failing_together("reading candidates"):
-            missing = sorted(needed - rows.keys())
-            rows.update(zip(missing, self._collate([indices[position] for position in missing]), strict=True))
-        # With sharded weights the others are inside a forward's collective: only the launcher can end them.
-        together = nullcontext() if processes.lockstep else processes.failing_together("scoring candidates")
-        with together:
-            held = order_for_owners([p for p, holder in enumerate(holders) if holder == processes.rank], owners)
-            buffer = self._fill_buffer(held, rows, batches, len(shares[processes.rank]), report)
-        return shapes, send_to_owners(buffer, holders, owners, processes)
+        Args:
+            shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
+            report (`Callable[[float], None]`, *optional*): Told the share that is done.
 
-    def _fill_buffer(
-        self,
-        held: Sequence[int],
-        rows: Mapping[int, CandidateRow],
-        batches: Sequence[Sequence[int]],
-        num_kept: int,
-        report: Callable[[float], None],
-    ) -> FeatureBuffer:
-        """Runs this process's micro-batches; those from `num_kept` on only keep step with the others."""
+        Returns:
+            [`~spice_trainer.features.FeatureBuffer`]: Features of what this process scored.
+        """
         device = self.device
         if self.sketch_dim and self._sketch is None:
             self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
-        buffer = FeatureBuffer(len(held), self._sizes, self._sketch, device)
-        places = {position: place for place, position in enumerate(held)}
-        num_rows, done = sum(map(len, batches)), 0
+        buffer = FeatureBuffer(len(shared.held), self._sizes, self._sketch, device)
+        places = {position: place for place, position in enumerate(shared.held)}
+        num_rows, done = sum(map(len, shared.batches)), 0
         with SampleGradients(self.get_model(), self.modules) as sample_gradients:
-            for number, batch in enumerate(batches):
-                inputs, labels = pad_rows([rows[position] for position in batch])
+            for number, batch in enumerate(shared.batches):
+                inputs, labels = pad_rows([shared.rows[position] for position in batch])
                 inputs = {
                     key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()
                 }
-                is_kept = number < num_kept
+                is_kept = number < shared.num_kept
                 if is_kept:
                     buffer.begin([places[position] for position in batch])
                 with self._autocast() if self._autocast is not None else nullcontext():
@@ -247,18 +190,62 @@ class GradientScorer:
                 if is_kept:
                     buffer.finish(losses)
                 done += len(batch)
-                report(done / num_rows)
-        if not batches:
-            report(1.0)
+                if report is not None:
+                    report(done / num_rows)
         return buffer
+
+    def measure(self, shared: SharedCandidates, buffer: FeatureBuffer) -> Iterator[PoolScores]:
+        """Brings features to the pools' owners, and measures the pools owned here. A collective.
+
+        Args:
+            shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
+            buffer ([`~spice_trainer.features.FeatureBuffer`]): What this process computed of them.
+
+        Yields:
+            [`~spice_trainer.pool_scores.PoolScores`]
+        """
+        owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
+        start = 0
+        for pool, candidates in shared.pools.items():
+            positions = range(start, start + len(candidates))
+            start = positions.stop
+            if self.processes.owner(pool) != self.processes.rank:
+                continue
+            features, norms, losses = owned.take(positions)
+            yield measure_pool(
+                features,
+                norms,
+                pool=pool,
+                candidates=candidates,
+                shapes=[shared.shapes[position] for position in positions],
+                losses=losses,
+                gradient_normalization=self.gradient_normalization,
+                keep_gradients=self.keep_gradients,
+            )
+
+    def collate_alone(self, indices: Sequence[int]) -> list[CandidateRow]:
+        """Rows as the model that scores reads them, each collated alone, without a trace in the random states."""
+        with preserved_random_state(self.device):
+            return self._collate(indices)
+
+    def _collate(self, indices: Sequence[int]) -> list[CandidateRow]:
+        rows = fetch_rows(self.dataset, indices)
+        return [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
+
+    def group_pools(self, pools: Sequence[Sequence[int]]) -> Iterator[dict[int, tuple[int, ...]]]:
+        """Groups a step's pools into as many as are scored together."""
+        group: dict[int, tuple[int, ...]] = {}
+        for pool, rows in enumerate(pools):
+            num_rows = sum(map(len, group.values())) + len(rows)
+            if group and self.feature_bytes(len(group) + 1, num_rows) > FEATURE_BUFFER_BYTES:
+                yield group
+                group = {}
+            group[pool] = tuple(rows)
+        if group:
+            yield group
 
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its token ids: the device of its input embedding."""
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))
-
-
-def _interleave(shares: Sequence[Sequence[RowShape]]) -> list[RowShape]:
-    """Puts together again what was dealt in turns: the first of every share, the second of every share, ..."""
-    return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]

@@ -2,6 +2,7 @@
 
     pools of step t ─ scores at θ_t, shared by all processes (module `scoring`)
       └ each pool's owner picks (module `picks`) ─ process 0 puts the step together ─ everyone gets that
+          └ a proxy learns from the picks (module `learning`), and may begin with step t+1 (module `ahead`)
 
 What is picked never depends on the number of processes: a pool's candidates, budget and gradients don't.
 """
@@ -9,63 +10,194 @@ What is picked never depends on the number of processes: a pool's candidates, bu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
+
+from spice_trainer.ahead import ScoringAhead
 from spice_trainer.config import SpiceConfig
-from spice_trainer.picks import PoolSelection, StepSelection, round_down_picks, select_pool
+from spice_trainer.learning import AdapterLearner
+from spice_trainer.picks import PoolSelection, select_pool
+from spice_trainer.pool_scores import PoolScores
 from spice_trainer.pools import StepPools
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.step_selection import StepSelection, round_down_picks
 from spice_trainer.step_shape import StepShape
+from spice_trainer.transfer import PoolTransfer, compare_pools
 
 
-def score_step(
-    plan: StepPools,
-    scorer: GradientScorer,
-    config: SpiceConfig,
-    *,
-    shape: StepShape,
-    step: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> StepSelection:
-    """Scores a step's pools at the current weights and picks from them. A collective of the scorer's processes.
+class StepSelector:
+    """Scores each step's pools at the current weights and picks from them.
 
     Args:
-        plan ([`~spice_trainer.pools.StepPools`]): The step's pools and their budgets.
-        scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores them.
-        config ([`SpiceConfig`]): How to pick.
-        shape ([`~spice_trainer.step_shape.StepShape`]): Micro-batches of a step, and whether they must be equal.
-        step (`int`): Optimizer updates done before.
-        progress (`Callable[[int, int], None]`, *optional*): Told how many candidates are done, of how many.
-
-    Returns:
-        [`~spice_trainer.picks.StepSelection`]: The same on every process, clock readings included.
-
-    Raises:
-        RuntimeError: If too few rows could be picked for equal micro-batches.
+        scorer ([`~spice_trainer.scoring.GradientScorer`]):
+            The target's scorer, or a proxy's.
+        config ([`SpiceConfig`]):
+            How to pick.
+        shape ([`~spice_trainer.step_shape.StepShape`]):
+            Micro-batches of a step, and whether they must be equal.
+        learner ([`~spice_trainer.learning.AdapterLearner`], *optional*):
+            Trains the proxy on its picks.
+        update_every (`int`, *optional*, defaults to `1`):
+            Steps between its updates.
+        target_scorer ([`~spice_trainer.scoring.GradientScorer`], *optional*):
+            The target's scorer, with which a proxy's first `config.proxy_check_pools` pools are compared.
     """
-    started = time.perf_counter()
-    seconds_selecting = 0.0
-    processes = scorer.processes
-    decided: dict[int, PoolSelection] = {}
-    # With sharded weights an error may come within a forward, where the others don't hear of it.
-    with nullcontext() if processes.lockstep else processes.failing_together("selecting"):
-        for scores in scorer.score(plan.pools, progress=progress):
-            pool_started = time.perf_counter()
-            decided[scores.pool] = select_pool(scores, plan.budgets[scores.pool], config)
-            seconds_selecting += time.perf_counter() - pool_started
-    everyones = {pool: selection for part in processes.gather(decided) for pool, selection in part.items()}
-    pools = [everyones[pool] for pool in range(len(plan.pools))]
-    if shape.equal_slots:
-        pools = round_down_picks(pools, shape.num_slots, step=step)
-    indices = tuple(index for pool in pools for index in pool.indices)
-    selection = StepSelection(
-        step=step,
-        epoch=plan.epoch,
-        indices=indices,
-        pools=tuple(pools),
-        num_fillers=max(0, shape.num_slots - len(indices)),
-        seconds_scoring=time.perf_counter() - started - seconds_selecting,
-        seconds_selecting=seconds_selecting,
-    )
-    return processes.broadcast(selection)
+
+    def __init__(
+        self,
+        scorer: GradientScorer,
+        config: SpiceConfig,
+        *,
+        shape: StepShape,
+        learner: AdapterLearner | None = None,
+        update_every: int = 1,
+        target_scorer: GradientScorer | None = None,
+    ) -> None:
+        self.scorer = scorer
+        self.config = config
+        self.shape = shape
+        self.learner = learner
+        self.update_every = update_every
+        self.target_scorer = target_scorer
+        self._num_checked = 0
+        self._ahead: ScoringAhead | None = None
+
+    def select(
+        self,
+        plan: StepPools,
+        *,
+        step: int,
+        next_plan: StepPools | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> StepSelection:
+        """Selects for one step. A collective of the scorer's processes.
+
+        Args:
+            plan ([`~spice_trainer.pools.StepPools`]): The step's pools and their budgets.
+            step (`int`): Optimizer updates done before.
+            next_plan ([`~spice_trainer.pools.StepPools`], *optional*): The next step's, if it will be scored.
+            progress (`Callable[[int, int], None]`, *optional*): Told how many candidates are done, of how many.
+
+        Returns:
+            [`~spice_trainer.picks.StepSelection`]: The same on every process, clock readings included.
+
+        Raises:
+            RuntimeError: If too few rows could be picked for equal micro-batches.
+        """
+        started = time.perf_counter()
+        seconds_selecting = 0.0
+        processes = self.scorer.processes
+        num_checked = min(self.config.proxy_check_pools - self._num_checked, len(plan.pools))
+        num_checked = num_checked if self.target_scorer is not None else 0
+        decided: dict[int, PoolSelection] = {}
+        checked: dict[int, PoolScores] = {}
+        seconds_ahead = 0.0
+        # With sharded weights an error may come within a forward, where the others don't hear of it.
+        with nullcontext() if processes.lockstep else processes.failing_together("selecting"):
+            scores_of_pools, seconds_ahead = self._score(plan, progress)
+            for scores in scores_of_pools:
+                pool_started = time.perf_counter()
+                decided[scores.pool] = select_pool(scores, plan.budgets[scores.pool], self.config)
+                if scores.pool < num_checked:
+                    checked[scores.pool] = scores
+                seconds_selecting += time.perf_counter() - pool_started
+        everyones = {pool: selection for part in processes.gather(decided) for pool, selection in part.items()}
+        pools = [everyones[pool] for pool in range(len(plan.pools))]
+        if self.shape.equal_slots:
+            pools = round_down_picks(pools, self.shape.num_slots, step=step)
+        indices = tuple(index for pool in pools for index in pool.indices)
+        selection = processes.broadcast(
+            StepSelection(
+                step=step,
+                epoch=plan.epoch,
+                indices=indices,
+                pools=tuple(pools),
+                num_fillers=max(0, self.shape.num_slots - len(indices)),
+                seconds_scoring=time.perf_counter() - started - seconds_selecting,
+                seconds_selecting=seconds_selecting,
+                seconds_ahead=seconds_ahead,
+            )
+        )
+        if num_checked > 0:
+            selection = self._check_transfer(selection, plan, checked, num_checked)
+        return self._learn(selection, next_plan)
+
+    def _score(
+        self, plan: StepPools, progress: Callable[[int, int], None] | None
+    ) -> tuple[Iterator[PoolScores], float]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.pools != tuple(map(tuple, plan.pools)):
+            if ahead is not None:
+                ahead.join()
+            return self.scorer.score(plan.pools, progress=progress), 0.0
+        with self.scorer.processes.failing_together("scoring candidates"):
+            shared, buffer = ahead.take()
+        return self.scorer.measure(shared, buffer), ahead.seconds
+
+    def _learn(self, selection: StepSelection, next_plan: StepPools | None) -> StepSelection:
+        """The proxy's own update on the picks, and the start of the next step's scoring."""
+        started = time.perf_counter()
+        if self.learner is not None and (selection.step + 1) % self.update_every == 0:
+            self.learner.learn(self.scorer.collate_alone(selection.indices))
+            selection = replace(selection, seconds_learning=time.perf_counter() - started)
+        if self.config.overlap_scoring and next_plan is not None:
+            started = time.perf_counter()
+            self._ahead = ScoringAhead(self.scorer, next_plan.pools)
+            seconds = selection.seconds_scoring + time.perf_counter() - started
+            selection = replace(selection, seconds_scoring=seconds)
+        return selection
+
+    def _check_transfer(
+        self, selection: StepSelection, plan: StepPools, ours: Mapping[int, PoolScores], num_checked: int
+    ) -> StepSelection:
+        """Scores the step's first pools with the target too, and compares."""
+        assert self.target_scorer is not None
+        started = time.perf_counter()
+        found: dict[int, PoolTransfer] = {}
+        for theirs in self.target_scorer.score(plan.pools[:num_checked]):
+            budget = plan.budgets[theirs.pool]
+            found[theirs.pool] = compare_pools(theirs, ours[theirs.pool], budget, self.config)
+        everyones = {pool: part for parts in self.scorer.processes.gather(found) for pool, part in parts.items()}
+        self._num_checked += num_checked
+        return replace(
+            selection,
+            transfers=tuple(everyones[pool] for pool in range(num_checked)),
+            seconds_checking=time.perf_counter() - started,
+        )
+
+    def close(self) -> None:
+        """Waits for scoring that has begun and that nobody will ask for."""
+        if self._ahead is not None:
+            self._ahead.join()
+            self._ahead = None
+
+    # What resuming needs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pools compared with the target so far."""
+        return {"num_checked": self._num_checked}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The proxy's adapter and optimizer."""
+        return self.learner.state_dict() if self.learner is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restores [`StepSelector.state_dict`] and [`StepSelector.tensors`].
+
+        Raises:
+            ValueError: If the checkpoint has no proxy and this run has, the other way round, or another one.
+        """
+        self.close()
+        self._num_checked = int(state["num_checked"])
+        if bool(tensors) != (self.learner is not None):
+            was, fix = ("with", "with the same `proxy`") if tensors else ("without", "without `proxy`")
+            raise ValueError(
+                f"The checkpoint was written by a run that selected {was} a proxy, and this one is set up the other "
+                f"way. Resume {fix}, or start a new run."
+            )
+        if self.learner is not None:
+            self.learner.load_state_dict(tensors)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.ledger import CostLedger, cost_rows
 from spice_trainer.metrics import RunTotals
 from spice_trainer.pools import PoolSchedule
 
@@ -25,7 +26,9 @@ class RunPlan:
         num_features (`int`): Numbers kept per candidate.
         feature_bytes (`int`): Memory the features of the pools scored together take on each process.
         num_processes (`int`): Processes that share the scoring.
-        mean_row_tokens (`float`): Mean tokens of a row, from a sample.
+        mean_row_tokens (`float`): Mean tokens of a row as it is trained on, from a sample.
+        mean_candidate_tokens (`float`): Mean tokens of a row as it is scored: a proxy may have another tokenizer.
+        num_proxy_parameters (`int`, *optional*): Parameters of the proxy that scores, if one does.
         token_normalized (`bool`): Whether the loss is normalised by `num_items_in_batch`.
     """
 
@@ -36,6 +39,8 @@ class RunPlan:
     feature_bytes: int
     num_processes: int
     mean_row_tokens: float
+    mean_candidate_tokens: float
+    num_proxy_parameters: int | None
     token_normalized: bool
 
 
@@ -51,15 +56,20 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
     )
     shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
     at_most = "at most " if config.is_adaptive else ""
+    scorer = (
+        "The model itself"
+        if plan.num_proxy_parameters is None
+        else f"A proxy of {plan.num_proxy_parameters:,} parameters"
+    )
     lines = [
         f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
         f"{schedule.steps_per_epoch:,}).",
         f"Each step scores {shape.pools_per_step} pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
-        f"The model itself scores, {shared}with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient "
+        f"{scorer} scores, {shared}with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient "
         f"features{' on each' if plan.num_processes > 1 else ''}.",
-        f"Per step about {candidates * plan.mean_row_tokens:,.0f} tokens are scored and "
+        f"Per step about {candidates * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]
     if config.selection_epochs is not None:
@@ -112,10 +122,8 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
     return warnings
 
 
-def summarize_run(totals: RunTotals) -> list[tuple[str, str]]:
+def summarize_run(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple[str, str]]:
     """Rows of the end-of-run table: what was picked and what it cost."""
-    seconds = totals.seconds_scoring + totals.seconds_selecting + totals.seconds_training
-    overhead = totals.seconds_scoring + totals.seconds_selecting
 
     def share(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else "-"
@@ -148,9 +156,7 @@ def summarize_run(totals: RunTotals) -> list[tuple[str, str]]:
             f"{totals.information / max(totals.num_pools, 1):.4g} / "
             f"{totals.information_top_norm / max(totals.num_pools, 1):.4g} a pool",
         ),
-        ("Scoring", f"{totals.seconds_scoring:.1f} s ({share(totals.seconds_scoring, seconds)} of the steps' time)"),
-        ("Selecting", f"{totals.seconds_selecting:.2f} s ({share(totals.seconds_selecting, seconds)})"),
-        ("Training", f"{totals.seconds_training:.1f} s ({share(seconds - overhead, seconds)})"),
+        *cost_rows(totals, ledger),
     ]
     if totals.num_replayed_steps:
         rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
@@ -165,9 +171,10 @@ def summarize_run(totals: RunTotals) -> list[tuple[str, str]]:
     return rows
 
 
-def print_summary(totals: RunTotals, directory: str) -> None:
-    """Prints the end-of-run table on stdout, with rich where it is installed."""
-    rows = summarize_run(totals)
+def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None) -> None:
+    """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
+    rows = summarize_run(totals, ledger)
+    below = [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
     # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
     state = random.getstate()
     try:
@@ -176,7 +183,7 @@ def print_summary(totals: RunTotals, directory: str) -> None:
     except ImportError:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        print("\n".join(["", "SPICE summary", *lines, f"Records: {directory}"]), file=sys.stdout)
+        print("\n".join(["", "SPICE summary", *lines, *below]), file=sys.stdout)
         return
     table = Table(title="SPICE summary", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -186,7 +193,8 @@ def print_summary(totals: RunTotals, directory: str) -> None:
     console = Console()
     console.print()
     console.print(table)
-    console.print(f"Records: {directory}", soft_wrap=True, highlight=False)
+    for line in below:
+        console.print(line, soft_wrap=True, highlight=False)
     random.setstate(state)
 
 

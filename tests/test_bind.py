@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer import SpiceConfig, SpiceSampler
-from spice_trainer.picks import StepSelection
+from spice_trainer.step_selection import StepSelection
 
 from .models import tiny_lora_model
 from .trainers import collate, tiny_rows

@@ -38,6 +38,11 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "tie_tolerance": ([0.0, 1e-12, 1e-6, 0.5], {}),
     "sketch_dim": ([None, -1, 0, 16, 65536, 10**9], {}),
     "scoring_tokens_per_batch": ([1, 2048, 10**6], {}),
+    "proxy_model_name_or_path": ([None, "org/model", "./folder"], {}),
+    "proxy_learning_rate": ([0.0, 1e-5, 2e-4], {}),
+    "proxy_update_every": ([1, 5, 50], {}),
+    "proxy_check_pools": ([0, 3], {}),
+    "overlap_scoring": ([True, False], {}),
 }
 CASES = [
     pytest.param(name, value, extra, id=f"{name}={value}")
@@ -183,8 +188,8 @@ def test_docstring_names_every_field_and_its_default():
     text = SpiceConfig.__doc__
     for name, field in FIELDS.items():
         default = f", defaults to `{json.dumps(field.default)}`" if field.default is not None else ""
-        default = default.replace("1e-06", "1e-6")
-        kind = {int: "int", float: "float"}.get((*typing.get_args(TYPES[name]), TYPES[name])[0], "str")
+        default = default.replace("1e-06", "1e-6").replace("`false`", "`False`")
+        kind = {int: "int", float: "float", bool: "bool"}.get((*typing.get_args(TYPES[name]), TYPES[name])[0], "str")
         assert f"        {name} (`{kind}`, *optional*{default}):\n" in text
 
 
@@ -206,6 +211,11 @@ def test_defaults():
         "tie_tolerance": 1e-6,
         "sketch_dim": -1,
         "scoring_tokens_per_batch": 2048,
+        "proxy_model_name_or_path": None,
+        "proxy_learning_rate": 2e-4,
+        "proxy_update_every": 1,
+        "proxy_check_pools": 0,
+        "overlap_scoring": False,
     }
 
 
@@ -279,6 +289,8 @@ INTEGERS = {
     "selection_epochs": (1, 0, "the first epoch has no earlier picks to replay"),
     "sketch_dim": (-1, -2, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
     "scoring_tokens_per_batch": (1, 0, "a scoring pass needs at least one token"),
+    "proxy_update_every": (1, 0, "it counts cycles from one update of the proxy to the next"),
+    "proxy_check_pools": (0, -1, "it counts pools"),
 }
 REALS = {
     "fisher_alpha": ("above 0", "an alpha of 0 would make every gain 0", [0, 0.0, -1.0]),
@@ -286,7 +298,9 @@ REALS = {
     "stop_ratio": ("between 0 and 1, both excluded", "it is a share of the first gain", [0, 1, 0.0, 1.0, -0.5, 50]),
     "min_gain": ("at least 0", "gains are never negative", [-1e-9, -1]),
     "tie_tolerance": ("at least 0 and below 1", "it is a share of the best score", [-1e-6, 1, 1.0, 2.0]),
+    "proxy_learning_rate": ("at least 0", "a negative rate would unlearn the picks", [-1e-6, -1]),
 }
+OTHERS = {"proxy_model_name_or_path", "overlap_scoring"}
 
 
 def error_of(**values: object) -> str:
@@ -297,7 +311,22 @@ def error_of(**values: object) -> str:
 
 def test_every_number_has_error_cases():
     literals = {name for name, hint in TYPES.items() if typing.get_origin(hint) is typing.Literal}
-    assert INTEGERS.keys() | REALS.keys() | literals == FIELDS.keys()
+    assert INTEGERS.keys() | REALS.keys() | literals | OTHERS == FIELDS.keys()
+
+
+@pytest.mark.parametrize("value", ["", 3, True, ["a"]])
+def test_proxy_name_of_wrong_type(value):
+    assert error_of(proxy_model_name_or_path=value) == (
+        f"SpiceConfig: proxy_model_name_or_path={value!r} is no name. Fix: give a model on the hub or a folder, or "
+        "None. A loaded model goes to attach_spice as `proxy=ProxyModel(model)`."
+    )
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_overlap_of_wrong_type(value):
+    assert error_of(overlap_scoring=value) == (
+        f"SpiceConfig: overlap_scoring={value!r} is neither True nor False. Fix: set overlap_scoring to one of them."
+    )
 
 
 @pytest.mark.parametrize("name", INTEGERS)

@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from spice_trainer import logs
 from spice_trainer.config import SpiceConfig
+from spice_trainer.ledger import CostLedger, format_duration
 from spice_trainer.metrics import RunTotals
-from spice_trainer.summary import summarize_run, warn_of_first_pools
+from spice_trainer.summary import print_summary, summarize_run, warn_of_first_pools
 
 from .test_refusals import OwnLoss
 from .trainers import make_trainer, read_records, tiny_rows, trained_indices
@@ -189,7 +190,7 @@ def test_the_summary_of_an_adaptive_run(
     assert f"Records: {tmp_path / 'spice'}" in lines
     for name, key in (("Scoring", "scoring"), ("Training", "training")):
         seconds = sum(line[f"seconds_{key}"] for line in costs)
-        assert any(line.startswith(f"{name} {seconds:.1f} s (") for line in lines)
+        assert any(line.startswith(f"{name} {format_duration(seconds)} (") for line in lines)
 
 
 def test_a_plain_run_has_no_row_about_what_did_not_happen() -> None:
@@ -200,3 +201,32 @@ def test_a_plain_run_has_no_row_about_what_did_not_happen() -> None:
         "Micro-batches with a neutral filler",
     }  # fmt: skip
     assert dict(summarize_run(RunTotals()))["Samples picked"] == "0 (- of the candidates)"
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_summary_of_a_run_with_its_ledger(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    totals = RunTotals(
+        num_steps=4, num_candidates=100, tokens_scored=2000, tokens_trained=200,
+        seconds_scoring=6.0, seconds_selecting=0.5, seconds_learning=1.5, seconds_training=2.0,
+    )  # fmt: skip
+    ledger = CostLedger.from_totals(totals, num_rows=100, steps_per_epoch=4)
+    print_summary(totals, "records", ledger)
+    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    costs = [
+        "Scoring 6.0 s (60.0% of the steps' time)",
+        "Selecting 0.50 s (5.0%)",
+        "Learning (proxy) 1.5 s (15.0%)",
+        "Training 2.0 s (20.0%)",
+        "Training on all the data, estimated 20.0 s for 1 epoch of 100 rows",
+    ]
+    begin = lines.index(costs[0])
+    assert lines[begin : begin + 5] == costs
+    assert lines[-2:] == [ledger.describe(), "Records: records"]
+    # Without a ledger nothing is said of all the data, and without a proxy nothing of its learning.
+    print_summary(RunTotals(seconds_training=1.0), "records")
+    plain = capsys.readouterr().out
+    assert "all the data" not in plain and "proxy" not in plain and "Training" in plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import TrainerCallback
 
+from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.records import RECORD_FILES, RecordWriter
 
-from .trainers import make_trainer, read_records, tiny_rows, trained_indices
+from .models import tiny_lora_model
+from .trainers import SETTINGS, make_trainer, read_records, tiny_rows, trained_indices
 
 NAMES = ("selections", "pools", "trained", "costs")
 FIELDS = {
@@ -28,8 +31,12 @@ FIELDS = {
     ],
     "trained": ["step", "epoch", "indices"],
     "costs": [
-        "step", "epoch", "seconds_scoring", "seconds_selecting", "seconds_training", "tokens_scored",
-        "tokens_trained",
+        "step", "epoch", "seconds_scoring", "seconds_selecting", "seconds_learning", "seconds_checking",
+        "seconds_ahead", "seconds_training", "tokens_scored", "tokens_trained",
+    ],
+    "transfer": [
+        "step", "epoch", "pool", "num_selected", "num_selected_proxy", "num_shared", "rank_correlation", "retained",
+        "overlap",
     ],
 }  # fmt: skip
 INTEGERS = {"step", "epoch", "pool", "order", "index", "label_tokens", "num_selected", "changed_by_conflict"}
@@ -43,8 +50,32 @@ def test_fields_are_those_of_the_documentation_and_open_as_datasets(settings: di
         tmp_path, spice=settings, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8
     )
     trainer.train()
+    assert sorted(path.stem for path in (tmp_path / "spice").iterdir()) == sorted(NAMES)
+    check_fields(tmp_path, NAMES)
+    pools, selections = read_records(tmp_path, "pools"), read_records(tmp_path, "selections")
+    assert [row for line in pools for row in line["zero"]] == [3]
+    assert {line["stopped_early"] for line in pools} == ({True, False} if settings else {False})
+    for step, indices in enumerate(trained_indices(tmp_path)):
+        assert indices == [line["index"] for line in selections if line["step"] == step]
+    costs = read_records(tmp_path, "costs")
+    assert sum(line["tokens_scored"] for line in costs) == sum(len(row["input_ids"]) for row in rows)
+    for line, indices in zip(costs, trained_indices(tmp_path), strict=True):
+        assert line["tokens_trained"] == sum(len(rows[index]["input_ids"]) for index in indices)
+        assert all(line[f"seconds_{name}"] > 0 for name in ("scoring", "selecting", "training"))
+        assert all(line[f"seconds_{name}"] == 0 for name in ("learning", "checking", "ahead"))
+
+
+def test_a_proxys_comparison_is_recorded_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    attach_spice(trainer, SpiceConfig(**SETTINGS, proxy_check_pools=2), proxy=ProxyModel(tiny_lora_model(seed=3)))
+    trainer.train()
     assert sorted(path.name for path in (tmp_path / "spice").iterdir()) == sorted(RECORD_FILES)
-    for name in NAMES:
+    check_fields(tmp_path, [*NAMES, "transfer"])
+
+
+def check_fields(tmp_path: Path, names: Sequence[str]) -> None:
+    """The files have the documented fields, and open as datasets."""
+    for name in names:
         lines = read_records(tmp_path, name)
         assert all(list(line) == FIELDS[name] for line in lines)
         for line in lines:
@@ -56,16 +87,6 @@ def test_fields_are_those_of_the_documentation_and_open_as_datasets(settings: di
             cache_dir=str(tmp_path / "cache"),
         )
         assert opened.column_names == FIELDS[name] and opened.to_list() == lines
-    pools, selections = read_records(tmp_path, "pools"), read_records(tmp_path, "selections")
-    assert [row for line in pools for row in line["zero"]] == [3]
-    assert {line["stopped_early"] for line in pools} == ({True, False} if settings else {False})
-    for step, indices in enumerate(trained_indices(tmp_path)):
-        assert indices == [line["index"] for line in selections if line["step"] == step]
-    costs = read_records(tmp_path, "costs")
-    assert sum(line["tokens_scored"] for line in costs) == sum(len(row["input_ids"]) for row in rows)
-    for line, indices in zip(costs, trained_indices(tmp_path), strict=True):
-        assert line["tokens_trained"] == sum(len(rows[index]["input_ids"]) for index in indices)
-        assert all(line[key] > 0 for key in line if key.startswith("seconds"))
 
 
 class Lines(TrainerCallback):
@@ -102,7 +123,7 @@ def test_no_clock_reading_is_in_the_first_three(tmp_path: Path, monkeypatch: pyt
     clock = time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: 1000 * clock())
     make_trainer(tmp_path / "two", spice={}).train()
-    for name in RECORD_FILES:
+    for name in (f"{name}.jsonl" for name in NAMES):
         same = (tmp_path / "one/spice" / name).read_bytes() == (tmp_path / "two/spice" / name).read_bytes()
         assert same == (name != "costs.jsonl")
 
@@ -158,7 +179,13 @@ def test_resuming_cuts_what_was_written_after_the_checkpoint(tmp_path: Path) -> 
     writer.start()
     writer.write_costs({"step": 0})
     positions = writer.positions()
-    assert positions == {"selections.jsonl": 0, "pools.jsonl": 0, "trained.jsonl": 0, "costs.jsonl": 12}
+    assert positions == {
+        "selections.jsonl": 0,
+        "pools.jsonl": 0,
+        "trained.jsonl": 0,
+        "costs.jsonl": 12,
+        "transfer.jsonl": 0,
+    }
     writer.write_costs({"step": 1})
     writer.resume(positions, folder)
     assert writer.positions() == positions

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spice_trainer.picks import StepSelection
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.step_selection import StepSelection
 
 from .models import enable_checkpointing
 from .trainers import (

@@ -37,6 +37,7 @@ from spice_trainer.micro_batches import share_micro_batches
 from spice_trainer.rows import CandidateRow, collate_row, pad_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.selection import select
+from spice_trainer.sharing import SharedCandidates
 from tests.benchmarks.real_model import add_lora, load_model, read_rows
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -77,8 +78,17 @@ class Contestants:
             config=SpiceConfig(sketch_dim=sketch_dim, scoring_tokens_per_batch=self.tokens_per_batch),
             seed=0,
         )
-        rows = dict(enumerate(self.rows))
-        return scorer._fill_buffer(list(rows), rows, self.plan, len(self.plan), lambda share: None)
+        shared = SharedCandidates(
+            pools={0: tuple(range(len(self.rows)))},
+            shapes=tuple(row.shape for row in self.rows),
+            owners=(0,) * len(self.rows),
+            holders=(0,) * len(self.rows),
+            held=tuple(range(len(self.rows))),
+            batches=tuple(tuple(batch) for batch in self.plan),
+            num_kept=len(self.plan),
+            rows=dict(enumerate(self.rows)),
+        )
+        return scorer.compute(shared)
 
     def one_at_a_time(self) -> Tensor:
         gradients = torch.empty(len(self.rows), sum(parameter.numel() for parameter in self.parameters))

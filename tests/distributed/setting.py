@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-from spice_trainer import SpiceConfig, attach_spice
+from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 
 from ..models import add_lora, tiny_model
 from ..trainers import collate, tiny_rows, training_options
@@ -67,6 +67,12 @@ def load_model(folder: Path, *, quantized: bool = False) -> nn.Module:
     return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
 
 
+def load_proxy(folder: Path, *, seed: int) -> ProxyModel:
+    """A proxy whose fresh adapter depends on the seed, which a user's script may well set by process."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return ProxyModel(add_lora(model, seed=seed), learning_rate=1e-2)
+
+
 def arguments(output_dir: Path, *, world_size: int, **overrides: Any) -> TrainingArguments:
     """Two short epochs at the same effective batch size whatever the number of processes."""
     values = {
@@ -85,6 +91,7 @@ def make_trainer(
     args: TrainingArguments,
     *,
     spice: dict[str, Any] | None = None,
+    proxy: ProxyModel | None = None,
     data_collator: Any = collate,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
@@ -92,7 +99,7 @@ def make_trainer(
     trainer = Trainer(
         model=model, args=args, train_dataset=dataset(), data_collator=data_collator, callbacks=callbacks
     )
-    attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))))
+    attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))), proxy=proxy)
     return trainer
 
 
@@ -101,9 +108,10 @@ def single_trainer(
     output_dir: Path,
     *,
     spice: dict[str, Any] | None = None,
+    proxy: ProxyModel | None = None,
     quantized: bool = False,
     **options: Any,
 ) -> Trainer:
     """The same run in this process alone."""
     args = arguments(output_dir, world_size=1, **options)
-    return make_trainer(load_model(folder, quantized=quantized), args, spice=spice)
+    return make_trainer(load_model(folder, quantized=quantized), args, spice=spice, proxy=proxy)

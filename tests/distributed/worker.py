@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
-from spice_trainer.picks import StepSelection
+from spice_trainer.proxy import ProxyModel
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
+from spice_trainer.step_selection import StepSelection
 
 from ..trainers import checkpointing_options, collate
 from . import cpu_shims, setting
@@ -46,7 +48,9 @@ WRAPPERS = {
 }
 
 
-def build(name: str, *, spice: dict[str, Any] | None = None, **overrides: Any) -> tuple[Trainer, WeightProbe]:
+def build(
+    name: str, *, spice: dict[str, Any] | None = None, proxy: ProxyModel | None = None, **overrides: Any
+) -> tuple[Trainer, WeightProbe]:
     """A trainer with SPICE, its arguments first, from the model every process loads."""
     if "checkpointing" in OPTIONS:
         overrides |= checkpointing_options(use_reentrant=OPTIONS["checkpointing"] == "reentrant")
@@ -60,7 +64,7 @@ def build(name: str, *, spice: dict[str, Any] | None = None, **overrides: Any) -
     assert is_quantized == ("quantized" in OPTIONS)
     # Loaded in shards from the start, as `zero3_init_flag` asks.
     assert any(hasattr(parameter, "ds_id") for parameter in model.parameters()) == (CONFIG == "deepspeed_zero3")
-    trainer = setting.make_trainer(model, args, spice=spice, callbacks=[probe])
+    trainer = setting.make_trainer(model, args, spice=spice, proxy=proxy, callbacks=[probe])
     return trainer, probe
 
 
@@ -164,12 +168,17 @@ def losses(trainer: Trainer) -> list[float]:
 def train_and_listen() -> dict[str, Any]:
     """Trains, or goes on from a checkpoint, perhaps one of another number of processes."""
     spice, args = (json.loads(OPTIONS.get(name, "{}")) for name in ("spice", "args"))
-    trainer, _ = build("trained", spice=spice, **args)
+    proxy = setting.load_proxy(Path(OPTIONS["proxy"]), seed=RANK) if "proxy" in OPTIONS else None
+    trainer, _ = build("trained", spice=spice, proxy=proxy, **args)
     heard: list[list[int]] = []
     trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
     trainer.train(resume_from_checkpoint=OPTIONS.get("checkpoint"))
     check_wrapper(trainer)
-    return {"picks": heard, "losses": losses(trainer)}
+    learned = {}
+    if proxy is not None:
+        weights = {name: value for name, value in proxy.model.named_parameters() if value.requires_grad}
+        learned = {name: sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in weights.items()}
+    return {"picks": heard, "losses": losses(trainer), "learned": learned}
 
 
 def fail() -> dict[str, Any]:

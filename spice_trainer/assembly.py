@@ -1,0 +1,107 @@
+"""Puts together what selects for a step: the target's scorer, or a proxy's with its learner.
+
+no proxy   target ─ scorer ─ selector
+a proxy    proxy ─ scorer (its own rows) ─ selector ─ learner;   target ─ scorer, for comparison only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from spice_trainer.adapters import find_lora_modules
+from spice_trainer.config import SpiceConfig
+from spice_trainer.learning import AdapterLearner
+from spice_trainer.pools import PoolSchedule
+from spice_trainer.processes import Processes
+from spice_trainer.proxy import ProxyModel
+from spice_trainer.proxy_data import TargetRows, rows_for_proxy
+from spice_trainer.scoring import GradientScorer
+from spice_trainer.steps import StepSelector
+
+
+def build_selector(
+    config: SpiceConfig,
+    schedule: PoolSchedule,
+    *,
+    get_model: Callable[[], nn.Module],
+    rows: TargetRows,
+    proxy: ProxyModel | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    processes: Processes | None = None,
+) -> StepSelector:
+    """Builds what selects for the steps of a run.
+
+    Args:
+        config ([`SpiceConfig`]): The settings.
+        schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
+        get_model (`Callable[[], torch.nn.Module]`): Gives the target, unwrapped from DDP or DeepSpeed.
+        rows ([`~spice_trainer.proxy_data.TargetRows`]): The training rows as the target reads them.
+        proxy ([`ProxyModel`], *optional*): Scores instead of the target.
+        autocast (`Callable`, *optional*): Makes the context of the training precision.
+        processes ([`~spice_trainer.processes.Processes`], *optional*): Those that share the work.
+
+    Returns:
+        [`~spice_trainer.steps.StepSelector`]
+
+    Raises:
+        ValueError: If what scores has no plain LoRA layers, the proxy cannot read the rows, or a setting needs a
+            proxy and there is none.
+    """
+    processes = processes if processes is not None else Processes()
+
+    def score_with(
+        get_scoring_model: Callable[[], nn.Module], rows: TargetRows, processes: Processes
+    ) -> GradientScorer:
+        return GradientScorer(
+            get_scoring_model,
+            find_lora_modules(get_scoring_model()),
+            dataset=rows.dataset,
+            collate=rows.collate,
+            config=config,
+            seed=schedule.seed,
+            autocast=autocast,
+            processes=processes,
+        )
+
+    if proxy is None:
+        for name in ("proxy_check_pools", "overlap_scoring"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"SpiceConfig: {name}={getattr(config, name)} without a proxy: the target scores at its own "
+                    "weights of the moment, and there is nothing to compare or to run beside. Fix: pass "
+                    "`proxy=ProxyModel(...)` to attach_spice, set proxy_model_name_or_path, or leave it out."
+                )
+        return StepSelector(score_with(get_model, rows, processes), config, shape=schedule.shape)
+
+    # Every process has the whole proxy, whatever becomes of the target.
+    scorer = score_with(lambda: proxy.model, rows_for_proxy(proxy, rows), replace(processes, lockstep=False))
+    learner = AdapterLearner(
+        proxy.model,
+        learning_rate=proxy.learning_rate,
+        weight_decay=proxy.weight_decay,
+        max_grad_norm=proxy.max_grad_norm,
+        tokens_per_batch=config.scoring_tokens_per_batch,
+        seed=schedule.seed,
+        autocast=autocast,
+        processes=scorer.processes,
+    )
+    num_pools = schedule.shape.pools_per_step
+    if config.overlap_scoring and scorer.pools_at_once(num_pools, schedule.pool_size) < num_pools:
+        raise ValueError(
+            f"SpiceConfig: overlap_scoring=True needs the gradient features of all {num_pools} pools of a step at "
+            f"once, {scorer.feature_bytes(num_pools, num_pools * schedule.pool_size) / 1e9:.1f} GB. Fix: set a "
+            "sketch_dim (or -1 for the default), or overlap_scoring=False."
+        )
+    return StepSelector(
+        scorer,
+        config,
+        shape=schedule.shape,
+        learner=learner,
+        update_every=proxy.update_every,
+        target_scorer=score_with(get_model, rows, processes) if config.proxy_check_pools > 0 else None,
+    )
