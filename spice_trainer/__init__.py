@@ -18,6 +18,7 @@ from spice_trainer.integration import SpiceTrainer, SpiceTrainerMixin, attach_sp
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.selection import Selection, select, select_from_gradients
+from spice_trainer.subset import select_subset
 
 if TYPE_CHECKING:
     from spice_trainer.sft import SpiceSFTTrainer
@@ -37,6 +38,7 @@ __all__ = [
     "detach_spice",
     "select",
     "select_from_gradients",
+    "select_subset",
 ]
 
 

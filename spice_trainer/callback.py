@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spice_trainer.checkpoint import load_state, save_state
+from spice_trainer.checkpoint import describe_schedule, load_state, save_state
 from spice_trainer.ledger import CostLedger
 from spice_trainer.loading import SlotCollator
 from spice_trainer.logs import logger
@@ -181,7 +181,7 @@ class SpiceCallback(TrainerCallback):
             checkpoint,
             {
                 "global_step": self.sampler.global_step,
-                "schedule": self._describe_schedule(),
+                "schedule": describe_schedule(self.sampler.schedule),
                 "config": self.sampler.config.to_dict(),
                 "sampler": self.sampler.state_dict(),
                 "window": self._window.state_dict(),
@@ -194,7 +194,7 @@ class SpiceCallback(TrainerCallback):
 
     def _restore(self, checkpoint: str) -> None:
         state, tensors = load_state(
-            checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
+            checkpoint, schedule=describe_schedule(self.sampler.schedule), config=self.sampler.config.to_dict()
         )
         self.sampler.load_state_dict(state["sampler"], tensors)
         self._window.load_state_dict(state["window"])
@@ -213,14 +213,3 @@ class SpiceCallback(TrainerCallback):
             steps_per_epoch=schedule.steps_per_epoch,
             mean_row_tokens=mean_row_tokens,
         )
-
-    def _describe_schedule(self) -> dict[str, Any]:
-        schedule = self.sampler.schedule
-        return {
-            "num_rows": schedule.num_rows,
-            "steps_per_epoch": schedule.steps_per_epoch,
-            "samples_per_step": schedule.shape.samples_per_step,
-            "pool_size": schedule.pool_size,
-            "pools_per_step": schedule.shape.pools_per_step,
-            "pool_seed": schedule.seed,
-        }

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spice_trainer.logs import logger
+from spice_trainer.pools import PoolSchedule
 
 STATE_FOLDER = "spice"
 FORMAT_VERSION = 1
@@ -37,6 +38,22 @@ def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], ten
     save_file(dict(tensors), folder / "state.safetensors")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1, allow_nan=False)
     (folder / "state.json").write_text(text + "\n")
+
+
+def describe_schedule(schedule: PoolSchedule) -> dict[str, Any]:
+    """What decides which rows are candidates when, as JSON values.
+
+    Args:
+        schedule ([`~spice_trainer.pools.PoolSchedule`]): The run's schedule.
+    """
+    return {
+        "num_rows": schedule.num_rows,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "samples_per_step": schedule.shape.samples_per_step,
+        "pool_size": schedule.pool_size,
+        "pools_per_step": schedule.shape.pools_per_step,
+        "pool_seed": schedule.seed,
+    }
 
 
 def load_state(

@@ -160,6 +160,8 @@ def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple
         for name, seconds, unit in parts
         if seconds > 0 or not name.endswith("(proxy)")
     ]
+    if totals.seconds_ahead > 0:
+        rows.insert(1, ("Scoring beside the training", format_duration(totals.seconds_ahead)))
     if ledger is not None and ledger.seconds_on_all_data is not None:
         epochs = f"{ledger.num_epochs:.3g} epoch{'' if ledger.num_epochs == 1 else 's'}"
         estimate = f"{format_duration(ledger.seconds_on_all_data)} for {epochs} of {ledger.num_rows:,} rows"

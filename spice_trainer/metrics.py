@@ -132,6 +132,7 @@ class RunTotals:
     seconds_selecting: float = 0.0
     seconds_learning: float = 0.0
     seconds_checking: float = 0.0
+    seconds_ahead: float = 0.0
     seconds_training: float = 0.0
 
     def add_selection(self, selection: StepSelection) -> None:
@@ -144,6 +145,7 @@ class RunTotals:
         self.seconds_selecting += selection.seconds_selecting
         self.seconds_learning += selection.seconds_learning
         self.seconds_checking += selection.seconds_checking
+        self.seconds_ahead += selection.seconds_ahead
         for pool in selection.pools:
             picked = len(pool.indices)
             self.num_pools += 1

@@ -12,6 +12,7 @@ from spice_trainer.metrics import RunTotals
 from spice_trainer.pools import PoolSchedule
 
 WARN_AFTER_POOLS = 5
+_ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")
 SHARE_TOLERANCE = 0.25
 
 
@@ -122,8 +123,10 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
     return warnings
 
 
-def summarize_run(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple[str, str]]:
-    """Rows of the end-of-run table: what was picked and what it cost."""
+def summarize_run(
+    totals: RunTotals, ledger: CostLedger | None = None, *, trains: bool = True
+) -> list[tuple[str, str]]:
+    """Rows of the end-of-run table: what was picked and what it cost; without those of training if nothing trains."""
 
     def share(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else "-"
@@ -168,12 +171,14 @@ def summarize_run(totals: RunTotals, ledger: CostLedger | None = None) -> list[t
         )
     if totals.num_fillers:
         rows.append(("Micro-batches with a neutral filler", f"{totals.num_fillers:,}"))
+    if not trains:
+        rows = [("Steps", f"{totals.num_steps:,}"), *(row for row in rows if row[0] not in _ROWS_OF_TRAINING)]
     return rows
 
 
-def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None) -> None:
+def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None, *, trains: bool = True) -> None:
     """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
-    rows = summarize_run(totals, ledger)
+    rows = summarize_run(totals, ledger, trains=trains)
     below = [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
     # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
     state = random.getstate()

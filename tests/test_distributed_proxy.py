@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from spice_trainer import SpiceConfig, select_subset
+from spice_trainer.manifest import SubsetManifest
+
 from .distributed import setting
 from .distributed.launch import launch
 from .trainers import read_records, trained_indices
@@ -46,3 +49,20 @@ def test_a_proxy_picks_what_it_picks_in_one_process(config: str, tmp_path: Path)
             assert one.keys() == two.keys()
             for key, value in one.items():
                 assert two[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), key
+
+
+def test_a_subset_is_that_of_one_process(tmp_path: Path) -> None:
+    small = setting.save_model(tmp_path / "small", lora_dropout=0.0, hidden_size=16)
+    one = select_subset(
+        setting.load_proxy(small, seed=0),
+        setting.dataset(),
+        SpiceConfig(**setting.SETTINGS),
+        output_dir=tmp_path / "one",
+        samples_per_step=setting.SAMPLES_PER_STEP,
+    )
+    launch("multi_gpu", tmp_path / "two", "select", f"proxy={small}").check()
+    for rank in range(2):
+        assert json.loads((tmp_path / "two" / f"select.{rank}.json").read_text())["rows"] == one.to_list()
+    manifests = [SubsetManifest.load(tmp_path / name) for name in ("one", "two/subset")]
+    assert manifests[0].indices == manifests[1].indices and manifests[0].model == manifests[1].model
+    assert len(manifests[0].indices) == 17

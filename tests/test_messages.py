@@ -230,3 +230,16 @@ def test_the_summary_of_a_run_with_its_ledger(
     print_summary(RunTotals(seconds_training=1.0), "records")
     plain = capsys.readouterr().out
     assert "all the data" not in plain and "proxy" not in plain and "Training" in plain
+
+
+def test_the_summary_of_a_selection_alone_says_nothing_of_training() -> None:
+    totals = RunTotals(num_steps=3, num_candidates=30, num_selected=6, num_trained=6, seconds_scoring=2.0)
+    names = [name for name, _ in summarize_run(totals, trains=False)]
+    assert names[0] == "Steps" and "Samples picked" in names and "Scoring" in names
+    assert not {"Optimizer steps", "Samples trained", "Training"} & set(names)
+
+
+def test_the_summary_tells_scoring_beside_the_training() -> None:
+    totals = RunTotals(num_steps=3, seconds_scoring=0.5, seconds_ahead=12.3)
+    assert dict(summarize_run(totals))["Scoring beside the training"] == "12.3 s"
+    assert "Scoring beside the training" not in dict(summarize_run(RunTotals(num_steps=3)))

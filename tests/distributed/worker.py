@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
-from spice_trainer.proxy import ProxyModel
+from spice_trainer import ProxyModel, SpiceConfig, select_subset
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection
@@ -181,6 +182,22 @@ def train_and_listen() -> dict[str, Any]:
     return {"picks": heard, "losses": losses(trainer), "learned": learned}
 
 
+def select() -> dict[str, Any]:
+    """Selects a subset with no target training."""
+    # A fresh adapter of each process's own; process 0's counts.
+    proxy = setting.load_proxy(Path(OPTIONS["proxy"]), seed=RANK)
+    config = SpiceConfig(**setting.SETTINGS)
+    subset = select_subset(
+        proxy,
+        setting.dataset(),
+        config,
+        output_dir=FOLDER / "subset",
+        samples_per_step=setting.SAMPLES_PER_STEP,
+        accelerator=Accelerator(cpu=DEVICE == "cpu"),
+    )
+    return {"rows": subset.to_list()}
+
+
 def fail() -> dict[str, Any]:
     """Trains until the last process fails, while it scores the first step after the checkpoint."""
     trainer, _ = build("failing")
@@ -209,7 +226,7 @@ def die(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("the user's own error")
 
 
-TASKS = {"all": run_everything, "train": train_and_listen, "fail": fail}
+TASKS = {"all": run_everything, "train": train_and_listen, "select": select, "fail": fail}
 
 
 def main() -> None:
