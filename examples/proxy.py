@@ -9,6 +9,7 @@ python examples/proxy.py --model_name_or_path demo_output/model --proxy_model_na
 
 Your model scores the first `--proxy_check_pools` pools too. How far both agree is logged, and written pool by pool to
 `transfer.jsonl`; a proxy whose picks retain little of the information is too small, or too far from your model.
+Without `--use_peft` your model trains whole, and cannot be compared: leave `--proxy_check_pools` out.
 
 `--proxy_model_name_or_path` alone would do: `attach_spice` then builds this proxy itself. Built here, it can have an
 adapter, a precision and rows of its own.
@@ -57,7 +58,7 @@ def main(
     attach_spice(trainer, spice_config, proxy=load_proxy(spice_config, training_args))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.accelerator.print(f"Adapter saved in {training_args.output_dir}")
+    trainer.accelerator.print(f"Model saved in {training_args.output_dir}")
     if spice_config.proxy_check_pools:
         transfer = Path(training_args.output_dir) / "spice" / "transfer.jsonl"
         trainer.accelerator.print(f"What the proxy and your model picked from the same pools: {transfer}")

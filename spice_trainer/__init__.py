@@ -19,11 +19,10 @@ from spice_trainer.proxy import ProxyModel
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.selection import Selection, select, select_from_gradients
 from spice_trainer.subset import select_subset
+from spice_trainer.version import __version__
 
 if TYPE_CHECKING:
     from spice_trainer.sft import SpiceSFTTrainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ProxyModel",
@@ -34,6 +33,7 @@ __all__ = [
     "SpiceSampler",
     "SpiceTrainer",
     "SpiceTrainerMixin",
+    "__version__",
     "attach_spice",
     "detach_spice",
     "select",

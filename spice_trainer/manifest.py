@@ -20,6 +20,7 @@ from typing import Any
 
 from spice_trainer.fingerprints import check_is_rows, fingerprint_dataset
 from spice_trainer.rows import fetch_rows
+from spice_trainer.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -59,8 +60,6 @@ class SelectedRow:
 
 def installed_versions() -> dict[str, str | None]:
     """Versions of spice_trainer and of the libraries that a selection depends on; `None` for one not installed."""
-    from spice_trainer import __version__
-
     versions: dict[str, str | None] = {"spice_trainer": __version__}
     for name in _LIBRARIES:
         try:

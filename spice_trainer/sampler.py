@@ -125,8 +125,7 @@ class SpiceSampler(Sampler[int]):
             gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
                 Micro-batches of an optimizer step.
             accelerator (`accelerate.Accelerator`, *optional*):
-                Gives device, precision and processes; needed in a run of several. Without one the model's device is
-                used.
+                Gives device, precision and processes; without one, the model's device and this process alone.
             token_normalized (`bool`, *optional*, defaults to `True`):
                 Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
                 is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
@@ -138,8 +137,7 @@ class SpiceSampler(Sampler[int]):
                 The tokenizer of `dataset`, to tell whether a proxy shares it.
 
         Returns:
-            `torch.utils.data.DataLoader`: One iteration is one epoch, with exactly `gradient_accumulation_steps`
-            batches per optimizer step, on the device.
+            `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
 
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or there are no LoRA layers to score.

@@ -185,3 +185,27 @@ def test_a_compiled_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **options(torch_compile=True))
     check_run(trainer)
     assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@quiet
+def test_scoring_beside_the_training(device: str, tmp_path: Path, full_precision: None) -> None:
+    """A proxy on a stream of its own, and one on another device: the picks and weights of a run without overlap."""
+    from spice_trainer import ProxyModel, SpiceConfig, attach_spice
+
+    picks, weights = [], []
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        proxy = ProxyModel(tiny_lora_model(seed=3).to(device), learning_rate=1e-2)
+        trainer = make_trainer(tmp_path / str(overlap), use_cpu=False)
+        settings = SpiceConfig(
+            pool_size=10, num_selected=4, gradient_normalization="sqrt_tokens", overlap_scoring=overlap
+        )
+        attach_spice(trainer, settings, proxy=proxy)
+        trainer.train()
+        picks.append(trained_indices(tmp_path / str(overlap)))
+        weights.append(
+            trainable_weights(trainer.model) | {f"proxy.{k}": v for k, v in trainable_weights(proxy.model).items()}
+        )
+    assert picks[0] == picks[1] and len(picks[0]) == 6
+    assert same_weights(*weights)

@@ -23,6 +23,7 @@ from .test_side_effects import random_state
 from .trainers import (
     SETTINGS,
     collate,
+    make_sft_trainer,
     make_trainer,
     read_records,
     same_weights,
@@ -415,3 +416,116 @@ def test_the_log_says_who_scores(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     caplog.set_level("INFO", logger="spice_trainer")
     make_proxied(tmp_path, ProxyModel(tiny_lora_model()), max_steps=1).train()
     assert "A proxy of 23,136 parameters scores, with all 3,712 gradient numbers a sample (exact)" in caplog.text
+
+
+# Another tokenizer
+
+
+def other_tokenizer() -> Any:
+    """The tiny tokenizer's words under other ids, and more of them."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "</s>": 1} | {f"w{number}": 99 - number for number in range(3, 61)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("own_dataset", [False, True], ids=["raw_columns", "dataset"])
+def test_a_proxy_of_another_tokenizer_reads_its_own_rows(tmp_path: Path, own_dataset: bool) -> None:
+    from datasets import Dataset
+
+    from spice_trainer.proxy_rows import TokenizedRows
+
+    rows = [
+        {
+            "prompt": " ".join(f"w{token}" for token in row["input_ids"][: row["labels"].count(-100)]),
+            "completion": " " + " ".join(f"w{token}" for token in row["input_ids"][row["labels"].count(-100) :]),
+        }
+        for row in tiny_rows()
+    ]
+    raw = Dataset.from_list(rows)
+    tokenizer, model = other_tokenizer(), add_lora(tiny_model(vocab_size=100))
+    tokenized = TokenizedRows(raw, tokenizer)
+    assert max(max(row["input_ids"]) for row in (tokenized[index] for index in range(55))) > 61
+    extra: dict[str, Any] = {"dataset": [tokenized[index] for index in range(55)]} if own_dataset else {}
+    proxy = ProxyModel(model, processing_class=tokenizer, learning_rate=LEARNING_RATE, **extra)
+    trainer = make_sft_trainer(tmp_path, train_dataset=raw, max_steps=3)
+    attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
+    trainer.train()
+    scorer = trainer._spice.sampler.scorer
+    for index in (0, 17, 54):
+        read = collate_row(index, scorer.dataset[index], scorer.collate)
+        assert read.inputs["input_ids"][0].tolist() == tokenized[index]["input_ids"]
+        assert read.labels[0].tolist() == tokenized[index]["labels"]
+    first = trained_indices(tmp_path)[0]
+    # The first picks are those of a run whose target is the proxy on the proxy's rows.
+    same = make_trainer(
+        tmp_path / "same",
+        model=add_lora(tiny_model(vocab_size=100)),
+        train_dataset=Dataset.from_list(
+            [{**tokenized[index], "attention_mask": [1] * len(tokenized[index]["labels"])} for index in range(55)]
+        ),
+        spice={},
+        max_steps=1,
+    )
+    same.train()
+    assert first == trained_indices(tmp_path / "same")[0]
+
+
+def test_another_tokenizer_without_raw_rows_is_refused(tmp_path: Path) -> None:
+    proxy = ProxyModel(add_lora(tiny_model(vocab_size=100)), processing_class=other_tokenizer())
+    trainer = make_sft_trainer(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no raw rows that the proxy's tokenizer could read, .*ProxyModel\(\.\.\., dataset"
+    ):
+        attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
+
+
+def test_the_same_vocabulary_reads_the_targets_rows(tmp_path: Path) -> None:
+    from .trainers import tiny_tokenizer
+
+    proxy = ProxyModel(tiny_lora_model(), processing_class=tiny_tokenizer())
+    trainer = make_sft_trainer(tmp_path)
+    attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
+    trainer.get_train_dataloader()
+    scorer = trainer._spice.sampler.scorer
+    assert scorer.dataset[3]["input_ids"] == tiny_rows()[3]["input_ids"]
+
+
+# Elsewhere than in a Trainer, and in other precisions
+
+
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    proxy = ProxyModel(tiny_lora_model(), learning_rate=LEARNING_RATE)
+    sampler = SpiceSampler(SpiceConfig(**SETTINGS), proxy)
+    heard: list[tuple[int, ...]] = []
+    sampler.add_listener(lambda selection: heard.append(selection.indices))
+    loader = sampler.bind(tiny_model(), tiny_dataset(), data_collator=collate, per_device_train_batch_size=4)
+    assert sum(1 for _ in loader) == 6
+    make_proxied(tmp_path, ProxyModel(tiny_lora_model(), learning_rate=LEARNING_RATE)).train()
+    assert [list(indices) for indices in heard] == trained_indices(tmp_path)
+
+
+def test_a_proxy_in_bf16(tmp_path: Path) -> None:
+    model = add_lora(tiny_model().to(torch.bfloat16))
+    assert {value.dtype for value in trainable_weights(model).values()} == {torch.float32}
+    proxy = ProxyModel(model, learning_rate=LEARNING_RATE)
+    before = trainable_weights(model)
+    make_proxied(tmp_path, proxy, max_steps=3).train()
+    assert len(trained_indices(tmp_path)) == 3 and not same_weights(before, trainable_weights(model))
+
+
+def test_a_proxy_on_a_quantised_base(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, dtype="float32")
+    model = add_lora(base)
+    before = trainable_weights(model)
+    make_proxied(tmp_path, ProxyModel(model, learning_rate=LEARNING_RATE), max_steps=3).train()
+    assert len(trained_indices(tmp_path)) == 3 and not same_weights(before, trainable_weights(model))

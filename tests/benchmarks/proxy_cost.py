@@ -9,14 +9,16 @@ The plain `Trainer` fine-tunes the same model on the same rows, a few steps each
 - `overlap`: the same with `overlap_scoring=True`,
 
 the latter two again with every number of `--threads` (0 is torch's own choice). The seconds are those of
-`costs.jsonl`; `ahead` is what scoring took in its thread, hidden behind training or not. `whole` is the clock around
-the steps, from the first scoring to the last update. Picks must be the same with and without overlap, which is
-checked. Only rows with odd numbers in the file are used, on which `tests.benchmarks.small_model` has not trained.
+`costs.jsonl`; `ahead` is what scoring took in its thread, hidden behind training or not. `whole` is a step's by the
+clock. The table leaves out the first step, whose pools nothing could score ahead, and the last, beside which nothing
+is scored: what is left is how a long run goes. Picks must be the same with and without overlap, which is checked.
+Only rows with odd numbers in the file are used, on which `tests.benchmarks.small_model` has not trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -38,13 +40,17 @@ PARTS = ("scoring", "ahead", "selecting", "learning", "training")
 
 
 class StepsClock(TrainerCallback):
-    """The clock around a run's steps, without what comes before and after them."""
+    """Seconds from one step's end to the next."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.ends = [time.perf_counter()]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(self.ends)]
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -111,12 +117,12 @@ def run(kind: str, arguments: argparse.Namespace, datasets: list[Dataset], outpu
 
 
 def print_run(name: str, result: dict[str, Any]) -> None:
-    """Mean seconds of a step, and the whole."""
-    steps = result["steps"]
+    """Mean seconds of a step, without the first and the last."""
+    steps, seconds = result["steps"][1:-1], result["seconds"][1:-1]
     means = [sum(step[f"seconds_{part}"] for step in steps) / len(steps) for part in PARTS]
     tokens = [sum(step[f"tokens_{part}"] for step in steps) / len(steps) for part in ("scored", "trained")]
     print(f"{name:<22}" + "".join(f"{value:>11.2f}" for value in means), end="")
-    print(f"{result['seconds'] / len(steps):>11.2f}" + "".join(f"{value:>9.0f}" for value in tokens))
+    print(f"{sum(seconds) / len(seconds):>11.2f}" + "".join(f"{value:>9.0f}" for value in tokens))
 
 
 def main() -> None:
@@ -126,7 +132,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pool-size", type=int, default=60)
     parser.add_argument("--num-selected", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch of the training")
@@ -135,6 +141,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.steps < 3:
+        parser.error("--steps must be at least 3: the first and the last are left out.")
 
     tokenizers = [load_model(source)[1] for source in (arguments.model, arguments.proxy)]
     pools_per_step = max(1, round(arguments.batch_size * arguments.accumulation / arguments.num_selected))
@@ -157,7 +165,7 @@ def main() -> None:
             arguments.output.write_text(
                 json.dumps({"arguments": vars(arguments), "runs": results}, indent=1, default=str) + "\n"
             )
-    print(f"\nmean seconds of {arguments.steps} steps, {len(datasets[0])} rows")
+    print(f"\nmean seconds of steps 2 to {arguments.steps - 1} of {arguments.steps}, {len(datasets[0])} rows")
     print(f"{'':<22}" + "".join(f"{name:>11}" for name in (*PARTS, "whole")) + f"{'scored':>9}{'trained':>9} tokens")
     for name, result in results.items():
         print_run(name, result)
@@ -167,6 +175,8 @@ def main() -> None:
         if name.startswith("overlap"):
             other = name.replace("overlap", "proxy")
             same = result["picks"] == results[other]["picks"]
+            whole, alone = sum(result["seconds"]), sum(results[other]["seconds"])
+            print(f"{name!r} took {whole:.1f} s, {other!r} {alone:.1f} s: {whole / alone:.2f} times as much")
             print(f"selections.jsonl of {name!r} and {other!r}: {'identical' if same else 'DIFFERENT'}")
 
 

@@ -184,9 +184,11 @@ def main() -> None:
     print(f"{sizes[0]:,} parameters instead of {sizes[1]:,}")
     whole = bits_per_byte(large, large_tokenizer, [theirs[row.index] for row in held_out])
     before = bits_per_byte(model, tokenizer, held_out)
-    num_tokens = train(model, seen, seconds=arguments.seconds, learning_rate=arguments.learning_rate, seed=0)
+    num_tokens = train(
+        model, seen, seconds=arguments.seconds, learning_rate=arguments.learning_rate, seed=arguments.seed
+    )
     after = bits_per_byte(model, tokenizer, held_out)
-    print(f"trained {arguments.seconds:.0f} CPU-seconds on {num_tokens:,} tokens of {len(seen):,} rows")
+    print(f"trained {arguments.seconds:.0f} CPU-seconds on {num_tokens:,} tokens")
     print(
         f"bits per byte of {len(held_out)} held-out responses: {before:.2f} before, {after:.2f} after; "
         f"{whole:.2f} of the large model"
