@@ -161,7 +161,9 @@ class SpiceCallback(TrainerCallback):
     ) -> None:
         """Prints the summary and closes the record files."""
         if self._records is not None and self.totals.num_steps:
-            print_summary(self.totals, os.fspath(self._records.directory), self._ledger())
+            ledger = self._ledger()
+            self._records.write_ledger(ledger.to_dict())
+            print_summary(self.totals, os.fspath(self._records.directory), ledger)
         self.close_records()
 
     def _verify(self) -> None:

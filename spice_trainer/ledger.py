@@ -9,7 +9,8 @@ trained token. It says nothing of what either run is worth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from spice_trainer.metrics import RunTotals
 
@@ -115,6 +116,12 @@ class CostLedger:
     def cost_ratio(self) -> float | None:
         """The run's seconds over the estimate for all the data: below 1 the run costs less."""
         return self.seconds / self.seconds_on_all_data if self.seconds_on_all_data else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ledger as JSON values, with what follows from it."""
+        derived = ("seconds", "seconds_per_trained_token", "seconds_on_all_data", "cost_ratio")
+        names = {"seconds_on_all_data": "estimated_seconds_on_all_data"}
+        return asdict(self) | {names.get(name, name): getattr(self, name) for name in derived}
 
     def describe(self) -> str:
         """The break-even sentence of the summary.

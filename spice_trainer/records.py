@@ -3,6 +3,7 @@
     selections.jsonl   one line a pick          pools.jsonl   one line a pool
     trained.jsonl      one line a step          costs.jsonl   one line a step: seconds and tokens
     transfer.jsonl     one line a pool that a proxy and the target both scored
+    ledger.json        what the run cost, at its end
 
 All open with `datasets.load_dataset("json")`. The first three hold no clock readings, so a resumed run's are the
 uninterrupted run's byte for byte. Every step's lines are flushed before the step trains.
@@ -21,6 +22,7 @@ from spice_trainer.logs import logger
 from spice_trainer.step_selection import StepSelection
 
 RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")
+LEDGER_FILE = "ledger.json"
 
 
 class RecordWriter:
@@ -99,6 +101,12 @@ class RecordWriter:
     def write_costs(self, costs: Mapping[str, Any]) -> None:
         """Appends one step's seconds and tokens, and flushes them."""
         self._write("costs.jsonl", [costs])
+
+    def write_ledger(self, ledger: Mapping[str, Any]) -> None:
+        """Writes what the run cost so far, over what an earlier part of it wrote."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(ledger, indent=1, allow_nan=False) + "\n"
+        (self.directory / LEDGER_FILE).write_text(text)
 
     def close(self) -> None:
         """Closes the files."""

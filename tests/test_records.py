@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from transformers import TrainerCallback
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
-from spice_trainer.records import RECORD_FILES, RecordWriter
+from spice_trainer.records import LEDGER_FILE, RECORD_FILES, RecordWriter
 
 from .models import tiny_lora_model
 from .trainers import SETTINGS, make_trainer, read_records, tiny_rows, trained_indices
@@ -50,7 +50,7 @@ def test_fields_are_those_of_the_documentation_and_open_as_datasets(settings: di
         tmp_path, spice=settings, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8
     )
     trainer.train()
-    assert sorted(path.stem for path in (tmp_path / "spice").iterdir()) == sorted(NAMES)
+    assert sorted(path.stem for path in (tmp_path / "spice").iterdir()) == sorted([*NAMES, "ledger"])
     check_fields(tmp_path, NAMES)
     pools, selections = read_records(tmp_path, "pools"), read_records(tmp_path, "selections")
     assert [row for line in pools for row in line["zero"]] == [3]
@@ -63,13 +63,21 @@ def test_fields_are_those_of_the_documentation_and_open_as_datasets(settings: di
         assert line["tokens_trained"] == sum(len(rows[index]["input_ids"]) for index in indices)
         assert all(line[f"seconds_{name}"] > 0 for name in ("scoring", "selecting", "training"))
         assert all(line[f"seconds_{name}"] == 0 for name in ("learning", "checking", "ahead"))
+    ledger = json.loads((tmp_path / "spice" / LEDGER_FILE).read_text())
+    assert ledger["num_rows_scored"] == 55 and ledger["num_rows"] == 55
+    assert ledger["tokens_scored"] == sum(line["tokens_scored"] for line in costs)
+    assert ledger["tokens_trained"] == sum(line["tokens_trained"] for line in costs)
+    for name in ("scoring", "selecting", "training"):
+        assert ledger[f"seconds_{name}"] == pytest.approx(sum(line[f"seconds_{name}"] for line in costs))
+    per_token = ledger["seconds_training"] / ledger["tokens_trained"]
+    assert ledger["estimated_seconds_on_all_data"] == pytest.approx(per_token * ledger["tokens_scored"])
 
 
 def test_a_proxys_comparison_is_recorded_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=2)
     attach_spice(trainer, SpiceConfig(**SETTINGS, proxy_check_pools=2), proxy=ProxyModel(tiny_lora_model(seed=3)))
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "spice").iterdir()) == sorted(RECORD_FILES)
+    assert sorted(path.name for path in (tmp_path / "spice").iterdir()) == sorted([*RECORD_FILES, LEDGER_FILE])
     check_fields(tmp_path, [*NAMES, "transfer"])
 
 
