@@ -31,14 +31,13 @@ from spice_trainer.pools import PoolSchedule, build_schedule
 from spice_trainer.processes import Processes
 from spice_trainer.progress import ScoringProgress
 from spice_trainer.random_states import preserved_random_state
-from spice_trainer.rows import CandidateRow, collate_row
+from spice_trainer.rows import CandidateRow, sample_rows
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.steps import StepSelector
 from spice_trainer.summary import RunPlan
 
 HOOKED_METHODS = ("get_train_dataloader", "get_batch_samples", "log", "save_model", "_inner_training_loop")
-SAMPLE_ROWS = 32
 
 
 class SpiceHooks:
@@ -229,11 +228,7 @@ class SpiceHooks:
         )
 
     def _sample_rows(self, dataset: Any, collate: Callable[..., Any]) -> list[CandidateRow]:
-        """Some rows spread over the dataset, collated without touching any random state."""
-        number = min(SAMPLE_ROWS, len(dataset))
-        indices = [position * len(dataset) // number for position in range(number)]
-        with preserved_random_state(self.trainer.args.device):
-            return [collate_row(index, dataset[index], collate) for index in indices]
+        return sample_rows(dataset, collate, device=self.trainer.args.device)
 
     def _plan_run(
         self, dataset: Any, collate: Callable[..., Any], schedule: PoolSchedule, scorer: GradientScorer

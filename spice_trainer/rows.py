@@ -16,6 +16,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from spice_trainer.random_states import preserved_random_state
+
+# Looked at before a run starts.
+SAMPLE_ROWS = 32
+
 # What flattening collators tell variable-length attention kernels; meaningless once rows are padded into a batch.
 _FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
@@ -118,6 +123,25 @@ def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str
         num_label_tokens=int((labels[:, 1:] != -100).sum()),
         can_be_padded=can_be_padded,
     )
+
+
+def sample_rows(
+    dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, device: torch.device
+) -> list[CandidateRow]:
+    """Some rows spread over a dataset, collated without touching any random state.
+
+    Args:
+        dataset (`Any`): Rows by index.
+        collate (`Callable`): Its collator.
+        device (`torch.device`): Where training draws from, beside the CPU.
+
+    Returns:
+        `list[CandidateRow]`: At most `SAMPLE_ROWS` of them.
+    """
+    number = min(SAMPLE_ROWS, len(dataset))
+    indices = [position * len(dataset) // number for position in range(number)]
+    with preserved_random_state(device):
+        return [collate_row(index, dataset[index], collate) for index in indices]
 
 
 def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, "N S"]]:

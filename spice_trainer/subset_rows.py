@@ -11,13 +11,10 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows, embedding_size
 from spice_trainer.proxy_rows import TokenizedRows, collate_rows
-from spice_trainer.random_states import preserved_random_state
 from spice_trainer.raw_rows import find_raw_format
-from spice_trainer.rows import CandidateRow, collate_row
+from spice_trainer.rows import sample_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.verification import verify_gradients
-
-SAMPLE_ROWS = 32
 
 
 def read_rows(
@@ -74,7 +71,7 @@ def check_selection(
         ValueError: If no row has a label token, or a pool's features don't fit.
         GradientMismatchError: If gradients would be wrong.
     """
-    rows = _sample_rows(scorer)
+    rows = sample_rows(scorer.dataset, scorer.collate, device=scorer.device)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
@@ -92,11 +89,3 @@ def check_selection(
     if verify:
         shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
         verify_gradients(scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=autocast)
-
-
-def _sample_rows(scorer: GradientScorer) -> list[CandidateRow]:
-    total = len(scorer.dataset)
-    number = min(SAMPLE_ROWS, total)
-    indices = [position * total // number for position in range(number)]
-    with preserved_random_state(scorer.device):
-        return [collate_row(index, scorer.dataset[index], scorer.collate) for index in indices]
