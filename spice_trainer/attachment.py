@@ -15,7 +15,7 @@ from spice_trainer.kernels import changes_when_training_begins, warn_of_quantiza
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule
 from spice_trainer.proxy import ProxyModel
-from spice_trainer.proxy_data import TargetRows, embedding_size
+from spice_trainer.proxy_data import TargetRows, embedding_size, vocabulary_size
 from spice_trainer.rows import CandidateRow
 from spice_trainer.scoring import GradientScorer, input_device
 from spice_trainer.sharded_verification import verify_directions
@@ -127,14 +127,13 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any]) -> Ta
         # SFTTrainer writes it into plain texts.
         "target_eos_token": getattr(tokenizer, "eos_token", None),
     }
-    config = getattr(trainer.model, "config", None)
     return TargetRows(
         dataset,
         collate,
         processing_class=tokenizer,
         raw_dataset=trainer.train_dataset,
         tokenization=tokenization,
-        vocab_size=getattr(config, "vocab_size", None),
+        vocab_size=vocabulary_size(trainer.model),
     )
 
 

@@ -10,7 +10,7 @@ from spice_trainer.compatibility import check_trainer
 from spice_trainer.config import SpiceConfig
 from spice_trainer.hooks import SpiceHooks
 from spice_trainer.logs import show_messages
-from spice_trainer.proxy import ProxyModel, load_proxy
+from spice_trainer.proxy import ProxyModel, resolve_proxy
 from spice_trainer.sampler import SpiceSampler
 
 
@@ -62,17 +62,16 @@ def attach_spice(
             "attach_spice."
         )
     check_trainer(trainer)
-    if isinstance(config_or_sampler, SpiceConfig):
-        if proxy is None and config_or_sampler.proxy_model_name_or_path is not None:
-            proxy = load_proxy(config_or_sampler, device=trainer.args.device, seed=trainer.args.seed)
-        config_or_sampler = SpiceSampler(config_or_sampler, proxy)
     sampler = config_or_sampler
+    if isinstance(sampler, SpiceConfig):
+        sampler = SpiceSampler(sampler, proxy)
     show_messages(is_main=trainer.is_world_process_zero())
     if sampler.progress is not None:
         raise ValueError(
             "This SpiceSampler is attached to another trainer, whose picks it follows. Build a SpiceSampler for each "
             "trainer, or call detach_spice on the other one first."
         )
+    sampler.proxy = resolve_proxy(sampler.proxy, sampler.config, device=trainer.args.device, seed=trainer.args.seed)
     hooks = SpiceHooks(trainer, sampler)
     hooks.check(verify=verify)
     hooks.install()

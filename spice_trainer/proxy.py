@@ -161,18 +161,22 @@ class ProxyModel:
         return cls(model, processing_class=processing_class, **kwargs)
 
 
-def load_proxy(config: SpiceConfig, *, device: torch.device, seed: int) -> ProxyModel:
-    """Loads the proxy that a configuration names.
+def resolve_proxy(
+    proxy: ProxyModel | None, config: SpiceConfig, *, device: torch.device, seed: int
+) -> ProxyModel | None:
+    """The proxy that was given, else the one that a configuration names, else none.
 
     Args:
-        config ([`SpiceConfig`]): With `proxy_model_name_or_path`.
+        proxy ([`ProxyModel`], *optional*): The one that was given.
+        config ([`SpiceConfig`]): Perhaps with a `proxy_model_name_or_path`, which is loaded.
         device (`torch.device`): Where it goes.
         seed (`int`): Of the fresh adapter, the same on every process.
 
     Returns:
-        [`ProxyModel`]
+        [`ProxyModel`] or `None`
     """
-    assert config.proxy_model_name_or_path is not None
+    if proxy is not None or config.proxy_model_name_or_path is None:
+        return proxy
     with seeded_random_state(device, seed):
         return ProxyModel.from_pretrained(
             config.proxy_model_name_or_path,

@@ -106,6 +106,12 @@ def embedding_size(model: nn.Module) -> int:
     return int(embedding.num_embeddings)
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Entries of a model's vocabulary as its configuration says, which no wrapper hides."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
 def target_size(target: TargetRows) -> int:
     """Entries of the target's vocabulary: of its embedding, which a wrapper may hide, or of its tokenizer."""
     if target.vocab_size is not None:

@@ -21,8 +21,8 @@ from spice_trainer.empty_steps import EmptyStepWatch
 from spice_trainer.loading import build_dataloader
 from spice_trainer.pools import PoolSchedule, StepPools, build_schedule
 from spice_trainer.processes import Processes, without_wrapper
-from spice_trainer.proxy import ProxyModel
-from spice_trainer.proxy_data import TargetRows
+from spice_trainer.proxy import ProxyModel, resolve_proxy
+from spice_trainer.proxy_data import TargetRows, vocabulary_size
 from spice_trainer.replay import PickReplay
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection
@@ -116,16 +116,14 @@ class SpiceSampler(Sampler[int]):
             model (`torch.nn.Module`):
                 PEFT model with a LoRA adapter, on its device; in a run of several processes as `accelerator.prepare`
                 returned it.
-            dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
-                Tokenised rows with a length and random access.
-            data_collator (`Callable`):
-                Makes `input_ids` and `labels` from a list of rows.
+            dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Tokenised rows, with random access.
+            data_collator (`Callable`): Makes `input_ids` and `labels` from a list of rows.
             per_device_train_batch_size (`int`):
                 Rows of a micro-batch.
             gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
                 Micro-batches of an optimizer step.
             accelerator (`accelerate.Accelerator`, *optional*):
-                Gives device, precision and processes; without one, the model's device and this process alone.
+                Gives device, precision and processes. Without one: the model's device, this process.
             token_normalized (`bool`, *optional*, defaults to `True`):
                 Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
                 is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
@@ -140,7 +138,7 @@ class SpiceSampler(Sampler[int]):
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
 
         Raises:
-            ValueError: If settings, dataset and batch size don't fit, or there are no LoRA layers to score.
+            ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
         """
         processes = Processes() if accelerator is None else Processes.of(accelerator)
         model = without_wrapper(model)
@@ -153,8 +151,10 @@ class SpiceSampler(Sampler[int]):
             drop_last=drop_last,
             seed=seed,
         )
-        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=vocab_size)
+        device = next(model.parameters()).device if accelerator is None else accelerator.device
+        self.proxy = resolve_proxy(self.proxy, self.config, device=device, seed=seed)
+        size = vocabulary_size(model)
+        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=size)
         selector = build_selector(
             self.config,
             schedule,
@@ -169,7 +169,7 @@ class SpiceSampler(Sampler[int]):
             self,
             dataset,
             collate=data_collator,
-            device=next(model.parameters()).device if accelerator is None else accelerator.device,
+            device=device,
             rank=processes.rank,
             world_size=processes.world_size,
             gradient_accumulation_steps=gradient_accumulation_steps,

@@ -340,6 +340,20 @@ def test_a_proxy_is_loaded_by_name(tmp_path: Path) -> None:
     assert not same_weights(loaded[0], trainable_weights(proxy.model)), "the first one has not learned"
 
 
+def test_a_sampler_loads_the_proxy_that_its_settings_name(tmp_path: Path) -> None:
+    from .trainers import tiny_tokenizer
+
+    tiny_model().save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    config = SpiceConfig(**SETTINGS, proxy_model_name_or_path=str(tmp_path / "small"))
+    sampler = SpiceSampler(config)
+    attach_spice(make_trainer(tmp_path / "run"), sampler)
+    assert isinstance(sampler.proxy, ProxyModel)
+    bound = SpiceSampler(config)
+    bound.bind(tiny_model(), tiny_dataset(), data_collator=collate, per_device_train_batch_size=4)
+    assert isinstance(bound.proxy, ProxyModel)
+
+
 def test_other_adapters_can_be_loaded(tmp_path: Path) -> None:
     from .trainers import tiny_tokenizer
 
