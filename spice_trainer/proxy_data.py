@@ -66,6 +66,8 @@ def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
                 "what the target trains on. Fix: tokenise the training dataset itself for the proxy, filtering and "
                 "shuffling nothing."
             )
+        if proxy.data_collator is None:
+            check_is_labelled(proxy.dataset, "The proxy's dataset", "ProxyModel(..., data_collator=...)")
         return TargetRows(proxy.dataset, proxy.data_collator or _pad_right(proxy.processing_class))
     if has_same_vocabulary(proxy, target):
         return TargetRows(target.dataset, proxy.data_collator or target.collate)
@@ -85,6 +87,26 @@ def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
             "`ProxyModel(..., dataset=...)` with the rows of the tokenised dataset tokenised for the proxy."
         )
     return TargetRows(rows, proxy.data_collator or rows.collate)
+
+
+def check_is_labelled(dataset: Any, name: str, option: str) -> None:
+    """Refuses tokenised rows that the default collator cannot read.
+
+    Args:
+        dataset (`Any`): The rows.
+        name (`str`): What they are, for the message.
+        option (`str`): How a collator is given, for the message.
+
+    Raises:
+        ValueError: If the first row has no `input_ids` or no `labels`.
+    """
+    missing = [key for key in ("input_ids", "labels") if len(dataset) and key not in dataset[0]]
+    if missing:
+        raise ValueError(
+            f"{name} has rows of {sorted(dataset[0])}, without {' and '.join(missing)}. Fix: give each row "
+            "`input_ids` and `labels` (the same ids, -100 where nothing is trained), or a collator that makes them, "
+            f"{option}."
+        )
 
 
 def has_same_vocabulary(proxy: ProxyModel, target: TargetRows) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from spice_trainer.compatibility import check_memory
 from spice_trainer.config import SpiceConfig
 from spice_trainer.proxy import ProxyModel
-from spice_trainer.proxy_data import TargetRows, embedding_size
+from spice_trainer.proxy_data import TargetRows, check_is_labelled, embedding_size
 from spice_trainer.proxy_rows import TokenizedRows, collate_rows
 from spice_trainer.raw_rows import find_raw_format
 from spice_trainer.rows import sample_rows
@@ -42,6 +42,8 @@ def read_rows(
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     is_raw = find_raw_format(columns) is not None
     if "input_ids" in columns and ("labels" in columns or data_collator is not None or not is_raw):
+        if data_collator is None:
+            check_is_labelled(dataset, "The dataset", "data_collator=...")
         return TargetRows(dataset, data_collator if data_collator is not None else collate_rows, **known)
     if processing_class is None and is_raw:
         raise ValueError(

@@ -231,6 +231,25 @@ def test_a_proxys_dataset_of_another_length_is_refused(tmp_path: Path) -> None:
         make_proxied(tmp_path, proxy)
 
 
+def test_a_proxys_dataset_without_labels_is_refused(tmp_path: Path) -> None:
+    rows = tiny_dataset().remove_columns("labels")
+    words = (
+        r"proxy's dataset has rows of \['attention_mask', 'input_ids'\], without labels\. Fix: .*data_collator=\.\.\."
+    )
+    with pytest.raises(ValueError, match=words):
+        make_proxied(tmp_path, ProxyModel(tiny_lora_model(), dataset=rows))
+
+    def copy_ids(rows: list[Any]) -> dict[str, Any]:
+        return collate([row | {"labels": row["input_ids"]} for row in rows])
+
+    make_proxied(tmp_path, ProxyModel(tiny_lora_model(), dataset=rows, data_collator=copy_ids), max_steps=1).train()
+
+
+def test_comparing_with_a_target_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no trainable LoRA layer"):
+        make_proxied(tmp_path, ProxyModel(tiny_lora_model()), model=tiny_model(), spice={"proxy_check_pools": 1})
+
+
 def test_another_vocabulary_without_rows_is_refused(tmp_path: Path) -> None:
     proxy = ProxyModel(add_lora(tiny_model(vocab_size=4000)))
     words = r"vocabulary has 4,000 entries and the target's 61: .*processing_class=\.\.\."

@@ -203,6 +203,11 @@ def test_rows_without_labels_and_empty_datasets_are_refused(tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+def test_tokenised_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"The dataset has rows of .*without labels\. Fix: .*data_collator=\.\.\."):
+        select(tmp_path, dataset=tiny_dataset().remove_columns("labels"))
+
+
 def test_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"needs a model with a LoRA adapter, got str\."):
         select_subset("org/model", tiny_dataset(), output_dir=tmp_path)  # type: ignore[arg-type]
