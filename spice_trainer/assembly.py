@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from spice_trainer.adapters import find_lora_modules
+from spice_trainer.adapters import UnsupportedModelError, find_lora_modules
 from spice_trainer.config import SpiceConfig
 from spice_trainer.learning import AdapterLearner
 from spice_trainer.pools import PoolSchedule
@@ -78,6 +78,15 @@ def build_selector(
                 )
         return StepSelector(score_with(get_model, rows, processes), config, shape=schedule.shape)
 
+    def build_target_scorer() -> GradientScorer:
+        try:
+            return score_with(get_model, rows, processes)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"SpiceConfig: proxy_check_pools={config.proxy_check_pools} compares the proxy with the gradients of "
+                f"the model that trains, which cannot be taken. Fix: set proxy_check_pools=0. The reason: {error}"
+            ) from error
+
     # Every process has the whole proxy, whatever becomes of the target.
     scorer = score_with(lambda: proxy.model, rows_for_proxy(proxy, rows), replace(processes, lockstep=False))
     learner = AdapterLearner(
@@ -103,5 +112,5 @@ def build_selector(
         shape=schedule.shape,
         learner=learner,
         update_every=proxy.update_every,
-        target_scorer=score_with(get_model, rows, processes) if config.proxy_check_pools > 0 else None,
+        target_scorer=build_target_scorer() if config.proxy_check_pools > 0 else None,
     )

@@ -14,6 +14,11 @@ from typing import Any
 
 from spice_trainer.metrics import RunTotals
 
+_BESIDE = (
+    " Another {} of scoring ran beside the training; what it slowed that by is in the seconds a trained token, so "
+    "that the estimate is too high."
+)
+
 
 @dataclass(frozen=True)
 class CostLedger:
@@ -32,6 +37,7 @@ class CostLedger:
         seconds_learning (`float`): A proxy's own updates.
         seconds_checking (`float`): Comparing a proxy with the target.
         seconds_training (`float`): The steps themselves.
+        seconds_ahead (`float`, *optional*, defaults to 0): Scoring that ran beside the training, and slowed it.
         is_mean_of_candidates (`bool`, *optional*, defaults to `True`): Whether `mean_row_tokens` is the mean of the
             candidates scored.
     """
@@ -48,6 +54,7 @@ class CostLedger:
     seconds_learning: float
     seconds_checking: float
     seconds_training: float
+    seconds_ahead: float = 0.0
     is_mean_of_candidates: bool = True
 
     @classmethod
@@ -84,6 +91,7 @@ class CostLedger:
             seconds_learning=totals.seconds_learning,
             seconds_checking=totals.seconds_checking,
             seconds_training=totals.seconds_training,
+            seconds_ahead=totals.seconds_ahead,
             is_mean_of_candidates=is_mean_of_candidates,
         )
 
@@ -140,6 +148,7 @@ class CostLedger:
             f"{took}; training on all the data would have taken about {format_duration(on_all)} (estimated from the "
             f"measured {_microseconds(per_token)} a trained token and {self.mean_row_tokens:,.1f} tokens a row{mean})."
             f" So far this run has cost {verdict} that: {ratio:.2f} times as much."
+            f"{_BESIDE.format(format_duration(self.seconds_ahead)) if self.seconds_ahead > 0 else ''}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -184,3 +185,13 @@ def test_learning_is_overhead_in_the_log() -> None:
     learned = clock_metrics(StepSelection(**step, seconds_learning=3.0, seconds_checking=1.0), 1.0)
     assert learned == plain | {"spice/overhead": 0.875, "spice/seconds_learning": 3.0}
     assert clock_metrics(StepSelection(step=0, epoch=0, indices=()), 0.0)["spice/overhead"] == 0.0
+
+
+def test_the_sentence_owns_up_to_scoring_beside_the_training() -> None:
+    beside = replace(TOTALS, seconds_ahead=90.0)
+    ledger = CostLedger.from_totals(beside, num_rows=1000, steps_per_epoch=6)
+    assert ledger.describe().endswith(
+        " Another 1.5 min of scoring ran beside the training; what it slowed that by is in the seconds a trained "
+        "token, so that the estimate is too high."
+    )
+    assert "beside" not in CostLedger.from_totals(TOTALS, num_rows=1000, steps_per_epoch=6).describe()

@@ -246,7 +246,8 @@ def test_a_proxys_dataset_without_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_comparing_with_a_target_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"no trainable LoRA layer"):
+    words = r"proxy_check_pools=1 compares .*Fix: set proxy_check_pools=0\. .*no trainable LoRA layer"
+    with pytest.raises(UnsupportedModelError, match=words):
         make_proxied(tmp_path, ProxyModel(tiny_lora_model()), model=tiny_model(), spice={"proxy_check_pools": 1})
 
 
