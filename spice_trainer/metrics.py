@@ -48,7 +48,7 @@ def step_metrics(selection: StepSelection) -> dict[str, float]:
 def transfer_metrics(selection: StepSelection) -> dict[str, float]:
     """How a proxy's scores compare with the target's, over the step's pools that both scored."""
     found: dict[str, float] = {}
-    for name in ("rank_correlation", "overlap", "retained"):
+    for name in ("rank_correlation", "overlap", "retained", "retained_by_length"):
         values = [value for transfer in selection.transfers if (value := getattr(transfer, name)) is not None]
         if values:
             found[f"spice/proxy_{name}"] = _mean(values)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -22,6 +22,7 @@ from torch import Tensor
 from spice_trainer.checks import sound_rows
 from spice_trainer.config import SpiceConfig
 from spice_trainer.fisher import InformationMeasure, build_information
+from spice_trainer.gram import normalization_weights
 from spice_trainer.picks import select_pool
 from spice_trainer.pool_scores import PoolScores
 
@@ -46,6 +47,7 @@ class PoolTransfer:
         num_shared (`int`): Picks that both make.
         rank_correlation (`float`, *optional*): Spearman correlation of the two models' first gains.
         retained (`float`, *optional*): See [`compare_pools`].
+        retained_by_length (`float`, *optional*): The same of picks that only know how long the answers are.
     """
 
     pool: int
@@ -54,6 +56,7 @@ class PoolTransfer:
     num_shared: int
     rank_correlation: float | None
     retained: float | None
+    retained_by_length: float | None = None
 
     @property
     def overlap(self) -> float | None:
@@ -85,6 +88,9 @@ def compare_pools(
     over random ones. AdaFisher's information depends on the order: picks are added as they were picked, random
     candidates as they were drawn.
 
+    **Retained by length**: what [`scores_by_length`] would pick, for exact information. A proxy that retains no more
+    has shown only that answers are as long for it as for the target.
+
     Args:
         target ([`~spice_trainer.pool_scores.PoolScores`]): The target's scores.
         proxy ([`~spice_trainer.pool_scores.PoolScores`]): The proxy's scores of the same candidates in the same order.
@@ -114,14 +120,40 @@ def compare_pools(
     information = _PoolInformation(target, selection.alpha, config)
     proxy_information = _PoolInformation(proxy, proxy_selection.alpha, config)
     both = information.sound & proxy_information.sound
+    by_length: tuple[int, ...] = ()
+    if config.information == "exact":
+        by_length = select_pool(scores_by_length(target, config), budget, config).selection.indices
+    retained, retained_by_length = _retained(
+        information, target.candidates, ours, (theirs, by_length), num_random_subsets
+    )
     return PoolTransfer(
         pool=target.pool,
         num_selected=len(ours),
         num_selected_proxy=len(theirs),
         num_shared=len(set(ours) & set(theirs)),
         rank_correlation=rank_correlation(information.first_gains()[both], proxy_information.first_gains()[both]),
-        retained=_retained(information, target.candidates, ours, theirs, num_random_subsets),
+        retained=retained,
+        retained_by_length=retained_by_length,
     )
+
+
+def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
+    """What scoring would say of gradients at right angles to each other, of squared norm 1 / label tokens.
+
+    The gradient of a mean over n tokens that have nothing in common has such a norm. No model is asked.
+
+    Args:
+        scores ([`~spice_trainer.pool_scores.PoolScores`]): Tells the rows, their label tokens, and which are sound.
+        config ([`SpiceConfig`]): The normalisation.
+
+    Returns:
+        [`~spice_trainer.pool_scores.PoolScores`]: For exact information only: it has no coordinates.
+    """
+    label_tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
+    norms = torch.where(scores.nonzero, label_tokens.clamp(min=1).rsqrt(), 0.0)
+    weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
+    gram = torch.diag((weights * norms).square())
+    return replace(scores, gram=gram, gradient_norms=norms, gradients=None, row_weights=None)
 
 
 def rank_correlation(first: Float64[Tensor, " M"], second: Float64[Tensor, " M"]) -> float | None:
@@ -189,14 +221,15 @@ def _retained(
     information: _PoolInformation,
     candidates: Sequence[int],
     ours: Sequence[int],
-    theirs: Sequence[int],
+    others: Sequence[Sequence[int]],
     num_random_subsets: int,
-) -> float | None:
+) -> list[float | None]:
+    """What each of the other sets of picks retains."""
     pickable: list[int] = information.sound.nonzero().flatten().tolist()
-    if not ours or not theirs or len(ours) == len(pickable):
-        return None
-    longer = max(len(ours), len(theirs))
-    # One random order serves both sizes, so that chance has no noise of its own between them.
+    if not ours or len(ours) == len(pickable):
+        return [None for _ in others]
+    longer = max(map(len, [ours, *others]))
+    # One random order serves all sizes, so that chance has no noise of its own between them.
     shuffles = _shuffles(candidates, pickable, num_random_subsets)
     random_gains = [information.gains_in_order(order[:longer]) for order in shuffles]
 
@@ -205,7 +238,7 @@ def _retained(
         return total, total - sum(sum(gains[: len(picks)]) for gains in random_gains) / num_random_subsets
 
     total, span = beyond_chance(ours)
-    return beyond_chance(theirs)[1] / span if span > _LEAST_SPAN * total else None
+    return [beyond_chance(picks)[1] / span if picks and span > _LEAST_SPAN * total else None for picks in others]
 
 
 def _shuffles(candidates: Sequence[int], positions: Sequence[int], num_shuffles: int) -> list[list[int]]:

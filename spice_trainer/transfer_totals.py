@@ -47,6 +47,11 @@ class TransferTotals:
         return _mean(self._values("retained"))
 
     @property
+    def retained_by_length(self) -> float | None:
+        """Mean `retained_by_length` of the pools that have one."""
+        return _mean(self._values("retained_by_length"))
+
+    @property
     def minimum_retained(self) -> float | None:
         """`retained` of the worst pool."""
         return min(self._values("retained"), default=None)
@@ -101,6 +106,11 @@ def describe_transfer(totals: TransferTotals) -> str:
         f"{beginning}its picks retain {retained:.2f} of the information that the target's own picks add over random "
         f"ones (1 is as good, 0 as good as chance{worst})."
     )
+    by_length = totals.retained_by_length
+    if by_length is not None:
+        text += f" Picking by the length of answers alone, with no model, retains {by_length:.2f}."
+        if retained <= by_length:
+            text += " So nothing here shows that the proxy knows more than that."
     if retained >= 0.5:
         return text
     verdict = "no better than random ones" if retained <= 0 else "closer to random ones than to the target's own"

@@ -36,7 +36,7 @@ FIELDS = {
     ],
     "transfer": [
         "step", "epoch", "pool", "num_selected", "num_selected_proxy", "num_shared", "rank_correlation", "retained",
-        "overlap",
+        "retained_by_length", "overlap",
     ],
 }  # fmt: skip
 INTEGERS = {"step", "epoch", "pool", "order", "index", "label_tokens", "num_selected", "changed_by_conflict"}

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.picks import select_pool
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.rows import RowShape
-from spice_trainer.transfer import PoolTransfer, _shuffles, compare_pools, rank_correlation
+from spice_trainer.transfer import PoolTransfer, _shuffles, compare_pools, rank_correlation, scores_by_length
 from spice_trainer.transfer_totals import TransferTotals, describe_transfer
 from tests.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain
 
@@ -363,3 +364,36 @@ def test_the_verdict_is_what_was_measured(retained: float, verdict: str | None) 
             f"chance). On this data this proxy's picks are {verdict}: take a larger proxy, or one of the target's "
             "family."
         )
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_length_alone_is_the_definitions(normalization: Any) -> None:
+    """Orthogonal gradients of squared norm 1 / label tokens, through the same definition."""
+    config = SpiceConfig(gradient_normalization=normalization)
+    target = gradients_of(9, 6)
+    by_length = torch.diag(label_tokens_of(list(range(9))).rsqrt())
+    expected = compare_pools(scored(target, config), scored(by_length, config), 4, config).retained
+    found = compare_pools(scored(target, config), scored(gradients_of(9, 6, seed=1), config), 4, config)
+    assert found.retained_by_length == pytest.approx(expected, rel=1e-9) and expected is not None
+
+
+def test_length_alone_is_not_asked_where_coordinates_count() -> None:
+    config = SpiceConfig(information="diagonal")
+    target = scored(gradients_of(9, 6), config)
+    assert compare_pools(target, target, 4, config).retained_by_length is None
+
+
+def test_length_alone_never_picks_what_the_target_cannot() -> None:
+    config = SpiceConfig()
+    target = gradients_of(9, 6)
+    target[0] = 0.0  # its answer is as short as any
+    scores = scores_by_length(scored(target, config), config)
+    assert float(scores.gram[0].abs().sum()) == 0.0
+    assert 0 not in select_pool(scores, 9, config).indices
+
+
+@pytest.mark.parametrize(("retained", "adds_nothing"), [(0.9, False), (0.7, True), (0.6, True)])
+def test_the_log_tells_what_length_alone_retains(retained: float, adds_nothing: bool) -> None:
+    text = describe_transfer(TransferTotals([transfer(retained=retained, retained_by_length=0.7)]))
+    assert "Picking by the length of answers alone, with no model, retains 0.70." in text
+    assert ("So nothing here shows that the proxy knows more than that." in text) == adds_nothing
