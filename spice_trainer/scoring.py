@@ -146,6 +146,8 @@ class GradientScorer:
                 together = nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
                 with together:
                     buffer = self.compute(shared, report)
+            # Also where this process had no row to score: without labels, or fewer candidates than processes.
+            report(1.0)
             yield from self.measure(shared, buffer)
             done += num_rows
 

@@ -28,7 +28,7 @@ from spice_trainer.pools import StepPools
 from spice_trainer.processes import Processes
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_shape import plan_step
-from spice_trainer.steps import score_step
+from spice_trainer.steps import StepSelector
 from tests.models import tiny_lora_model
 from tests.trainers import collate, tiny_rows
 
@@ -104,8 +104,10 @@ def share_picks(processes: Processes) -> None:
             shape = plan_step(
                 pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
             )
-            alone = score_step(plan, build_scorer(model, config, Processes()), config, shape=shape, step=3)
-            shared = score_step(plan, build_scorer(model, config, processes), config, shape=shape, step=3)
+            alone, shared = (
+                StepSelector(build_scorer(model, config, those), config, shape=shape).select(plan, step=3)
+                for those in (Processes(), processes)
+            )
             assert shared.indices == alone.indices, (name, shared.indices, alone.indices)
             assert [pool.candidates for pool in shared.pools] == [pool.candidates for pool in alone.pools]
             everyones = processes.gather(shared)
