@@ -146,8 +146,6 @@ class GradientScorer:
                 together = nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
                 with together:
                     buffer = self.compute(shared, report)
-            # Also where this process had no row to score: without labels, or fewer candidates than processes.
-            report(1.0)
             yield from self.measure(shared, buffer)
             done += num_rows
 
@@ -176,6 +174,8 @@ class GradientScorer:
         buffer = FeatureBuffer(len(shared.held), self._sizes, self._sketch, device)
         places = {position: place for place, position in enumerate(shared.held)}
         num_rows, done = sum(map(len, shared.batches)), 0
+        if report is not None and not shared.batches:
+            report(1.0)
         with SampleGradients(self.get_model(), self.modules) as sample_gradients:
             for number, batch in enumerate(shared.batches):
                 inputs, labels = pad_rows([shared.rows[position] for position in batch])
