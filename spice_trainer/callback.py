@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spice_trainer.checkpoint import describe_schedule, load_state, save_state
+from spice_trainer.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.ledger import CostLedger
 from spice_trainer.loading import SlotCollator
 from spice_trainer.logs import logger
@@ -56,6 +56,8 @@ class SpiceCallback(TrainerCallback):
         self.verify: Callable[[], None] | None = None
         self.plan: RunPlan | None = None
         self.resume_from: str | None = None
+        self.run_dir: str | None = None
+        self.dataset_fingerprint: str | None = None
         self._num_verifications = 0
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
@@ -63,6 +65,10 @@ class SpiceCallback(TrainerCallback):
         self._training_started = 0.0
         self._device = torch.device("cpu")
         sampler.add_listener(self.on_selection)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The check of sharded or replaced layers holds the model's scorer; a copy of a trainer goes without it.
+        return vars(self) | {"verify": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -73,6 +79,12 @@ class SpiceCallback(TrainerCallback):
         """Closes the record files. What is picked from here on, until the next run begins, is not recorded."""
         if self._records is not None:
             self._records.close()
+        self._records = None
+
+    def discard_records(self) -> None:
+        """Removes the records of an attempt that the trainer repeats with another batch size."""
+        if self._records is not None:
+            self._records.discard()
         self._records = None
 
     # The Trainer's events
@@ -88,8 +100,9 @@ class SpiceCallback(TrainerCallback):
         self.transfers = TransferTotals()
         self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
         self._records = None
-        if self.processes.is_main and args.output_dir is not None:
-            self._records = RecordWriter(Path(args.output_dir) / RECORDS_FOLDER)
+        run_dir = self.run_dir if self.run_dir is not None else args.output_dir
+        if self.processes.is_main and run_dir is not None:
+            self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER)
         if self.resume_from is not None:
             self._restore(self.resume_from)
         elif self._records is not None:
@@ -179,31 +192,35 @@ class SpiceCallback(TrainerCallback):
 
     def save_state(self, checkpoint: str) -> None:
         """Writes SPICE's state into a checkpoint."""
+        if self._records is not None:
+            self._records.save(Path(checkpoint) / RECORDS_COPY)
         save_state(
             checkpoint,
             {
                 "global_step": self.sampler.global_step,
-                "schedule": describe_schedule(self.sampler.schedule),
+                "schedule": self._describe_schedule(),
                 "config": self.sampler.config.to_dict(),
                 "sampler": self.sampler.state_dict(),
                 "window": self._window.state_dict(),
                 "totals": self.totals.state_dict(),
                 "transfers": self.transfers.state_dict(),
-                "record_bytes": self._records.positions() if self._records is not None else {},
             },
             self.sampler.tensors(),
         )
 
     def _restore(self, checkpoint: str) -> None:
         state, tensors = load_state(
-            checkpoint, schedule=describe_schedule(self.sampler.schedule), config=self.sampler.config.to_dict()
+            checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
         )
         self.sampler.load_state_dict(state["sampler"], tensors)
         self._window.load_state_dict(state["window"])
         self.totals.load_state_dict(state["totals"])
         self.transfers.load_state_dict(state["transfers"])
         if self._records is not None:
-            self._records.resume(state["record_bytes"], Path(checkpoint).resolve().parent / RECORDS_FOLDER)
+            self._records.resume(Path(checkpoint) / RECORDS_COPY)
+
+    def _describe_schedule(self) -> dict[str, Any]:
+        return describe_schedule(self.sampler.schedule, dataset_fingerprint=self.dataset_fingerprint)
 
     def _ledger(self) -> CostLedger:
         # A proxy counts the candidates' tokens with its own tokenizer.

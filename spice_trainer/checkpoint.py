@@ -1,17 +1,21 @@
-"""SPICE's part of a checkpoint: `checkpoint-N/spice/state.json` and `state.safetensors`, never pickle.
+"""SPICE's part of a checkpoint: `checkpoint-N/spice/`, never pickle.
 
-The schedule is a function of (rows, settings, seed, step), so the state is small: replayed picks, the logging window,
-the run's totals, and how many bytes of the record files belong to the steps done.
+    state.json, state.safetensors   replayed picks, a proxy's adapter and optimizer, the logging window, the totals
+    records/                        a copy of the record files (module `records`)
+
+The schedule is a function of (rows, settings, seed, step), so the state is small. Nothing in it names a path.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,10 +23,21 @@ from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule
 
 STATE_FOLDER = "spice"
-FORMAT_VERSION = 1
+RECORDS_COPY = f"{STATE_FOLDER}/records"
+FORMAT_VERSION = 2
+TRAINER_STATE = "trainer_state.json"
 
 # What decides which rows are candidates when: continuing under another value would break "no row twice an epoch".
-_SCHEDULE_KEYS = ("num_rows", "steps_per_epoch", "samples_per_step", "pool_size", "pools_per_step", "pool_seed")
+_SCHEDULE_KEYS = (
+    "num_rows",
+    "dataset_fingerprint",
+    "steps_per_epoch",
+    "samples_per_step",
+    "pool_size",
+    "pools_per_step",
+    "pool_seed",
+)
+_CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -37,17 +52,22 @@ def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], ten
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "state.safetensors")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1, allow_nan=False)
-    (folder / "state.json").write_text(text + "\n")
+    # Last, and whole or not at all.
+    partial = folder / ".state.json.partial"
+    partial.write_text(text + "\n")
+    partial.replace(folder / "state.json")
 
 
-def describe_schedule(schedule: PoolSchedule) -> dict[str, Any]:
+def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None = None) -> dict[str, Any]:
     """What decides which rows are candidates when, as JSON values.
 
     Args:
         schedule ([`~spice_trainer.pools.PoolSchedule`]): The run's schedule.
+        dataset_fingerprint (`str`, *optional*): Fingerprint of the rows; `None` if they have none.
     """
     return {
         "num_rows": schedule.num_rows,
+        "dataset_fingerprint": dataset_fingerprint,
         "steps_per_epoch": schedule.steps_per_epoch,
         "samples_per_step": schedule.shape.samples_per_step,
         "pool_size": schedule.pool_size,
@@ -80,7 +100,14 @@ def load_state(
             "whose steps are other steps. Detach SPICE to continue that run, or start a new run from its weights "
             "(`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)`) instead of `resume_from_checkpoint`."
         )
-    state: dict[str, Any] = json.loads(path.read_text())
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        tensors = load_file(folder / "state.safetensors")
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"SPICE's state in {folder} cannot be read ({error}): the checkpoint is damaged, or its writing was "
+            "interrupted. Resume from an earlier checkpoint."
+        ) from error
     if state.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} is of format version {state.get('format_version')}, this version of spice_trainer reads "
@@ -90,6 +117,7 @@ def load_state(
         f"{key} was {state['schedule'].get(key)} and is {schedule.get(key)}"
         for key in _SCHEDULE_KEYS
         if state["schedule"].get(key) != schedule.get(key)
+        and not (key == "dataset_fingerprint" and None in (state["schedule"].get(key), schedule.get(key)))
     ]
     if changed:
         raise ValueError(
@@ -108,4 +136,56 @@ def load_state(
             checkpoint,
             "; ".join(others),
         )
-    return state, load_file(folder / "state.safetensors")
+    return state, tensors
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint to resume from where the user asks for the latest one.
+
+    The Trainer takes the one with the highest number, also if its writing was interrupted. It writes
+    `trainer_state.json` last, so a checkpoint without it is not complete.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's output directory.
+
+    Returns:
+        `str`, *optional*: The complete one with the highest number, or `None` if the directory has no checkpoint.
+
+    Raises:
+        ValueError: If there are checkpoints and none is complete.
+    """
+    folder = Path(output_dir)
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and (match := _CHECKPOINT_FOLDER.fullmatch(path.name))
+    ]
+    incomplete: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        if _is_complete(path):
+            if incomplete:
+                logger.warning(
+                    "SPICE: %s in %s %s not complete, its writing was interrupted. The run continues from %s.",
+                    ", ".join(incomplete), folder, "is" if len(incomplete) == 1 else "are", path.name,
+                )  # fmt: skip
+            return os.fspath(path)
+        incomplete.append(path.name)
+    if incomplete:
+        raise ValueError(
+            f"No checkpoint in {folder} is complete: {', '.join(incomplete)} without a readable {TRAINER_STATE}, "
+            "because writing the first one was interrupted. Start the run anew, without resume_from_checkpoint."
+        )
+    return None
+
+
+def mark_incomplete(checkpoint: str | os.PathLike[str]) -> None:
+    """Called before a checkpoint of the same number is overwritten: until its last file is written it is not whole."""
+    (Path(checkpoint) / TRAINER_STATE).unlink(missing_ok=True)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

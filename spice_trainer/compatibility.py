@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from spice_trainer.config import SpiceConfig
@@ -36,6 +36,7 @@ def check_trainer(trainer: Any) -> None:
             f"attach_spice needs a transformers.Trainer or a subclass such as trl.SFTTrainer, got "
             f"{type(trainer).__name__}. In a loop of your own use `SpiceSampler(config).bind(model, dataset, ...)`."
         )
+    check_objective(trainer)
     dataset, args = trainer.train_dataset, trainer.args
     if dataset is None:
         raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
@@ -62,15 +63,34 @@ def check_trainer(trainer: Any) -> None:
             "SPICE deals its picks to them itself: set split_batches=False, and per_device_train_batch_size to what "
             f"each of the {args.world_size} processes gets."
         )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size=True restarts the run with another batch size when memory runs out, and the batch "
-            "size decides how many pools a step has. Set auto_find_batch_size=False and a batch size that fits."
-        )
     if getattr(trainer, "hp_search_backend", None) is not None:
         raise ValueError("SPICE cannot be attached during a hyperparameter search. Attach it to a single run.")
-    if hasattr(trainer, "_spice"):
-        raise ValueError("SPICE is attached to this trainer already. Call detach_spice(trainer) first.")
+
+
+def check_objective(trainer: Any) -> None:
+    """Refuses trainers that train something else than the likelihood of label tokens, which is what SPICE scores.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer to attach to.
+
+    Raises:
+        ValueError: If it is one of TRL's other trainers, a `Seq2SeqTrainer`, or its model is an encoder-decoder.
+    """
+    # The first one decides: trl's GKDTrainer, for one, is an SFTTrainer with another loss.
+    theirs = (cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.split(".")[0] == "trl")
+    other = next((name for name in theirs if name.endswith("Trainer")), "SFTTrainer")
+    if other != "SFTTrainer":
+        raise ValueError(
+            f"SPICE scores samples by the likelihood of their label tokens, and {other} trains another objective "
+            "(preferences, rewards or its own generations), for which these scores mean nothing. Use it with "
+            "SFTTrainer or transformers.Trainer, or select beforehand with `select_subset` on the texts."
+        )
+    model = getattr(trainer, "model", None)
+    if isinstance(trainer, Seq2SeqTrainer) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(trainer).__name__} trains {type(model).__name__}, an encoder-decoder model. SPICE shifts labels "
+            "by one as causal language models do, so its gradients would be others. Use a decoder-only model."
+        )
 
 
 def warn_of_arguments(args: TrainingArguments) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.processes import without_wrapper
+from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import fetch_rows
 
 MAX_ROWS = 2_000
@@ -74,6 +75,29 @@ def fingerprint_dataset(dataset: Any, *, max_rows: int = MAX_ROWS) -> str:
             lines.update(_canonical_line(row, f"row {position} of the dataset"))
     header = {"kind": "dataset", "num_rows": num_rows, "columns": sorted(names)}
     return hashlib.sha256(_canonical_line(header, "the column names") + lines.digest()).hexdigest()
+
+
+def fingerprint_rows(dataset: Any, *, device: torch.device) -> str | None:
+    """Fingerprint of training rows, whatever kind of dataset they come from, without touching any random state.
+
+    Args:
+        dataset (`Any`): Rows by number. Those of a `datasets.Dataset` are read as [`fingerprint_dataset`] does, of any
+            other, which may tokenise each row as it is read, only 256.
+        device (`torch.device`): Where training draws from, beside the CPU.
+
+    Returns:
+        `str`, *optional*: The fingerprint, or `None` where rows are not made of JSON-like values or change from one
+        reading to the next.
+    """
+    is_stored = hasattr(dataset, "with_format")
+    found = set()
+    for _ in range(1 if is_stored else 2):
+        with preserved_random_state(device):
+            try:
+                found.add(fingerprint_dataset(dataset, max_rows=MAX_ROWS if is_stored else 256))
+            except TypeError:
+                return None
+    return found.pop() if len(found) == 1 else None
 
 
 def fingerprint_model(model: nn.Module) -> str:

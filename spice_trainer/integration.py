@@ -9,7 +9,7 @@ from transformers import Trainer
 from spice_trainer.compatibility import check_trainer
 from spice_trainer.config import SpiceConfig
 from spice_trainer.hooks import SpiceHooks
-from spice_trainer.logs import show_messages
+from spice_trainer.logs import logger, show_messages
 from spice_trainer.proxy import ProxyModel, resolve_proxy
 from spice_trainer.sampler import SpiceSampler
 
@@ -30,7 +30,8 @@ def attach_spice(
         trainer (`transformers.Trainer`):
             A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
         config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
-            Settings, or a sampler with settings. Defaults to `SpiceConfig()`.
+            Settings, or a sampler with settings. Defaults to `SpiceConfig()`. Attaching again with the same settings
+            does nothing.
         proxy ([`ProxyModel`], *optional*):
             A small model that scores instead of the trainer's. Without one, `config.proxy_model_name_or_path` is
             loaded, if it is set.
@@ -62,6 +63,10 @@ def attach_spice(
             "attach_spice."
         )
     check_trainer(trainer)
+    attached = getattr(trainer, "_spice", None)
+    if isinstance(attached, SpiceHooks):
+        _check_same(attached.sampler, config_or_sampler, proxy)
+        return
     sampler = config_or_sampler
     if isinstance(sampler, SpiceConfig):
         sampler = SpiceSampler(sampler, proxy)
@@ -75,6 +80,26 @@ def attach_spice(
     hooks = SpiceHooks(trainer, sampler)
     hooks.check(verify=verify)
     hooks.install()
+
+
+def _check_same(attached: SpiceSampler, wanted: SpiceConfig | SpiceSampler, proxy: ProxyModel | None) -> None:
+    """Attaching again is nothing new with the same settings, as when a notebook's cell runs twice; else an error."""
+    config = wanted.config if isinstance(wanted, SpiceSampler) else wanted
+    wanted_proxy = wanted.proxy if isinstance(wanted, SpiceSampler) else proxy
+    # One that the settings name was loaded when they were attached.
+    is_same_proxy = wanted_proxy is attached.proxy or (wanted_proxy is None and config.proxy_model_name_or_path)
+    if config == attached.config and is_same_proxy:
+        logger.info("SPICE: attached to this trainer already, with the same settings.")
+        return
+    differing = [
+        f"{name} is {value} and would be {getattr(config, name)}"
+        for name, value in attached.config.to_dict().items()
+        if getattr(config, name) != value
+    ] or ["the proxy would be another"]
+    raise ValueError(
+        f"SPICE is attached to this trainer already, with other settings: {'; '.join(differing)}. Call "
+        "detach_spice(trainer) first."
+    )
 
 
 def detach_spice(trainer: Any) -> None:

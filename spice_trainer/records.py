@@ -6,27 +6,33 @@
     ledger.json        what the run cost, at its end
 
 All open with `datasets.load_dataset("json")`. The first three hold no clock readings, so a resumed run's are the
-uninterrupted run's byte for byte. Every step's lines are flushed before the step trains.
+uninterrupted run's byte for byte. Every step's lines are flushed before the step trains. A checkpoint keeps its own
+copy of them, so that resuming does not depend on what became of the output directory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from spice_trainer.logs import logger
 from spice_trainer.step_selection import StepSelection
 
 RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")
 LEDGER_FILE = "ledger.json"
+_ALL_FILES = (*RECORD_FILES, LEDGER_FILE)
 
 
 class RecordWriter:
-    """Appends a run's records, and rewinds them to a checkpoint on resume.
+    """Appends a run's records; keeps a copy of them in every checkpoint, and goes on behind that copy on resume.
 
     Args:
         directory (`str` or `os.PathLike`): Where the files go. Made when the first record is written.
@@ -34,59 +40,97 @@ class RecordWriter:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, FileIO] = {}
+        self._is_new = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files cannot be copied or pickled; they are opened anew when something is written.
+        return vars(self) | {"_files": {}}
 
     def start(self) -> None:
-        """Begins a new run. Records of an earlier run in the same place are moved aside, not overwritten."""
+        """Begins a new run. Records of an earlier run in the same place are renamed, not overwritten."""
         self.close()
-        if not any((self.directory / name).exists() for name in RECORD_FILES):
+        self._check_writable()
+        self._is_new = True
+        earlier = [name for name in _ALL_FILES if (self.directory / name).exists()]
+        if not earlier:
             return
         number = 1
-        while (aside := self.directory.with_name(f"{self.directory.name}-previous-{number}")).exists():
+        while any((self.directory / _numbered(name, number)).exists() for name in _ALL_FILES):
             number += 1
-        self.directory.rename(aside)
-        logger.info("SPICE: the records of an earlier run in %s were moved to %s.", self.directory, aside)
+        for name in earlier:
+            (self.directory / name).rename(self.directory / _numbered(name, number))
+        logger.info(
+            "SPICE: the records of an earlier run in %s were renamed to %s and so on.",
+            self.directory,
+            _numbered(earlier[0], number),
+        )
 
-    def resume(self, positions: Mapping[str, int], source: str | os.PathLike[str]) -> None:
-        """Goes on behind the records a checkpoint knows of.
-
-        Lines written after the checkpoint are cut off: the resumed run writes them anew. If the run goes on in another
-        output directory, the lines up to the checkpoint are copied there first.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Copies the records as they are now, for a checkpoint.
 
         Args:
-            positions (`Mapping[str, int]`): Bytes of each file at the checkpoint, from [`RecordWriter.positions`].
-            source (`str` or `os.PathLike`): Directory of the records that the checkpoint's run wrote.
+            folder (`str` or `os.PathLike`): The checkpoint's folder for them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in RECORD_FILES:
+            if (self.directory / name).exists():
+                shutil.copyfile(self.directory / name, folder / name)
+            else:
+                # The folder may be that of an earlier checkpoint of the same number.
+                (folder / name).unlink(missing_ok=True)
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Goes on behind a checkpoint's copy of the records.
+
+        Lines written after the checkpoint are cut off: the resumed run writes them anew. Where other records lie in
+        the way, those of another run or of none, they are renamed and the copy takes their place.
+
+        Args:
+            folder (`str` or `os.PathLike`): The checkpoint's folder, from [`RecordWriter.save`].
         """
         self.close()
-        source = Path(source)
-        if source.resolve() != self.directory.resolve():
+        self._check_writable()
+        self._is_new = False
+        if not Path(folder).is_dir():
             self.start()
-        missing = [name for name, size in positions.items() if size > 0 and not _holds(source / name, size)]
-        if missing:
+            self._is_new = False
             logger.warning(
-                "SPICE: %s in %s lack the lines written before this checkpoint, so the records of the resumed run "
-                "begin here. Keep the `spice` folder beside the checkpoints to have them whole.",
-                ", ".join(missing),
-                source,
+                "SPICE: the checkpoint's copy of the records, %s, is missing, so those of the resumed run begin here.",
+                folder,
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name, size in positions.items():
-            target = self.directory / name
-            if name in missing:
-                continue
-            if source.resolve() != self.directory.resolve():
-                if size > 0:
-                    with (source / name).open("rb") as old, target.open("wb") as new:
-                        new.write(old.read(size))
-            elif target.exists():
-                os.truncate(target, size)
+            return
+        copies = {name: path for name in RECORD_FILES if (path := Path(folder) / name).exists()}
+        if all(_begins_with(self.directory / name, path) for name, path in copies.items()):
+            for name in RECORD_FILES:
+                if name in copies:
+                    os.truncate(self.directory / name, copies[name].stat().st_size)
+                else:
+                    # Begun after the checkpoint: the resumed run writes it anew.
+                    (self.directory / name).unlink(missing_ok=True)
+            return
+        self.start()
+        self._is_new = False
+        for name, path in copies.items():
+            # Whole or not at all, also when this process is killed.
+            partial = self.directory / f".{name}.partial"
+            shutil.copyfile(path, partial)
+            partial.replace(self.directory / name)
 
-    def positions(self) -> dict[str, int]:
-        """Bytes written of each file so far."""
-        return {
-            name: self._files[name].tell() if name in self._files else _size(self.directory / name)
-            for name in RECORD_FILES
-        }
+    def discard(self) -> None:
+        """Removes what was written since [`RecordWriter.start`]: an attempt that the trainer gives up and repeats."""
+        self.close()
+        if self._is_new:
+            for name in _ALL_FILES:
+                (self.directory / name).unlink(missing_ok=True)
+
+    def _check_writable(self) -> None:
+        """Raises an `OSError`, before anything is trained, if no record could be written."""
+        with self._explained():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.write(b"{}\n")
 
     def write_selection(self, selection: StepSelection) -> None:
         """Appends one step's picks, pools and trained rows, and flushes them."""
@@ -104,9 +148,12 @@ class RecordWriter:
 
     def write_ledger(self, ledger: Mapping[str, Any]) -> None:
         """Writes what the run cost so far, over what an earlier part of it wrote."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(ledger, indent=1, allow_nan=False) + "\n"
-        (self.directory / LEDGER_FILE).write_text(text)
+        with self._explained():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = self.directory / f".{LEDGER_FILE}.partial"
+            partial.write_text(text)
+            partial.replace(self.directory / LEDGER_FILE)
 
     def close(self) -> None:
         """Closes the files."""
@@ -115,13 +162,28 @@ class RecordWriter:
         self._files = {}
 
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        if name not in self._files:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._files[name] = (self.directory / name).open("ab")
-        file = self._files[name]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        file.write(text.encode())
-        file.flush()
+        with self._explained():
+            if name not in self._files:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                # Without a buffer, whose rest would raise again where the file is closed.
+                self._files[name] = (self.directory / name).open("ab", buffering=0)
+            rest = text.encode()
+            while rest:
+                rest = rest[self._files[name].write(rest) :]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says of an error of the file system what could not be written, and that the run can go on from before."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"SPICE cannot write its records to {self.directory} ({error.strerror or error}). Free space there, "
+                "make it writable, or choose another output_dir; then go on from the last checkpoint, whose copy of "
+                "the records is complete.",
+            ) from error
 
 
 def _pick_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[dict[str, Any]]:
@@ -164,9 +226,17 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
         }
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _numbered(name: str, number: int) -> str:
+    stem, suffix = name.split(".")
+    return f"{stem}.{number}.{suffix}"
 
 
-def _holds(path: Path, size: int) -> bool:
-    return _size(path) >= size
+def _begins_with(path: Path, copy: Path) -> bool:
+    """Whether a file is there and holds a copy's bytes, then anything."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file, copy.open("rb") as start:
+        while block := start.read(2**20):
+            if file.read(len(block)) != block:
+                return False
+    return True

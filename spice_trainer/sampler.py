@@ -67,6 +67,10 @@ class SpiceSampler(Sampler[int]):
         self._listeners: list[Callable[[StepSelection], None]] = []
         self._reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Selectors hold the model's hooks and threads; a copy is bound anew when its training starts.
+        return vars(self) | {"_schedule": None, "_selector": None}
+
     def _reset(self) -> None:
         self.global_step = 0
         self._next_epoch = 0
@@ -113,26 +117,22 @@ class SpiceSampler(Sampler[int]):
         pools before the previous update.
 
         Args:
-            model (`torch.nn.Module`):
-                PEFT model with a LoRA adapter, on its device; in a run of several processes as `accelerator.prepare`
-                returned it.
+            model (`torch.nn.Module`): PEFT model with a LoRA adapter, on its device; in a run of several processes as
+                `accelerator.prepare` returned it.
             dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Tokenised rows, with random access.
             data_collator (`Callable`): Makes `input_ids` and `labels` from a list of rows.
-            per_device_train_batch_size (`int`):
-                Rows of a micro-batch.
-            gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
-                Micro-batches of an optimizer step.
-            accelerator (`accelerate.Accelerator`, *optional*):
-                Gives device, precision and processes. Without one: the model's device, this process.
+            per_device_train_batch_size (`int`): Rows of a micro-batch.
+            gradient_accumulation_steps (`int`, *optional*, defaults to `1`): Micro-batches of an optimizer step.
+            accelerator (`accelerate.Accelerator`, *optional*): Gives device, precision and processes. Without one: the
+                model's device, this process.
             token_normalized (`bool`, *optional*, defaults to `True`):
                 Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
                 is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
-            drop_last (`bool`, *optional*, defaults to `False`):
-                Drop an epoch's last step if its pools aren't full.
+            drop_last (`bool`, *optional*, defaults to `False`): Drop an epoch's last step if its pools aren't full.
             seed (`int`, *optional*, defaults to `42`):
                 Seed of the pools, unless the configuration sets `pool_seed`.
-            processing_class (`PreTrainedTokenizerBase`, *optional*):
-                The tokenizer of `dataset`, to tell whether a proxy shares it.
+            processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of `dataset`, to tell whether a
+                proxy shares it.
 
         Returns:
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
@@ -281,7 +281,7 @@ class SpiceSampler(Sampler[int]):
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The same as tensors: the picks that are replayed, and the proxy's adapter and optimizer."""
+        """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
         proxy = {f"{_PROXY}{name}": value for name, value in self.selector.tensors().items()}
         return self._replay.tensors() | proxy
 

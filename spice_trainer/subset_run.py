@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spice_trainer.checkpoint import describe_schedule, load_state, save_state
+from spice_trainer.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.logs import logger
 from spice_trainer.manifest import SelectedRow
 from spice_trainer.metrics import RunTotals
@@ -141,6 +141,7 @@ class SubsetRun:
         earlier = self._states()
         partial = self.output_dir / f".selection-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        self._records.save(partial / RECORDS_COPY)
         save_state(
             partial,
             {
@@ -151,7 +152,6 @@ class SubsetRun:
                 "model": self.model,
                 "sampler": self.sampler.state_dict(),
                 "totals": self.totals.state_dict(),
-                "record_bytes": self._records.positions(),
             },
             self.sampler.tensors(),
         )
@@ -189,6 +189,6 @@ class SubsetRun:
         self.sampler.load_state_dict(state["sampler"], tensors)
         self.totals.load_state_dict(state["totals"])
         if self._records is not None:
-            self._records.resume(state["record_bytes"], self.output_dir / RECORDS_FOLDER)
+            self._records.resume(folder / RECORDS_COPY)
         logger.info("SPICE: continuing the selection in %s after step %d.", self.output_dir, step)
         return step

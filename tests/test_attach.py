@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from spice_trainer import (
+    ProxyModel,
     SpiceCallback,
     SpiceConfig,
     SpiceSampler,
@@ -138,21 +140,36 @@ def test_train_twice_on_one_trainer(tmp_path: Path) -> None:
     assert [line["candidates"] for line in first] == [line["candidates"] for line in second]
     assert [line["step"] for line in second] == list(range(6))
     assert [line["information"] for line in first] != [line["information"] for line in second]
-    moved = [path for path in tmp_path.iterdir() if path.name.startswith("spice-previous")]
-    assert [path.name for path in moved] == ["spice-previous-1"]
-    assert len((moved[0] / "pools.jsonl").read_text().splitlines()) == 6
+    renamed = {"selections.1.jsonl", "pools.1.jsonl", "trained.1.jsonl", "costs.1.jsonl", "ledger.1.json"}
+    assert {path.name for path in (tmp_path / "spice").iterdir() if ".1." in path.name} == renamed
+    assert len((tmp_path / "spice" / "pools.1.jsonl").read_text().splitlines()) == 6
     assert len([row for row in trainer.state.log_history if "spice/information" in row]) == 6
 
 
-def test_attaching_twice_is_refused(tmp_path: Path) -> None:
+def test_attaching_twice_with_other_settings_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, spice=CONFIG)
     before = trainer_state(trainer)
-    with pytest.raises(ValueError, match=r"attached to this trainer already. Call detach_spice\(trainer\) first"):
-        attach_spice(trainer, CONFIG)
+    with pytest.raises(
+        ValueError, match=r"already, with other settings: num_selected is 4 and would be 3. Call detach"
+    ):
+        attach_spice(trainer, replace(CONFIG, num_selected=3))
+    with pytest.raises(ValueError, match="already, with other settings: the proxy would be another"):
+        attach_spice(trainer, CONFIG, proxy=ProxyModel(tiny_lora_model(seed=1)))
     assert trainer_state(trainer) == before
     detach_spice(trainer)
     with pytest.raises(ValueError, match="SPICE is not attached to this trainer, so there is nothing to detach"):
         detach_spice(trainer)
+
+
+def test_attaching_twice_with_the_same_settings_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, spice=CONFIG)
+    hooks, before = trainer._spice, trainer_state(trainer)
+    attach_spice(trainer, replace(CONFIG))
+    attach_spice(trainer, SpiceSampler(CONFIG))
+    assert trainer._spice is hooks and trainer_state(trainer) == before
+    assert "attached to this trainer already, with the same settings" in caplog.text
+    trainer.train()
+    assert len(read_records(tmp_path, "trained")) == 6
 
 
 @pytest.mark.parametrize("wrong", ["paper", {"pool_size": 10}, SpiceConfig, 3])

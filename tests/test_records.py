@@ -17,7 +17,15 @@ from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.records import LEDGER_FILE, RECORD_FILES, RecordWriter
 
 from .models import tiny_lora_model
-from .trainers import SETTINGS, make_trainer, read_records, tiny_rows, trained_indices
+from .trainers import (
+    SETTINGS,
+    make_trainer,
+    read_records,
+    same_weights,
+    tiny_rows,
+    trainable_weights,
+    trained_indices,
+)
 
 NAMES = ("selections", "pools", "trained", "costs")
 FIELDS = {
@@ -168,54 +176,133 @@ def test_a_step_without_any_pick_is_recorded(tmp_path: Path, caplog: pytest.LogC
     assert "no sample could be picked for step 0: 0 candidates had a gradient that is not finite and 20" in caplog.text
 
 
-def test_records_of_an_earlier_run_are_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "spice"
+def write_steps(writer: RecordWriter, *steps: int) -> None:
+    for step in steps:
+        writer.write_costs({"step": step})
+
+
+def lines_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_records_of_an_earlier_run_are_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (1, 2, 3):
-        writer = RecordWriter(folder)
+        writer = RecordWriter(tmp_path)
         writer.start()
-        writer.write_costs({"step": number})
+        write_steps(writer, number)
+        writer.write_ledger({"number": number})
         writer.close()
-    assert (folder / "costs.jsonl").read_text() == '{"step": 3}\n'
-    assert (tmp_path / "spice-previous-1" / "costs.jsonl").read_text() == '{"step": 1}\n'
-    assert (tmp_path / "spice-previous-2" / "costs.jsonl").read_text() == '{"step": 2}\n'
-    assert f"the records of an earlier run in {folder} were moved to {tmp_path / 'spice-previous-2'}" in caplog.text
+    assert lines_of(tmp_path / "costs.jsonl") == [3]
+    assert lines_of(tmp_path / "costs.1.jsonl") == [1] and lines_of(tmp_path / "costs.2.jsonl") == [2]
+    assert json.loads((tmp_path / "ledger.2.json").read_text()) == {"number": 2}
+    assert f"the records of an earlier run in {tmp_path} were renamed to costs.2.jsonl and so on" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_resuming_cuts_what_was_written_after_the_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "spice"
+    folder, copy = tmp_path / "spice", tmp_path / "checkpoint-1" / "spice" / "records"
     writer = RecordWriter(folder)
     writer.start()
-    writer.write_costs({"step": 0})
-    positions = writer.positions()
-    assert positions == {
-        "selections.jsonl": 0,
-        "pools.jsonl": 0,
-        "trained.jsonl": 0,
-        "costs.jsonl": 12,
-        "transfer.jsonl": 0,
-    }
-    writer.write_costs({"step": 1})
-    writer.resume(positions, folder)
-    assert writer.positions() == positions
-    writer.write_costs({"step": 1, "again": True})
-    assert (folder / "costs.jsonl").read_text() == '{"step": 0}\n{"step": 1, "again": true}\n'
+    write_steps(writer, 0)
+    writer.save(copy)
+    assert [path.name for path in copy.iterdir()] == ["costs.jsonl"]
+    write_steps(writer, 1, 2)
+    (folder / "transfer.jsonl").write_text("written after the checkpoint")
+    writer.resume(copy)
+    assert not (folder / "transfer.jsonl").exists()
+    write_steps(writer, 1)
+    assert lines_of(folder / "costs.jsonl") == [0, 1]
     writer.close()
+
+    # A half-written line, as a kill leaves it.
+    (folder / "costs.jsonl").write_text('{"step": 0}\n{"ste')
+    writer.resume(copy)
+    write_steps(writer, 1)
+    assert lines_of(folder / "costs.jsonl") == [0, 1]
+    writer.close()
+    assert [path.name for path in folder.iterdir()] == ["costs.jsonl"]
 
     elsewhere = RecordWriter(tmp_path / "elsewhere")
-    elsewhere.resume(positions, folder)
-    elsewhere.write_costs({"step": 1, "other": True})
+    elsewhere.resume(copy)
+    write_steps(elsewhere, 1, 2)
     elsewhere.close()
-    assert (tmp_path / "elsewhere/costs.jsonl").read_text() == '{"step": 0}\n{"step": 1, "other": true}\n'
-    assert (folder / "costs.jsonl").read_text() == '{"step": 0}\n{"step": 1, "again": true}\n'
+    assert lines_of(tmp_path / "elsewhere" / "costs.jsonl") == [0, 1, 2]
+    assert lines_of(folder / "costs.jsonl") == [0, 1] and lines_of(copy / "costs.jsonl") == [0]
 
 
-def test_resuming_without_the_earlier_records_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    writer = RecordWriter(tmp_path / "spice")
-    writer.resume({"pools.jsonl": 7, "costs.jsonl": 0}, tmp_path / "gone")
-    writer.write_costs({"step": 5})
+@pytest.mark.parametrize("there", ['{"step": 5}\n{"step": 6}\n', '{"st', ""])
+def test_records_that_are_not_the_checkpoints_are_kept(there: str, tmp_path: Path) -> None:
+    """Another run's, lost bytes, an empty file: all are renamed, and the copy takes their place."""
+    writer = RecordWriter(tmp_path / "first")
+    writer.start()
+    write_steps(writer, 0)
+    writer.save(tmp_path / "copy")
     writer.close()
-    assert f"pools.jsonl in {tmp_path / 'gone'} lack the lines written before this checkpoint" in caplog.text
-    assert (tmp_path / "spice/costs.jsonl").read_text() == '{"step": 5}\n'
+    writer = RecordWriter(tmp_path / "second")
+    writer.directory.mkdir()
+    (writer.directory / "costs.jsonl").write_text(there)
+    writer.resume(tmp_path / "copy")
+    write_steps(writer, 1)
+    writer.close()
+    assert lines_of(writer.directory / "costs.jsonl") == [0, 1]
+    assert (writer.directory / "costs.1.jsonl").read_text() == there
+
+
+def test_resuming_without_the_copy_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = RecordWriter(tmp_path / "spice")
+    writer.start()
+    write_steps(writer, 0, 1)
+    writer.resume(tmp_path / "gone")
+    write_steps(writer, 5)
+    writer.close()
+    assert f"the checkpoint's copy of the records, {tmp_path / 'gone'}, is missing" in caplog.text
+    assert lines_of(tmp_path / "spice/costs.jsonl") == [5] and lines_of(tmp_path / "spice/costs.1.jsonl") == [0, 1]
+
+
+def test_a_copy_over_an_earlier_one_holds_nothing_of_it(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path / "spice")
+    writer.start()
+    write_steps(writer, 0)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "pools.jsonl").write_text("of a run before")
+    writer.save(tmp_path / "copy")
+    writer.close()
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["costs.jsonl"]
+
+
+def test_discarding_an_attempt(tmp_path: Path) -> None:
+    """Only what was written since the start, and nothing of a resumed run, which the next attempt cuts itself."""
+    writer = RecordWriter(tmp_path / "spice")
+    writer.start()
+    write_steps(writer, 0)
+    writer.save(tmp_path / "copy")
+    writer.start()
+    write_steps(writer, 9)
+    writer.discard()
+    assert [path.name for path in (tmp_path / "spice").iterdir()] == ["costs.1.jsonl"]
+    writer.resume(tmp_path / "copy")
+    write_steps(writer, 1)
+    writer.discard()
+    assert lines_of(tmp_path / "spice" / "costs.jsonl") == [0, 1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "costs.jsonl").symlink_to("/dev/full")
+    writer = RecordWriter(tmp_path)
+    with pytest.raises(OSError, match=r"SPICE cannot write its records to .* \(No space left on device\). Free space"):
+        writer.write_costs({"step": 0})
+    writer.close()
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "spice").write_text("a file where the folder should be")
+    trainer = make_trainer(tmp_path, spice={}, max_steps=2)
+    before = trainable_weights(trainer.model)
+    with pytest.raises(OSError, match="SPICE cannot write its records to .*make it writable, or choose another"):
+        trainer.train()
+    assert same_weights(trainable_weights(trainer.model), before)
+    assert (tmp_path / "spice").read_text() == "a file where the folder should be"
 
 
 def test_a_number_that_json_does_not_know_is_never_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import spice_trainer.compatibility
 from spice_trainer import SpiceConfig, attach_spice
 from spice_trainer.adapters import UnsupportedModelError
 from spice_trainer.compatibility import warn_of_arguments
+from spice_trainer.trainer_parts import build_trainer_schedule
 
 from .models import tiny_lora_model, tiny_model
 from .traces import trainer_state
@@ -117,7 +118,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Patch, Traine
         "Megatron-LM, whose pipeline and tensor parallel processes share a batch.*use DDP, FSDP or DeepSpeed ZeRO",
     ),
     "tpu": ({}, {}, _on_accelerator(distributed_type=DistributedType.XLA), "TPU.*torch.distributed"),
-    "auto_batch_size": ({"auto_find_batch_size": True}, {}, None, "auto_find_batch_size=False and a batch size"),
     "search": ({}, {}, _on_trainer(hp_search_backend="optuna"), "during a hyperparameter search"),
     "too_many_picks": (
         {},
@@ -174,9 +174,9 @@ def test_what_cannot_be_right_is_refused(case: str, tmp_path: Path, monkeypatch:
 def test_adaptive_stopping_is_taken_where_the_loss_counts_tokens(case: str, tmp_path: Path) -> None:
     """The refusals above are about the loss alone: the same settings attach where it is normalised."""
     trainer = make_trainer(tmp_path / "plain", spice=ADAPTIVE)
-    assert not trainer._spice._build_schedule(trainer.train_dataset).shape.equal_slots
+    assert not build_trainer_schedule(trainer, trainer._spice.sampler.config, tiny_rows()).shape.equal_slots
     trainer = make_sft_trainer(tmp_path / "sft", spice=ADAPTIVE)
-    assert not trainer._spice._build_schedule(trainer.train_dataset).shape.equal_slots
+    assert not build_trainer_schedule(trainer, trainer._spice.sampler.config, tiny_rows()).shape.equal_slots
     # A trainer that says that it scales its loss is believed.
     OwnLoss.loss_is_scaled_for_ga = True
     try:

@@ -122,9 +122,12 @@ def test_resume_from_the_latest_checkpoint_after_a_crash(tmp_path: Path, whole: 
             json.loads((folder / f"checkpoint-{step}" / "spice" / "state.json").read_text())
             for folder in (output_dir, whole.output_dir)
         )
-        assert first["sampler"] == second["sampler"] and first["record_bytes"].keys() == second["record_bytes"].keys()
+        assert first["sampler"] == second["sampler"] and first["schedule"] == second["schedule"]
         for name in RECORDS:
-            assert first["record_bytes"][name] == second["record_bytes"][name]
+            copies = [
+                folder / f"checkpoint-{step}" / "spice/records" / name for folder in (output_dir, whole.output_dir)
+            ]
+            assert copies[0].read_bytes() == copies[1].read_bytes()
         clocks = {key for key in first["totals"] if key.startswith("seconds_")}
         assert {key: first["totals"][key] for key in first["totals"].keys() - clocks} == {
             key: second["totals"][key] for key in second["totals"].keys() - clocks
@@ -139,16 +142,25 @@ def test_resume_into_another_directory(tmp_path: Path, whole: Run) -> None:
     trainer.train(resume_from_checkpoint=str(whole.output_dir / "checkpoint-4"))
     compare(Run(trainer, tmp_path), whole, step=4)
     assert before == {name: whole.record(name) for name in RECORDS}, "the first run's records were touched"
-    assert (tmp_path / "spice-previous-1" / "trained.jsonl").read_text() == '{"step": 0}\n'
+    assert (tmp_path / "spice" / "trained.1.jsonl").read_text() == '{"step": 0}\n'
 
 
-def test_resume_without_the_records(tmp_path: Path, whole: Run, caplog: Any) -> None:
+def test_resume_from_a_checkpoint_that_was_moved(tmp_path: Path, whole: Run) -> None:
+    """A checkpoint alone is enough, wherever it lies: it brings its own copy of the records."""
     shutil.copytree(whole.output_dir / "checkpoint-4", tmp_path / "moved" / "checkpoint-4")
     trainer = build(tmp_path / "run", save_strategy="no")
     trainer.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-4"))
+    compare(Run(trainer, tmp_path / "run"), whole, step=4)
+
+
+def test_resume_without_the_copied_records(tmp_path: Path, whole: Run, caplog: Any) -> None:
+    shutil.copytree(whole.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "checkpoint-4" / "spice" / "records")
+    trainer = build(tmp_path / "run", save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same_weights(trainable_weights(trainer.model), whole.weights)
     assert trained_indices(tmp_path / "run") == trained_indices(whole.output_dir)[4:]
-    assert "so the records of the resumed run begin here" in caplog.text
+    assert "is missing, so those of the resumed run begin here" in caplog.text
 
 
 def test_resume_at_the_end_of_the_run(tmp_path: Path, whole: Run) -> None:
@@ -205,8 +217,8 @@ def test_checkpoint_of_another_format(tmp_path: Path, whole: Run) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(whole.output_dir / "checkpoint-4", checkpoint)
     path = checkpoint / "spice" / "state.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
-    with pytest.raises(ValueError, match="is of format version 7, this version of spice_trainer reads 1"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 7'))
+    with pytest.raises(ValueError, match="is of format version 7, this version of spice_trainer reads 2"):
         build(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -215,7 +227,12 @@ def test_checkpoint_of_another_format(tmp_path: Path, whole: Run) -> None:
     [
         ({"settings": {"pool_size": 12}}, "pool_size was 10 and is 12"),
         ({"settings": {"pool_seed": 7}}, "pool_seed was 42 and is 7"),
-        ({"train_dataset": tiny_dataset(24)}, "num_rows was 25 and is 24"),
+        ({"settings": {"pool_seed": None}, "data_seed": 3}, "pool_seed was 42 and is 3"),
+        ({"train_dataset": tiny_dataset(24)}, "num_rows was 25 and is 24; dataset_fingerprint was"),
+        (
+            {"train_dataset": tiny_dataset(25, seed=1)},
+            "dataset_fingerprint was [0-9a-f]{64} and is [0-9a-f]{64}. ",
+        ),
         ({"per_device_train_batch_size": 4}, "samples_per_step was 4 and is 8"),
     ],
 )
@@ -240,7 +257,7 @@ def test_a_new_run_moves_earlier_records_aside(tmp_path: Path) -> None:
         make_trainer(tmp_path, spice={"pool_seed": number}, max_steps=1).train()
         contents.append((tmp_path / "spice" / "trained.jsonl").read_bytes())
     assert len(set(contents)) == 3
-    kept = [(tmp_path / f"spice-previous-{number}" / "trained.jsonl").read_bytes() for number in (1, 2)]
+    kept = [(tmp_path / "spice" / f"trained.{number}.jsonl").read_bytes() for number in (1, 2)]
     assert kept == contents[:2]
 
 
@@ -251,5 +268,5 @@ def test_training_twice_with_one_trainer(tmp_path: Path) -> None:
     next(iter(trainer.get_train_dataloader()))
     trainer.train()
     assert [line["step"] for line in read_records(tmp_path, "trained")] == [0, 1]
-    first = (tmp_path / "spice-previous-1" / "trained.jsonl").read_text().splitlines()
+    first = (tmp_path / "spice" / "trained.1.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in first] == [0, 1]

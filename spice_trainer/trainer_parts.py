@@ -1,0 +1,172 @@
+"""What SPICE takes from a trainer: its rows and collator, and from them the schedule, the selector and the plan.
+
+trainer's own loader ─ dataset, collator ─ schedule of pools ─ selector (target or proxy) ─ plan of the run
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from spice_trainer.assembly import build_selector
+from spice_trainer.attachment import describe_rows, num_parameters
+from spice_trainer.compatibility import is_token_normalized
+from spice_trainer.config import SpiceConfig
+from spice_trainer.pools import PoolSchedule, build_schedule
+from spice_trainer.processes import Processes
+from spice_trainer.proxy import ProxyModel
+from spice_trainer.random_states import preserved_random_state
+from spice_trainer.rows import sample_rows
+from spice_trainer.scoring import GradientScorer
+from spice_trainer.steps import StepSelector
+from spice_trainer.summary import RunPlan
+
+
+def training_rows(trainer: Any, get_loader: Callable[[], DataLoader[Any]]) -> tuple[Any, Callable[..., Any]]:
+    """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        get_loader (`Callable`): Its own `get_train_dataloader`.
+
+    Returns:
+        `tuple`: The dataset, and the collator.
+
+    Raises:
+        ValueError: If the loader has no rows by number.
+    """
+    loaders = trainer.accelerator._dataloaders
+    num_loaders = len(loaders)
+    signature_columns = getattr(trainer, "_signature_columns", None)
+    try:
+        with preserved_random_state(trainer.args.device):
+            loader = get_loader()
+    finally:
+        # The accelerator keeps every loader it prepared, though this one is never iterated, and the trainer the
+        # columns it found the model to take.
+        del loaders[num_loaders:]
+        trainer._signature_columns = signature_columns
+    dataset = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not hasattr(loader, "collate_fn"):
+        raise ValueError(
+            f"The trainer's get_train_dataloader gave a {type(loader).__name__} over a {type(dataset).__name__}, "
+            "which has no rows by number for SPICE to choose from. Return a torch.utils.data.DataLoader over a "
+            "dataset with a length and random access."
+        )
+    return dataset, loader.collate_fn
+
+
+def own_sampling(trainer: Any) -> str | None:
+    """Name of what decides over the order of the rows in place of the Trainer, which SPICE replaces.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        `str`, *optional*: A method of a subclass or bound on the instance; `None` for the Trainer's and TRL's own.
+    """
+    for name in ("get_train_dataloader", "_get_train_sampler"):
+        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), None)
+        if name in vars(trainer):
+            return f"trainer.{name}"
+        if owner is not None and owner.__module__.split(".")[0] not in ("transformers", "trl"):
+            return f"{owner.__name__}.{name}"
+    return None
+
+
+def build_trainer_schedule(trainer: Any, config: SpiceConfig, dataset: Any) -> PoolSchedule:
+    """The schedule of pools under the trainer's batch size, processes and seeds.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        config ([`SpiceConfig`]): The settings.
+        dataset (`Any`): Its rows.
+    """
+    args = trainer.args
+    return build_schedule(
+        config,
+        len(dataset),
+        per_device_train_batch_size=trainer._train_batch_size,
+        num_slots=args.world_size * args.gradient_accumulation_steps,
+        token_normalized=is_token_normalized(trainer),
+        drop_last=args.dataloader_drop_last,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+    )
+
+
+def build_trainer_selector(
+    trainer: Any,
+    config: SpiceConfig,
+    schedule: PoolSchedule,
+    *,
+    dataset: Any,
+    collate: Callable[..., Any],
+    proxy: ProxyModel | None,
+) -> StepSelector:
+    """What selects for the trainer's steps.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        config ([`SpiceConfig`]): The settings.
+        schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
+        dataset (`Any`): Its rows.
+        collate (`Callable`): Its collator.
+        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
+    """
+
+    def get_model() -> nn.Module:
+        model: nn.Module = trainer.model
+        return model
+
+    return build_selector(
+        config,
+        schedule,
+        get_model=get_model,
+        rows=describe_rows(trainer, dataset, collate),
+        proxy=proxy,
+        autocast=trainer.accelerator.autocast,
+        processes=Processes.of(trainer.accelerator),
+    )
+
+
+def plan_run(
+    trainer: Any,
+    schedule: PoolSchedule,
+    scorer: GradientScorer,
+    *,
+    dataset: Any,
+    collate: Callable[..., Any],
+    proxy: ProxyModel | None,
+) -> RunPlan:
+    """What is known of the run before it starts.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
+        scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores them.
+        dataset (`Any`): Its rows.
+        collate (`Callable`): Its collator.
+        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
+    """
+    args = trainer.args
+    rows = sample_rows(dataset, collate, device=args.device)
+    candidates = rows if proxy is None else sample_rows(scorer.dataset, scorer.collate, device=args.device)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
+    pool_size = min(schedule.pool_size, schedule.num_rows)
+    num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
+    return RunPlan(
+        num_rows=schedule.num_rows,
+        total_steps=total,
+        dimension=scorer.dimension,
+        num_features=scorer.num_features,
+        feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
+        num_processes=scorer.processes.world_size,
+        mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
+        mean_candidate_tokens=sum(row.num_tokens for row in candidates) / len(candidates),
+        num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
+        token_normalized=not schedule.shape.equal_slots,
+    )
