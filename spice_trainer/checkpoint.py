@@ -164,9 +164,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     for _, path in sorted(found, reverse=True):
         if _is_complete(path):
             if incomplete:
+                is_one = len(incomplete) == 1
                 logger.warning(
-                    "SPICE: %s in %s %s not complete, its writing was interrupted. The run continues from %s.",
-                    ", ".join(incomplete), folder, "is" if len(incomplete) == 1 else "are", path.name,
+                    "SPICE: %s in %s %s not complete, %s writing was interrupted. The run continues from %s.",
+                    ", ".join(incomplete), folder, "is" if is_one else "are", "its" if is_one else "their", path.name,
                 )  # fmt: skip
             return os.fspath(path)
         incomplete.append(path.name)

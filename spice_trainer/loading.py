@@ -27,6 +27,10 @@ class PickSource(Protocol):
     def schedule(self) -> PoolSchedule:
         """Which rows are candidates when."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has done all its steps."""
+
     def begin_epoch(self) -> tuple[int, int]:
         """Epoch to run next, and its first step that is not done yet."""
 
@@ -69,6 +73,9 @@ class SpiceBatchSampler(Sampler[list[int]]):
         for _ in range(first_step * self.gradient_accumulation_steps):
             yield []
         for step_in_epoch in range(first_step, self.sampler.schedule.steps_per_epoch):
+            # transformers (5.23) would train a run that is resumed at its last step one step further.
+            if self.sampler.is_over:
+                return
             indices = self.sampler.select_step(epoch, step_in_epoch).indices
             slots = deal(indices, self.world_size * self.gradient_accumulation_steps)
             # Without a pick any row serves as filler; the first candidate's is as neutral as another.

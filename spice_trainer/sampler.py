@@ -15,14 +15,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from spice_trainer.assembly import build_selector
+from spice_trainer.binding import bind_sampler
 from spice_trainer.config import SpiceConfig
 from spice_trainer.empty_steps import EmptyStepWatch
-from spice_trainer.loading import build_dataloader
-from spice_trainer.pools import PoolSchedule, StepPools, build_schedule
-from spice_trainer.processes import Processes, without_wrapper
-from spice_trainer.proxy import ProxyModel, resolve_proxy
-from spice_trainer.proxy_data import TargetRows, vocabulary_size
+from spice_trainer.pools import PoolSchedule, StepPools
+from spice_trainer.proxy import ProxyModel
 from spice_trainer.replay import PickReplay
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection
@@ -140,39 +137,18 @@ class SpiceSampler(Sampler[int]):
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
         """
-        processes = Processes() if accelerator is None else Processes.of(accelerator)
-        model = without_wrapper(model)
-        schedule = build_schedule(
-            self.config,
-            len(dataset),
+        return bind_sampler(
+            self,
+            model,
+            dataset,
+            collate=data_collator,
             per_device_train_batch_size=per_device_train_batch_size,
-            num_slots=processes.world_size * gradient_accumulation_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            accelerator=accelerator,
             token_normalized=token_normalized,
             drop_last=drop_last,
             seed=seed,
-        )
-        device = next(model.parameters()).device if accelerator is None else accelerator.device
-        self.proxy = resolve_proxy(self.proxy, self.config, device=device, seed=seed)
-        size = vocabulary_size(model)
-        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=size)
-        selector = build_selector(
-            self.config,
-            schedule,
-            get_model=lambda: model,
-            rows=rows,
-            proxy=self.proxy,
-            autocast=None if accelerator is None else accelerator.autocast,
-            processes=processes,
-        )
-        self.prepare(schedule, selector)
-        return build_dataloader(
-            self,
-            dataset,
-            collate=data_collator,
-            device=device,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            processing_class=processing_class,
         )
 
     @property
@@ -224,6 +200,11 @@ class SpiceSampler(Sampler[int]):
         self._next_epoch, self._first_step = divmod(global_step, self.schedule.steps_per_epoch)
         if not skip_data:
             self._first_step = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has done all its steps: resumed at its very end, it has nothing left to pick."""
+        return self._total_steps is not None and self.global_step >= self._total_steps
 
     def begin_epoch(self) -> tuple[int, int]:
         """Epoch to run next, and its first step that is not done yet."""

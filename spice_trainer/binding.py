@@ -1,0 +1,76 @@
+"""Binding a sampler to a loop of one's own: what a Trainer would tell it, from arguments and an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from spice_trainer.assembly import build_selector
+from spice_trainer.loading import build_dataloader
+from spice_trainer.pools import build_schedule
+from spice_trainer.processes import Processes, without_wrapper
+from spice_trainer.proxy import resolve_proxy
+from spice_trainer.proxy_data import TargetRows, vocabulary_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from spice_trainer.sampler import SpiceSampler
+
+
+def bind_sampler(
+    sampler: SpiceSampler,
+    model: nn.Module,
+    dataset: Any,
+    *,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int,
+    accelerator: Accelerator | None,
+    token_normalized: bool,
+    drop_last: bool,
+    seed: int,
+    processing_class: Any,
+) -> DataLoader[Any]:
+    """Does what [`SpiceSampler.bind`] says; its arguments and errors are described there.
+
+    Returns:
+        `torch.utils.data.DataLoader`: An epoch an iteration.
+    """
+    processes = Processes() if accelerator is None else Processes.of(accelerator)
+    model = without_wrapper(model)
+    schedule = build_schedule(
+        sampler.config,
+        len(dataset),
+        per_device_train_batch_size=per_device_train_batch_size,
+        num_slots=processes.world_size * gradient_accumulation_steps,
+        token_normalized=token_normalized,
+        drop_last=drop_last,
+        seed=seed,
+    )
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
+    sampler.proxy = resolve_proxy(sampler.proxy, sampler.config, device=device, seed=seed)
+    size = vocabulary_size(model)
+    rows = TargetRows(dataset, collate, processing_class=processing_class, vocab_size=size)
+    selector = build_selector(
+        sampler.config,
+        schedule,
+        get_model=lambda: model,
+        rows=rows,
+        proxy=sampler.proxy,
+        autocast=None if accelerator is None else accelerator.autocast,
+        processes=processes,
+    )
+    sampler.prepare(schedule, selector)
+    return build_dataloader(
+        sampler,
+        dataset,
+        collate=collate,
+        device=device,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
