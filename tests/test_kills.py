@@ -18,6 +18,7 @@ NUM_KILLS = 30
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_runs_survive_being_killed() -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kills", str(NUM_KILLS)],
@@ -25,7 +26,7 @@ def test_runs_survive_being_killed() -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1400,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
