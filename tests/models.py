@@ -110,12 +110,19 @@ def enable_checkpointing(model: PeftModel, *, use_reentrant: bool) -> None:
     base.enable_input_require_grads()
 
 
+class _PlainConfig(SimpleNamespace):
+    """No `PretrainedConfig` either, but PEFT 0.17 to 0.19 read every configuration as a dict."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
 class PlainLanguageModel(nn.Module):
     """A causal language model that is no `PreTrainedModel`: no `logits_to_keep`, no cache, a dict as output."""
 
     def __init__(self, hidden_size: int = 16) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="plain", tie_word_embeddings=False)
+        self.config = _PlainConfig(model_type="plain", tie_word_embeddings=False)
         self.embedding = nn.Embedding(VOCAB_SIZE, hidden_size)
         self.mix = nn.Linear(hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, VOCAB_SIZE)
@@ -135,7 +142,7 @@ class ConvolutionModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="convolution", tie_word_embeddings=False)
+        self.config = _PlainConfig(model_type="convolution", tie_word_embeddings=False)
         self.embedding = nn.Embedding(VOCAB_SIZE, 8)
         self.conv = nn.Conv1d(8, 8, 3, padding=1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)

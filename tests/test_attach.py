@@ -264,7 +264,7 @@ def test_spice_sft_trainer(tmp_path: Path) -> None:
     expected.train()
     trainer = SpiceSFTTrainer(
         model=tiny_lora_model(),
-        args=SFTConfig(**training_options(tmp_path / "found", bf16=False, max_steps=2)),
+        args=SFTConfig(**training_options(tmp_path / "found", bf16=False, completion_only_loss=True, max_steps=2)),
         train_dataset=expected.train_dataset,
         processing_class=tiny_tokenizer(),
         sampler=SpiceSampler(CONFIG),

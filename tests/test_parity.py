@@ -29,6 +29,7 @@ from .trainers import (
     trainable_weights,
     trained_indices,
 )
+from .versions import before
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.5}
 
@@ -98,7 +99,11 @@ def test_picking_everything_trains_like_the_plain_trainer(tmp_path: Any, loss: s
     )
     spiced.train()
     steps = trained_indices(tmp_path)
-    assert [len(indices) for indices in steps] == [8, 8, 8, 8, 8] + [3] * (loss != "mean-per-micro-batch")
+    # A LabelSmoother of before transformers 5.15 takes a mean per micro-batch too.
+    has_last_step = loss != "mean-per-micro-batch" and (
+        loss != "label smoothing" or not before("transformers", "5.15")
+    )
+    assert [len(indices) for indices in steps] == [8, 8, 8, 8, 8] + [3] * has_last_step
 
     plain = make_trainer(tmp_path / "plain", model=build_model(), train_dataset=dataset, callbacks=[theirs], **options)
     micro_batches = [slot for indices in steps for slot in in_slots(indices, 4)]
@@ -196,7 +201,9 @@ def test_a_step_without_picks_trains_on_nothing(tmp_path: Any, caplog: Any, accu
     assert same_weights(weights.taken[1], weights.taken[2]) and same_weights(weights.taken[3], weights.taken[4])
     assert not same_weights(weights.taken[2], weights.taken[3])
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    assert [logs[step]["loss"] for step in (1, 3)] == [0.0, 0.0] and [logs[1]["grad_norm"]] == [0.0]
+    assert [logs[step]["loss"] for step in (1, 3)] == [0.0, 0.0]
+    # Transformers 4 knows the norm only where it clips.
+    assert logs[1].get("grad_norm") == (None if before("transformers", "5") else 0.0)
     assert all(math.isfinite(value) for row in logs for value in row.values())
     assert trainer._spice.callback.totals.num_fillers == 2 * accumulation
     assert "no sample could be picked for step 1" in caplog.text

@@ -26,6 +26,7 @@ from .trainers import (
     trainable_weights,
     trained_indices,
 )
+from .versions import before
 
 
 def random_state() -> tuple[Any, Any, bytes]:
@@ -102,6 +103,9 @@ def run(output_dir: Any, **options: Any) -> tuple[Snapshots, dict[str, Tensor], 
         neftune_noise_alpha=5.0,
         **options,
     )
+    if before("transformers", "5"):
+        # Without it no gradient passes a reentrant checkpoint of a PEFT model; later versions do it themselves.
+        trainer.model.enable_input_require_grads()
     trainer.train()
     return snapshots, trainable_weights(trainer.model), random_state()
 

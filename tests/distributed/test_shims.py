@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 
 from ..models import tiny_lora_model
+from ..versions import before
 
 
 class WrappedLayer(nn.Module):
@@ -22,6 +24,7 @@ class WrappedLayer(nn.Module):
         return self._fsdp_wrapped_module(*args, **kwargs)
 
 
+@pytest.mark.skipif(before("peft", "0.21"), reason="PEFT 0.21 began it")
 def test_peft_finds_no_adapter_in_layers_that_fsdp1_wrapped() -> None:
     model = tiny_lora_model()
     state_dict = {name: torch.clone(value) for name, value in model.state_dict().items()}
