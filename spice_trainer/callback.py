@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from spice_trainer.checkpoint import RECORDS_COPY, describe_schedule, load_state
 from spice_trainer.ledger import CostLedger
 from spice_trainer.loading import SlotCollator
 from spice_trainer.logs import logger
+from spice_trainer.memory import MemoryPlan
 from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
 from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
@@ -55,6 +57,7 @@ class SpiceCallback(TrainerCallback):
         self.processes = Processes()
         self.verify: Callable[[], None] | None = None
         self.plan: RunPlan | None = None
+        self.measure_memory: Callable[[], MemoryPlan] | None = None
         self.resume_from: str | None = None
         self.run_dir: str | None = None
         self.dataset_fingerprint: str | None = None
@@ -67,8 +70,8 @@ class SpiceCallback(TrainerCallback):
         sampler.add_listener(self.on_selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The check of sharded or replaced layers holds the model's scorer; a copy of a trainer goes without it.
-        return vars(self) | {"verify": None}
+        # Both hold the model's scorer; a copy of a trainer goes without them.
+        return vars(self) | {"verify": None, "measure_memory": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -109,6 +112,8 @@ class SpiceCallback(TrainerCallback):
             self._records.start()
         self.num_trained_before = self.totals.num_trained
         if self.plan is not None:
+            if self.measure_memory is not None:
+                self.plan = replace(self.plan, memory=self.measure_memory())
             logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
             share = warn_of_share(self.sampler.schedule, self.sampler.config)
             if share is not None:

@@ -42,8 +42,12 @@ class EmptyStepWatch:
         if not is_empty:
             return
         num_nonfinite, num_zero = sum(len(pool.nonfinite) for pool in pools), sum(len(pool.zero) for pool in pools)
+        num_out_of_memory = sum(len(pool.out_of_memory) for pool in pools)
         found = f"{num_nonfinite} candidates had a gradient that is not finite and {num_zero} a zero gradient"
-        if self._min_gain is not None and num_nonfinite + num_zero < sum(len(pool.candidates) for pool in pools):
+        if num_out_of_memory:
+            found += f", and {num_out_of_memory} did not fit into memory alone"
+        num_unsound = num_nonfinite + num_zero + num_out_of_memory
+        if self._min_gain is not None and num_unsound < sum(len(pool.candidates) for pool in pools):
             found += f", and no gain reached min_gain={self._min_gain}"
         if sum(self._recent) > MAX_EMPTY_STEPS:
             raise RuntimeError(

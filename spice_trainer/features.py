@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.processes import Processes
@@ -40,12 +40,17 @@ class FeatureBuffer:
         self.losses = torch.zeros(num_rows, device=device)
         # Exact also when sketched: the sketch only has to carry directions.
         self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._rows = torch.empty(0, dtype=torch.long, device=device)
         self._folded = torch.empty(0, device=device)
 
     def begin(self, rows: Sequence[int]) -> None:
-        """Announces which rows of the buffer the next micro-batch fills, in its order."""
+        """Announces which rows of the buffer the next micro-batch fills, in its order.
+
+        What an earlier attempt at them left behind when memory ran out is forgotten.
+        """
         self._rows = torch.tensor(rows, device=self.features.device)
+        self._squared_norms[self._rows] = 0.0
         if self._sketch is not None:
             self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
 
@@ -66,6 +71,12 @@ class FeatureBuffer:
         self.losses[self._rows] = losses.to(self.losses)
         if self._sketch is not None:
             self.features[self._rows] = self._folded
+
+    def leave_out(self, row: int) -> None:
+        """Marks a row that does not fit into memory alone; nothing is known of its gradient."""
+        self.features[row] = 0.0
+        self._squared_norms[row] = 0.0
+        self.out_of_memory[row] = True
 
     @property
     def norms(self) -> Float64[Tensor, "N"]:
@@ -89,20 +100,28 @@ class OwnedFeatures:
         features (`torch.Tensor` of shape `(n, m)`): Their features.
         norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
         losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
+        out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU.
     """
 
     rows: dict[int, int]
     features: Float[Tensor, "n m"]
     norms: Float64[Tensor, "n"]
     losses: Float[Tensor, "n"]
+    out_of_memory: Bool[Tensor, "n"]
 
-    def take(self, positions: Sequence[int]) -> tuple[Float[Tensor, "N m"], Float64[Tensor, "N"], Float[Tensor, "N"]]:
-        """Features, norms and losses of some candidates; a view where they lie together."""
+    def take(self, positions: Sequence[int]) -> OwnedFeatures:
+        """Those of some candidates, in their order; views where they lie together."""
         rows = [self.rows[position] for position in positions]
         where: slice | list[int] = rows
         if rows == list(range(rows[0], rows[0] + len(rows))):
             where = slice(rows[0], rows[0] + len(rows))
-        return self.features[where], self.norms[where], self.losses[where]
+        return OwnedFeatures(
+            rows={position: place for place, position in enumerate(positions)},
+            features=self.features[where],
+            norms=self.norms[where],
+            losses=self.losses[where],
+            out_of_memory=self.out_of_memory[where],
+        )
 
 
 def order_for_owners(held: Sequence[int], owners: Sequence[int]) -> list[int]:
@@ -134,12 +153,13 @@ def send_to_owners(
             receive_counts[holder] += 1
             arriving[holder].append(position)
     features = processes.exchange(buffer.features, send_counts, receive_counts)
-    measured = torch.stack([buffer.norms, buffer.losses.double()], dim=1)
-    norms, losses = processes.exchange(measured, send_counts, receive_counts).cpu().unbind(1)
+    measured = torch.stack([buffer.norms, buffer.losses.double(), buffer.out_of_memory.double()], dim=1)
+    norms, losses, out_of_memory = processes.exchange(measured, send_counts, receive_counts).cpu().unbind(1)
     order = [position for positions in arriving for position in positions]
     return OwnedFeatures(
         rows={position: row for row, position in enumerate(order)},
         features=features,
         norms=norms,
         losses=losses.float(),
+        out_of_memory=out_of_memory.bool(),
     )

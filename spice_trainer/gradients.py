@@ -166,10 +166,17 @@ class SampleGradients:
             RuntimeError: If a LoRA layer was not called, got no gradient, or was fed something else than `(N, S, I)`,
                 which means that its gradient cannot be told apart by sample.
         """
+        self._num_samples, self._sink = labels.shape[0], sink
+        try:
+            return self._run(inputs, labels)
+        finally:
+            # Also after an error, such as a lack of memory, after which the caller goes on with fewer samples.
+            self._leaf, self._sink = None, None
+            self._num_waiting, self._partial = {}, {}
+
+    def _run(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> Float[Tensor, "N"]:
         targets = labels[:, 1:]
         mask = targets != -100
-        self._num_samples, self._sink = labels.shape[0], sink
-        self._num_waiting, self._partial = {}, {}
         keep: dict[str, Any] = {}
         if self._keeps_logits:
             # Only columns where some sample has a label go through the head: it is the largest matrix of a small
@@ -194,7 +201,6 @@ class SampleGradients:
                 torch.autograd.backward(losses.sum() * self._loss_scale, inputs=[self._leaf])
             finally:
                 self._is_backward = False
-        self._leaf, self._sink = None, None
         self._check_all_received()
         return losses.detach()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -39,6 +40,7 @@ from spice_trainer.steps import StepSelector
 from spice_trainer.trainer_parts import (
     build_trainer_schedule,
     build_trainer_selector,
+    measure_memory,
     own_sampling,
     plan_run,
     training_rows,
@@ -81,6 +83,7 @@ class SpiceHooks:
         self.sampler = sampler
         self._is_installed = False
         self._verify_later: Callable[[], None] | None = None
+        self._measures_memory = False
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, HookedMethod] = {}
         self._proxy_weights: dict[str, Tensor] = {}
@@ -164,6 +167,7 @@ class SpiceHooks:
                 "the number of LoRA layers": len(scorer.modules),
             },
         )
+        self._measures_memory = verify
         if verify:
             self._verify_later = verify_run(self.trainer, scorer, rows)
             if selector.target_scorer is not None:
@@ -222,6 +226,8 @@ class SpiceHooks:
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
         self.callback.plan = plan
+        if self._measures_memory and processes.is_main:
+            self.callback.measure_memory = partial(measure_memory, selector.scorer, schedule, args.device)
         self.callback.dataset_fingerprint = fingerprint_rows(dataset, device=args.device)
         return loader
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from spice_trainer.gradients import forward_parameters, sample_losses
 from spice_trainer.logs import logger
 from spice_trainer.micro_batches import share_micro_batches
+from spice_trainer.out_of_memory import TokenBudget, fits_in_memory, learning_error
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import seeded_random_state
 from spice_trainer.rows import CandidateRow, pad_rows
@@ -63,6 +65,7 @@ class AdapterLearner:
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.tokens_per_batch = tokens_per_batch
+        self.budget = TokenBudget(tokens_per_batch)
         self.num_updates = 0
         self.processes = processes if processes is not None else Processes()
         self._autocast = autocast
@@ -107,23 +110,42 @@ class AdapterLearner:
             [row.shape for row in rows], self.tokens_per_batch, num_shares=processes.world_size
         )
         seed = self._seed + processes.rank + processes.world_size * self.num_updates
-        with seeded_random_state(self.device, seed), self._training():
-            with processes.failing_together("training the proxy"):
-                total = sum(
-                    self._backward([rows[place] for place in batch], num_label_tokens)
-                    for batch in shares[processes.rank]
-                )
-            loss = float(sum(processes.gather(float(total))))
-            try:
-                if not self._average_gradients():
-                    return None
-                if self.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(list(self._parameters.values()), self.max_grad_norm)
-                self._optimizer.step()
-            finally:
-                self._optimizer.zero_grad(set_to_none=True)
+        batches = [[rows[place] for place in batch] for batch in shares[processes.rank]]
+        try:
+            with self._training(), processes.failing_together("training the proxy"):
+                total = self._backward_all(batches, num_label_tokens, seed)
+            loss = sum(processes.gather(total))
+            if not self._average_gradients():
+                return None
+            if self.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(list(self._parameters.values()), self.max_grad_norm)
+            self._optimizer.step()
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
         return loss
+
+    def _backward_all(self, batches: Sequence[list[CandidateRow]], num_label_tokens: int, seed: int) -> float:
+        """Forms this process's part of the gradient, anew in smaller passes where memory runs out."""
+        losses: list[float] = []
+
+        def attempt(rows: Sequence[CandidateRow]) -> None:
+            losses.append(self._backward(rows, num_label_tokens))
+
+        while True:
+            is_whole = True
+            with seeded_random_state(self.device, seed):
+                for part in (batch[p.start : p.stop] for batch in batches for p in self.budget.split(_lengths(batch))):
+                    if not fits_in_memory(partial(attempt, part)):
+                        if not self.budget.reduce(_lengths(part)):
+                            raise learning_error(part[0].num_tokens)
+                        is_whole = False
+                        break
+            if is_whole:
+                return float(sum(losses))
+            # A backward that failed may have added to some of the gradients.
+            self._optimizer.zero_grad(set_to_none=True)
+            losses.clear()
 
     def _backward(self, rows: Sequence[CandidateRow], num_label_tokens: int) -> float:
         inputs, labels = pad_rows(rows)
@@ -212,3 +234,7 @@ class AdapterLearner:
                     for key, value in state.items()
                 }
         self.num_updates = int(tensors["num_updates"])
+
+
+def _lengths(rows: Sequence[CandidateRow]) -> list[int]:
+    return [row.num_tokens for row in rows]

@@ -120,6 +120,7 @@ class RunTotals:
     num_with_conflict: int = 0
     num_nonfinite: int = 0
     num_zero: int = 0
+    num_out_of_memory: int = 0
     num_fillers: int = 0
     num_stopped_early: int = 0
     label_tokens_selected: float = 0.0
@@ -156,6 +157,7 @@ class RunTotals:
             self.num_with_conflict += sum(conflict > 0 for conflict in pool.selection.conflicts)
             self.num_nonfinite += len(pool.nonfinite)
             self.num_zero += len(pool.zero)
+            self.num_out_of_memory += len(pool.out_of_memory)
             self.num_stopped_early += pool.selection.stopped_early
             self.label_tokens_selected += sum(pool.label_tokens)
             self.label_tokens_pool += pool.tokens_pool * len(pool.candidates)

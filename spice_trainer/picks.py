@@ -38,6 +38,7 @@ class PoolSelection:
         num_tokens_pool (`int`): Tokens of all candidates, what scoring had to read.
         nonfinite (`tuple[int, ...]`): Dataset rows whose gradient is not finite.
         zero (`tuple[int, ...]`): Dataset rows whose gradient is zero.
+        out_of_memory (`tuple[int, ...]`): Dataset rows that did not fit into memory alone, whose gradient is unknown.
     """
 
     candidates: tuple[int, ...]
@@ -53,6 +54,7 @@ class PoolSelection:
     num_tokens_pool: int
     nonfinite: tuple[int, ...]
     zero: tuple[int, ...]
+    out_of_memory: tuple[int, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -140,8 +142,9 @@ def select_pool(scores: PoolScores, num_selected: int, config: SpiceConfig) -> P
         without_conflict=without_conflict.indices,
         tokens_pool=sum(scores.label_tokens) / len(scores.label_tokens),
         num_tokens_pool=sum(scores.num_tokens),
-        nonfinite=_rows(scores, ~scores.finite),
+        nonfinite=_rows(scores, ~scores.finite & ~scores.out_of_memory),
         zero=_rows(scores, scores.finite & ~scores.nonzero),
+        out_of_memory=_rows(scores, scores.out_of_memory),
     )
 
 

@@ -28,11 +28,13 @@ class PoolScores:
         candidates (`tuple[int, ...]`): Dataset rows in pool order.
         gram (`torch.Tensor` of shape `(N, N)`): Normalised inner products of sample gradients, float64, on the CPU.
         gradient_norms (`torch.Tensor` of shape `(N,)`): Norms of the raw gradients, float64.
-        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is finite.
+        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is known and finite.
         nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite and not zero.
         losses (`torch.Tensor` of shape `(N,)`): Mean negative log-likelihood of each row's label tokens.
         label_tokens (`tuple[int, ...]`): Label tokens per row.
         num_tokens (`tuple[int, ...]`): Tokens per row.
+        out_of_memory (`torch.Tensor` of shape `(N,)`): Whether the row did not fit into memory, so that nothing is
+            known of its gradient.
         gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
             that need coordinates.
         row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
@@ -48,6 +50,7 @@ class PoolScores:
     losses: Float[Tensor, "N"]
     label_tokens: tuple[int, ...]
     num_tokens: tuple[int, ...]
+    out_of_memory: Bool[Tensor, "N"]
     gradients: Float[Tensor, "N D"] | None = None
     row_weights: Float64[Tensor, "N"] | None = None
 
@@ -62,6 +65,7 @@ def measure_pool(
     losses: Float[Tensor, "N"],
     gradient_normalization: Literal["none", "sqrt_tokens", "tokens", "unit"],
     keep_gradients: bool,
+    out_of_memory: Bool[Tensor, "N"] | None = None,
 ) -> PoolScores:
     """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
 
@@ -74,12 +78,16 @@ def measure_pool(
         losses (`torch.Tensor` of shape `(N,)`): Their losses.
         gradient_normalization (`str`): See [`SpiceConfig`].
         keep_gradients (`bool`): Whether the features are kept for measures that need coordinates.
+        out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Candidates that did not fit into memory. Their
+            features are zero.
 
     Returns:
         [`PoolScores`]
     """
     geometry = measure_rows(features)
-    finite = geometry.finite.cpu() & norms.isfinite()
+    if out_of_memory is None:
+        out_of_memory = torch.zeros(len(candidates), dtype=torch.bool)
+    finite = geometry.finite.cpu() & norms.isfinite() & ~out_of_memory
     nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
     label_tokens = tuple(shape.num_label_tokens for shape in shapes)
     weights = normalization_weights(norms, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
@@ -93,6 +101,7 @@ def measure_pool(
         losses=losses,
         label_tokens=label_tokens,
         num_tokens=tuple(shape.num_tokens for shape in shapes),
+        out_of_memory=out_of_memory,
         gradients=features if keep_gradients else None,
         row_weights=weights * geometry.scales.cpu() if keep_gradients else None,
     )

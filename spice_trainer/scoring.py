@@ -25,6 +25,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.features import DiscardedGradients, FeatureBuffer, send_to_owners
 from spice_trainer.gradients import SampleGradients, trainable_size
 from spice_trainer.kernels import rows_influence_each_other
+from spice_trainer.out_of_memory import TokenBudget, explained, features_error, lockstep_error
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
@@ -77,6 +78,8 @@ class GradientScorer:
         self.collate = collate
         self.gradient_normalization = config.gradient_normalization
         self.tokens_per_batch = config.scoring_tokens_per_batch
+        # What fits may be less; that is this process's own affair, the shared plan stays as it is.
+        self.budget = TokenBudget(config.scoring_tokens_per_batch)
         # Measures other than the exact one need the gradients' coordinates, not only their inner products.
         self.keep_gradients = config.information != "exact"
         self.processes = processes if processes is not None else Processes()
@@ -147,6 +150,8 @@ class GradientScorer:
                 with together:
                     buffer = self.compute(shared, report)
             yield from self.measure(shared, buffer)
+            # Not held beside the next group's.
+            del shared, buffer
             done += num_rows
 
     def share(self, pools: dict[int, tuple[int, ...]]) -> SharedCandidates:
@@ -161,40 +166,74 @@ class GradientScorer:
     def compute(self, shared: SharedCandidates, report: Callable[[float], None] | None = None) -> FeatureBuffer:
         """Runs this process's micro-batches. No collective but those of sharded weights; draws nothing.
 
+        Where memory runs out a micro-batch is halved, and so are later ones; a row that does not fit alone is marked.
+
         Args:
             shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
             report (`Callable[[float], None]`, *optional*): Told the share that is done.
 
         Returns:
             [`~spice_trainer.features.FeatureBuffer`]: Features of what this process scored.
+
+        Raises:
+            RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
         """
-        device = self.device
-        if self.sketch_dim and self._sketch is None:
-            self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
-        buffer = FeatureBuffer(len(shared.held), self._sizes, self._sketch, device)
+        buffer = self.new_buffer(len(shared.held))
         places = {position: place for place, position in enumerate(shared.held)}
-        num_rows, done = sum(map(len, shared.batches)), 0
-        if report is not None and not shared.batches:
+        num_rows, done, report = sum(map(len, shared.batches)), 0, report or (lambda share: None)
+        if not shared.batches:
             report(1.0)
         with SampleGradients(self.get_model(), self.modules) as sample_gradients:
             for number, batch in enumerate(shared.batches):
-                inputs, labels = pad_rows([shared.rows[position] for position in batch])
-                inputs = {
-                    key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()
-                }
-                is_kept = number < shared.num_kept
-                if is_kept:
-                    buffer.begin([places[position] for position in batch])
-                with self._autocast() if self._autocast is not None else nullcontext():
-                    losses = sample_gradients.compute(
-                        inputs, labels.to(device), buffer if is_kept else DiscardedGradients()
-                    )
-                if is_kept:
-                    buffer.finish(losses)
+                rows = [shared.rows[position] for position in batch]
+                if number < shared.num_kept:
+                    self._score_batch(sample_gradients, rows, buffer, [places[position] for position in batch])
+                else:
+                    self.run_pass(sample_gradients, *pad_rows(rows), None, [])
                 done += len(batch)
-                if report is not None:
-                    report(done / num_rows)
+                report(done / num_rows)
         return buffer
+
+    def new_buffer(self, num_rows: int) -> FeatureBuffer:
+        """Room for the features of some candidates."""
+        device = self.device
+        with explained(features_error(num_rows, self.num_features)):
+            if self.sketch_dim and self._sketch is None:
+                self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
+            return FeatureBuffer(num_rows, self._sizes, self._sketch, device)
+
+    def _score_batch(
+        self, sample_gradients: SampleGradients, rows: list[CandidateRow], buffer: FeatureBuffer, places: list[int]
+    ) -> None:
+        def attempt(part: range) -> None:
+            where = slice(part.start, part.stop)
+            self.run_pass(sample_gradients, *pad_rows(rows[where]), buffer, places[where])
+
+        lengths = [row.num_tokens for row in rows]
+        if self.processes.lockstep and self.processes.world_size > 1:
+            with explained(lockstep_error(len(rows), max(lengths))):
+                return attempt(range(len(rows)))
+        for position in self.budget.run(lengths, attempt):
+            buffer.leave_out(places[position])
+            self.budget.leave_out(rows[position].index, rows[position].num_tokens)
+
+    def run_pass(
+        self,
+        sample_gradients: SampleGradients,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        buffer: FeatureBuffer | None,
+        places: Sequence[int],
+    ) -> None:
+        """One forward and backward of padded rows. Their features go to `places` of the buffer, if there is one."""
+        device = self.device
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        if buffer is not None:
+            buffer.begin(places)
+        with self._autocast() if self._autocast is not None else nullcontext():
+            losses = sample_gradients.compute(inputs, labels.to(device), buffer or DiscardedGradients())
+        if buffer is not None:
+            buffer.finish(losses)
 
     def measure(self, shared: SharedCandidates, buffer: FeatureBuffer) -> Iterator[PoolScores]:
         """Brings features to the pools' owners, and measures the pools owned here. A collective.
@@ -213,16 +252,17 @@ class GradientScorer:
             start = positions.stop
             if self.processes.owner(pool) != self.processes.rank:
                 continue
-            features, norms, losses = owned.take(positions)
+            found = owned.take(positions)
             yield measure_pool(
-                features,
-                norms,
+                found.features,
+                found.norms,
                 pool=pool,
                 candidates=candidates,
                 shapes=[shared.shapes[position] for position in positions],
-                losses=losses,
+                losses=found.losses,
                 gradient_normalization=self.gradient_normalization,
                 keep_gradients=self.keep_gradients,
+                out_of_memory=found.out_of_memory,
             )
 
     def collate_alone(self, indices: Sequence[int]) -> list[CandidateRow]:

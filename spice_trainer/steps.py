@@ -20,6 +20,7 @@ from torch import Tensor
 from spice_trainer.ahead import ScoringAhead
 from spice_trainer.config import SpiceConfig
 from spice_trainer.learning import AdapterLearner
+from spice_trainer.out_of_memory import MemoryReport
 from spice_trainer.picks import PoolSelection, select_pool
 from spice_trainer.pool_scores import PoolScores
 from spice_trainer.pools import StepPools
@@ -65,6 +66,7 @@ class StepSelector:
         self.target_scorer = target_scorer
         self._num_checked = 0
         self._ahead: ScoringAhead | None = None
+        self._memory_report = MemoryReport()
 
     def select(
         self,
@@ -105,7 +107,14 @@ class StepSelector:
                 if scores.pool < num_checked:
                     checked[scores.pool] = scores
                 seconds_selecting += time.perf_counter() - pool_started
-        everyones = {pool: selection for part in processes.gather(decided) for pool, selection in part.items()}
+                # It may hold the features, which must be gone before those of the next pools come.
+                del scores
+        # What the last learning found out about the memory has waited for a message to go with.
+        learning = None if self.learner is None else self.learner.budget.take_notice()
+        parts = processes.gather((decided, self.scorer.budget.take_notice(), learning))
+        self._memory_report.tell([notice for _, _, notice in parts], doing="letting the proxy learn from")
+        self._memory_report.tell([notice for _, notice, _ in parts])
+        everyones = {pool: selection for part, _, _ in parts for pool, selection in part.items()}
         pools = [everyones[pool] for pool in range(len(plan.pools))]
         if self.shape.equal_slots:
             pools = round_down_picks(pools, self.shape.num_slots, step=step)
@@ -161,7 +170,10 @@ class StepSelector:
         for theirs in self.target_scorer.score(plan.pools[:num_checked]):
             budget = plan.budgets[theirs.pool]
             found[theirs.pool] = compare_pools(theirs, ours[theirs.pool], budget, self.config)
-        everyones = {pool: part for parts in self.scorer.processes.gather(found) for pool, part in parts.items()}
+            del theirs
+        gathered = self.scorer.processes.gather((found, self.target_scorer.budget.take_notice()))
+        self._memory_report.tell([notice for _, notice in gathered])
+        everyones = {pool: part for parts, _ in gathered for pool, part in parts.items()}
         self._num_checked += num_checked
         return replace(
             selection,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.ledger import CostLedger, cost_rows
+from spice_trainer.memory import MemoryPlan
 from spice_trainer.metrics import RunTotals
 from spice_trainer.pools import PoolSchedule
 
@@ -25,7 +26,7 @@ class RunPlan:
         total_steps (`int`): Optimizer steps of the run.
         dimension (`int`): Trainable LoRA numbers, D.
         num_features (`int`): Numbers kept per candidate.
-        feature_bytes (`int`): Memory the features of the pools scored together take on each process.
+        memory ([`~spice_trainer.memory.MemoryPlan`]): What scoring takes on each process.
         num_processes (`int`): Processes that share the scoring.
         mean_row_tokens (`float`): Mean tokens of a row as it is trained on, from a sample.
         mean_candidate_tokens (`float`): Mean tokens of a row as it is scored: a proxy may have another tokenizer.
@@ -37,7 +38,7 @@ class RunPlan:
     total_steps: int
     dimension: int
     num_features: int
-    feature_bytes: int
+    memory: MemoryPlan
     num_processes: int
     mean_row_tokens: float
     mean_candidate_tokens: float
@@ -68,8 +69,7 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         f"Each step scores {shape.pools_per_step} pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
-        f"{scorer} scores, {shared}with {kept}; scoring holds {_bytes(plan.feature_bytes)} of gradient "
-        f"features{' on each' if plan.num_processes > 1 else ''}.",
+        f"{scorer} scores, {shared}with {kept}; {_describe_memory(plan, config)}.",
         f"Per step about {candidates * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]
@@ -81,6 +81,17 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
             f"{shape.num_slots} micro-batches of a step."
         )
     return " ".join(lines)
+
+
+def _describe_memory(plan: RunPlan, config: SpiceConfig) -> str:
+    memory, on_each = plan.memory, " on each" if plan.num_processes > 1 else ""
+    features = f"{_bytes(memory.feature_bytes)} of gradient features"
+    if memory.peak_bytes is None or memory.pass_bytes is None:
+        return f"scoring holds {features}{on_each}"
+    return (
+        f"beside the model, scoring takes up to {_bytes(memory.peak_bytes)}{on_each}: {features}, and "
+        f"{_bytes(memory.pass_bytes)} for a forward and backward of at most {config.scoring_tokens_per_batch:,} tokens"
+    )
 
 
 def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
@@ -165,10 +176,11 @@ def summarize_run(
         rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
     if totals.num_stopped_early:
         rows.append(("Pools stopped early", f"{totals.num_stopped_early:,} of {totals.num_pools:,}"))
-    if totals.num_nonfinite or totals.num_zero:
-        rows.append(
-            ("Candidates left out", f"{totals.num_nonfinite:,} not finite, {totals.num_zero:,} with zero gradient")
-        )
+    if totals.num_nonfinite or totals.num_zero or totals.num_out_of_memory:
+        left_out = f"{totals.num_nonfinite:,} not finite, {totals.num_zero:,} with zero gradient"
+        if totals.num_out_of_memory:
+            left_out += f", {totals.num_out_of_memory:,} too long for the memory"
+        rows.append(("Candidates left out", left_out))
     if totals.num_fillers:
         rows.append(("Micro-batches with a neutral filler", f"{totals.num_fillers:,}"))
     if not trains:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from spice_trainer.assembly import build_selector
 from spice_trainer.attachment import describe_rows, num_parameters
 from spice_trainer.compatibility import is_token_normalized
 from spice_trainer.config import SpiceConfig
+from spice_trainer.memory import MemoryPlan, plan_memory
 from spice_trainer.pools import PoolSchedule, build_schedule
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
@@ -163,10 +165,23 @@ def plan_run(
         total_steps=total,
         dimension=scorer.dimension,
         num_features=scorer.num_features,
-        feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
+        memory=MemoryPlan(scorer.feature_bytes(num_pools, num_pools * pool_size)),
         num_processes=scorer.processes.world_size,
         mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
         mean_candidate_tokens=sum(row.num_tokens for row in candidates) / len(candidates),
         num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
         token_normalized=not schedule.shape.equal_slots,
     )
+
+
+def measure_memory(scorer: GradientScorer, schedule: PoolSchedule, device: torch.device) -> MemoryPlan:
+    """What scoring will take, measured on the model as it trains: wrapped, on its device, in its precision.
+
+    Args:
+        scorer ([`~spice_trainer.scoring.GradientScorer`]): Scores the run.
+        schedule ([`~spice_trainer.pools.PoolSchedule`]): Candidates of every step.
+        device (`torch.device`): Where training draws from, beside the CPU.
+    """
+    rows = sample_rows(scorer.dataset, scorer.collate, device=device)
+    pool_size = min(schedule.pool_size, schedule.num_rows)
+    return plan_memory(scorer, rows, num_pools=schedule.shape.pools_per_step, pool_size=pool_size)
