@@ -41,7 +41,7 @@ class FeatureBuffer:
         # Exact also when sketched: the sketch only has to carry directions.
         self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
         self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self._rows = torch.empty(0, dtype=torch.long, device=device)
+        self._batch = self._rows = torch.empty(0, dtype=torch.long, device=device)
         self._folded = torch.empty(0, device=device)
 
     def begin(self, rows: Sequence[int]) -> None:
@@ -49,8 +49,17 @@ class FeatureBuffer:
 
         What an earlier attempt at them left behind when memory ran out is forgotten.
         """
-        self._rows = torch.tensor(rows, device=self.features.device)
-        self._squared_norms[self._rows] = 0.0
+        self._batch = torch.tensor(rows, device=self.features.device)
+        self._start(self._batch)
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Takes gradients of some rows of the micro-batch anew; what comes from here on is theirs alone."""
+        self._store()
+        self._start(self._batch[list(rows)])
+
+    def _start(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._squared_norms[rows] = 0.0
         if self._sketch is not None:
             self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
 
@@ -68,7 +77,10 @@ class FeatureBuffer:
 
     def finish(self, losses: Float[Tensor, "n"]) -> None:
         """Ends the announced micro-batch with its rows' losses."""
-        self.losses[self._rows] = losses.to(self.losses)
+        self.losses[self._batch] = losses.to(self.losses)
+        self._store()
+
+    def _store(self) -> None:
         if self._sketch is not None:
             self.features[self._rows] = self._folded
 
@@ -89,6 +101,9 @@ class DiscardedGradients:
 
     def add(self, module_index: int, gradients: Tensor) -> None:
         """Drops the gradients."""
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Drops those that come again, too."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ Axes: N samples, S tokens, I/O input and output features, D gradient dimension, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -29,10 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_trainer.kernels import check_quantized_layers, training_flag_for_scoring, uncompiled
-
-# Activation gradients of a mean over tokens are often below float16's smallest number (6e-8). A power of two, so that
-# multiplying the losses and dividing the gradients rounds nothing.
-FLOAT16_LOSS_SCALE = 2.0**10
+from spice_trainer.loss_scale import LossScale
 
 
 class GradientSink(Protocol):
@@ -40,6 +37,9 @@ class GradientSink(Protocol):
 
     def add(self, module_index: int, gradients: Float[Tensor, "N D_l"]) -> None:
         """Takes the gradients of module `module_index`, float32, which the sink may overwrite."""
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Forgets what came for these samples of the batch: what comes from here on is theirs alone, in this order."""
 
 
 def module_gradients(
@@ -88,6 +88,9 @@ class SampleGradients:
             The causal language model, without its DDP or DeepSpeed wrapper.
         modules (`Mapping[str, torch.nn.Linear]`):
             The trainable LoRA layers by name, from [`~spice_trainer.adapters.find_lora_modules`].
+        can_repeat (`bool`, *optional*, defaults to `True`):
+            Whether a batch may be run again for samples whose float16 gradient overflowed under the loss scale. With
+            sharded weights a process cannot do so by itself, and such samples count as not finite.
 
     Example:
     ```python
@@ -96,7 +99,7 @@ class SampleGradients:
     ```
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Linear], *, can_repeat: bool = True) -> None:
         self.model = model
         self._names = tuple(modules)
         self._modules = tuple(modules.values())
@@ -110,7 +113,10 @@ class SampleGradients:
         self._leaf: Tensor | None = None
         self._sink: GradientSink | None = None
         self._num_samples = 0
-        self._loss_scale = 1.0
+        self._can_repeat = can_repeat
+        self._loss_scale = LossScale()
+        # The samples of a batch that is run again; `None` is all of them.
+        self._chosen: Tensor | None = None
         self._is_backward = False
         self._num_waiting: dict[int, int] = {}
         self._partial: dict[int, Tensor] = {}
@@ -168,13 +174,21 @@ class SampleGradients:
         """
         self._num_samples, self._sink = labels.shape[0], sink
         try:
-            return self._run(inputs, labels)
+            losses = self._run(inputs, labels, None)
+            again = self._loss_scale.overflowed(losses) if self._can_repeat else []
+            if again:
+                sink.restart(again)
+                self._run(inputs, labels, torch.tensor(again))
+            return losses
         finally:
             # Also after an error, such as a lack of memory, after which the caller goes on with fewer samples.
             self._leaf, self._sink = None, None
             self._num_waiting, self._partial = {}, {}
 
-    def _run(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> Float[Tensor, "N"]:
+    def _run(
+        self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], chosen: Int[Tensor, "M"] | None
+    ) -> Float[Tensor, "N"]:
+        self._chosen = chosen
         targets = labels[:, 1:]
         mask = targets != -100
         keep: dict[str, Any] = {}
@@ -195,10 +209,11 @@ class SampleGradients:
                     "scores token ids: it cannot score a model that is fed `inputs_embeds`."
                 )
             losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
-            self._loss_scale = FLOAT16_LOSS_SCALE if _computes_in_float16(logits) else 1.0
+            self._loss_scale.start(logits, repeats=chosen is not None)
+            total = (losses if chosen is None else losses[chosen.to(losses.device)]).sum()
             self._is_backward = True
             try:
-                torch.autograd.backward(losses.sum() * self._loss_scale, inputs=[self._leaf])
+                torch.autograd.backward(total * self._loss_scale.value, inputs=[self._leaf])
             finally:
                 self._is_backward = False
         self._check_all_received()
@@ -229,9 +244,13 @@ class SampleGradients:
         return keep_input
 
     def _receive(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
+        if self._chosen is not None:
+            where = self._chosen.to(inputs.device)
+            inputs, output_gradient = inputs[where], output_gradient[where]
+        self._loss_scale.watch(output_gradient)
         gradients = module_gradients(inputs, output_gradient.detach(), bias=self._biases[index])
-        if self._loss_scale != 1.0:
-            gradients /= self._loss_scale
+        if self._loss_scale.value != 1.0:
+            gradients /= self._loss_scale.value
         if index in self._partial:
             gradients += self._partial.pop(index)
         self._num_waiting[index] -= 1
@@ -272,12 +291,6 @@ def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], m
     token_losses = nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none")
     totals = token_losses.new_zeros(len(mask)).index_add(0, rows, token_losses)
     return totals / mask.sum(1).clamp(min=1)
-
-
-def _computes_in_float16(logits: Tensor) -> bool:
-    kind = logits.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or logits.dtype == torch.float16
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -103,7 +103,9 @@ def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Pas
     traces = []
     try:
         buffer = scorer.new_buffer(max(shape.num_rows for shape in PROBE_SHAPES))
-        with SampleGradients(scorer.get_model(), scorer.modules) as sample_gradients:
+        with SampleGradients(
+            scorer.get_model(), scorer.modules, can_repeat=not scorer.processes.lockstep
+        ) as sample_gradients:
             for shape in PROBE_SHAPES:
                 inputs, labels = pad_rows(_make_up(plain, shape))
                 with AllocationTrace(scorer.device.type) as trace:

@@ -183,7 +183,9 @@ class GradientScorer:
         num_rows, done, report = sum(map(len, shared.batches)), 0, report or (lambda share: None)
         if not shared.batches:
             report(1.0)
-        with SampleGradients(self.get_model(), self.modules) as sample_gradients:
+        with SampleGradients(
+            self.get_model(), self.modules, can_repeat=not self.processes.lockstep
+        ) as sample_gradients:
             for number, batch in enumerate(shared.batches):
                 rows = [shared.rows[position] for position in batch]
                 if number < shared.num_kept:

@@ -32,9 +32,19 @@ class GradientMismatchError(RuntimeError):
 class _Collected:
     def __init__(self) -> None:
         self.gradients: dict[int, Tensor] = {}
+        self._rows: list[int] | None = None
+
+    def begin(self) -> None:
+        self._rows = None
 
     def add(self, module_index: int, gradients: Tensor) -> None:
-        self.gradients[module_index] = gradients.double()
+        if self._rows is None:
+            self.gradients[module_index] = gradients.double()
+        else:
+            self.gradients[module_index][self._rows] = gradients.double()
+
+    def restart(self, rows: Sequence[int]) -> None:
+        self._rows = list(rows)
 
 
 def verify_gradients(
@@ -100,6 +110,7 @@ def batched_gradients(
     with SampleGradients(model, modules) as sample_gradients:
         for group in groups:
             inputs, labels = move_batch(group, device)
+            collected.begin()
             with context():
                 sample_gradients.compute(inputs, labels, collected)
             gradients += [

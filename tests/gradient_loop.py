@@ -50,11 +50,22 @@ class CollectingSink:
 
     def __init__(self) -> None:
         self.gradients: dict[int, Tensor] = {}
+        self.rows: list[int] | None = None
+        self._again: set[int] = set()
 
     def add(self, module_index: int, gradients: Tensor) -> None:
-        assert module_index not in self.gradients
         assert gradients.dtype == torch.float32
-        self.gradients[module_index] = gradients.clone()
+        if self.rows is None:
+            assert module_index not in self.gradients
+            self.gradients[module_index] = gradients.clone()
+        else:
+            assert module_index not in self._again and len(gradients) == len(self.rows)
+            self._again.add(module_index)
+            self.gradients[module_index][self.rows] = gradients
+
+    def restart(self, rows: Sequence[int]) -> None:
+        assert self.rows is None
+        self.rows = list(rows)
 
     def by_module(self) -> list[Tensor]:
         return [self.gradients[index] for index in range(len(self.gradients))]

@@ -165,6 +165,79 @@ def test_float16_gradients_do_not_underflow() -> None:
     torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
 
 
+def overflowing_model(factor: float) -> PeftModel:
+    """Its forward is sane, but the gradient of A is `factor` times as large as in `tiny_lora_model`."""
+    model = tiny_lora_model(lora_alpha=8 * factor)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.div_(factor)
+    return model
+
+
+def poison_token(model: nn.Module, token: int, value: float) -> None:
+    """The model's forward breaks on a token; its weights are sound."""
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == token)[..., None], value)
+    )
+
+
+@pytest.mark.parametrize(("factor", "repeats"), [(1, None), (125, [3, 4]), (1e4, [0, 1, 2, 3, 4])])
+def test_float16_gradients_do_not_overflow_by_the_loss_scale(factor: float, repeats: list[int] | None) -> None:
+    model, rows, sink = overflowing_model(factor), example_rows(), CollectingSink()
+    losses, exact = batched_gradients(model, rows)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        SampleGradients(model, find_lora_modules(model)) as sample_gradients,
+    ):
+        half_losses = sample_gradients.compute(*collate(rows), sink)
+    assert sink.rows == repeats
+    assert relative_error(sink.by_module(), exact) < 0.01
+    torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("can_repeat", [True, False])
+def test_what_float16_cannot_hold_is_not_finite_and_its_batch_mates_are_right(can_repeat: bool) -> None:
+    # The gradients of the last two rows overflow by the loss scale, the forward of a row with token 60 by itself.
+    model, rows, sink = overflowing_model(125), example_rows(), CollectingSink()
+    rows = [([min(token, 59) for token in ids], [min(label, 59) for label in labels]) for ids, labels in rows]
+    rows.insert(2, ([60, 7, 8, 9], [-100, 7, 8, 9]))
+    factors: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: factors.append(1 + 1e6 * (args[0] == 60).any(1)[:, None, None])
+    )
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, output: (output * factors[-1]).to(output.dtype))
+    exact = torch.cat(batched_gradients(model, rows)[1], dim=1)
+    assert exact.isfinite().all()
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        SampleGradients(model, find_lora_modules(model), can_repeat=can_repeat) as sample_gradients,
+    ):
+        losses = sample_gradients.compute(*collate(rows), sink)
+    found = torch.cat(sink.by_module(), dim=1)
+    sound = [0, 1, 3, 4, 5] if can_repeat else [0, 1, 3]
+    assert found.isfinite().all(1).nonzero()[:, 0].tolist() == sound
+    assert losses.isfinite().nonzero()[:, 0].tolist() == [0, 1, 3, 4, 5]
+    assert relative_error([found[sound]], [exact[sound]]) < 0.01
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "shared_layer", "plain"])
+def test_a_sample_that_is_not_finite_does_not_change_its_batch_mates(kind: str, poison: float) -> None:
+    model, rows = _lora_model(kind), example_rows()
+    rows = [([min(token, 59) for token in ids], [min(label, 59) for label in labels]) for ids, labels in rows]
+    _, expected = batched_gradients(model, rows)
+    poison_token(model, 60, poison)
+    short, long = ([7, 60, 8], [7, 60, 8]), ([60, *range(3, 25)], [-100] * 4 + [*range(6, 25)])
+    for mates, padding in (([short], 0), ([long], 0), ([short, long], 5)):
+        losses, found = batched_gradients(model, [mates[0], *rows, *mates[1:]], extra_padding=padding)
+        where = slice(1, 1 + len(rows))
+        assert relative_error([gradients[where] for gradients in found], expected) < TOLERANCE
+        assert losses[where].isfinite().all() and not losses[0].isfinite()
+        assert not torch.cat(found, dim=1)[0].isfinite().all()
+
+
 def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
     model, rows = tiny_lora_model(), example_rows()
     unlabelled = ([7, 8, 9, 10], [-100] * 4)
