@@ -28,7 +28,7 @@ class PoolScores:
         candidates (`tuple[int, ...]`): Dataset rows in pool order.
         gram (`torch.Tensor` of shape `(N, N)`): Normalised inner products of sample gradients, float64, on the CPU.
         gradient_norms (`torch.Tensor` of shape `(N,)`): Norms of the raw gradients, float64.
-        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is known and finite.
+        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is known, and it and the loss are finite.
         nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite and not zero.
         losses (`torch.Tensor` of shape `(N,)`): Mean negative log-likelihood of each row's label tokens.
         label_tokens (`tuple[int, ...]`): Label tokens per row.
@@ -87,7 +87,8 @@ def measure_pool(
     geometry = measure_rows(features)
     if out_of_memory is None:
         out_of_memory = torch.zeros(len(candidates), dtype=torch.bool)
-    finite = geometry.finite.cpu() & norms.isfinite() & ~out_of_memory
+    # A model may give a row an infinite loss and yet a finite gradient: a label that it masks out of the vocabulary.
+    finite = geometry.finite.cpu() & norms.isfinite() & losses.cpu().isfinite() & ~out_of_memory
     nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
     label_tokens = tuple(shape.num_label_tokens for shape in shapes)
     weights = normalization_weights(norms, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
