@@ -7,6 +7,7 @@ Every process compares what it gets with what it computes by itself; the first d
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -30,6 +31,7 @@ from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_shape import plan_step
 from spice_trainer.steps import StepSelector
 from tests.models import tiny_lora_model
+from tests.short_memory import ShortMemory
 from tests.trainers import collate, tiny_rows
 
 ROWS = tiny_rows(60)
@@ -114,6 +116,41 @@ def share_picks(processes: Processes) -> None:
             assert all(other == everyones[0] for other in everyones)
 
 
+def break_one(processes: Processes) -> None:
+    """All rows that one process scores have gradients that are not finite: all know, and pick from the others."""
+    model, broken_token, last = tiny_lora_model(), 60, processes.world_size - 1
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == broken_token)[..., None], float("nan"))
+    )
+    sound = [{**row, "input_ids": [min(token, 59) for token in row["input_ids"]]} for row in ROWS]
+    for name, config in CONFIGS.items():
+        for pools in STEPS:
+            shared = build_scorer(model, config, processes).share({n: tuple(pool) for n, pool in enumerate(pools)})
+            indices = [index for pool in pools for index in pool]
+            scored = [indices[position] for batch in shared.batches[: shared.num_kept] for position in batch]
+            broken = set(processes.gather(scored)[last])
+            rows: list[Any] = [
+                {**row, "input_ids": [broken_token, *row["input_ids"][1:]]} if index in broken else row
+                for index, row in enumerate(sound)
+            ]
+            budgets = tuple(min(4, len(pool)) for pool in pools)
+            plan = StepPools(epoch=0, step_in_epoch=0, pools=tuple(map(tuple, pools)), budgets=budgets)
+            shape = plan_step(
+                pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
+            )
+            alone, together = (
+                StepSelector(build_scorer(model, config, those, dataset=rows), config, shape=shape).select(
+                    plan, step=3
+                )
+                for those in (Processes(), processes)
+            )
+            assert together.indices == alone.indices and not broken & {*together.indices}, (name, together.indices)
+            for pool in together.pools:
+                assert pool.nonfinite == tuple(index for index in pool.candidates if index in broken)
+                num_sound = len(pool.candidates) - len(pool.nonfinite) - len(pool.zero)
+                assert len(pool.indices) == min(4, num_sound)
+
+
 def keep_step(processes: Processes) -> None:
     """With sharded weights every process runs as many forwards as the others, also one with nothing to score."""
     processes = Processes(processes.rank, processes.world_size, processes.device, lockstep=True)
@@ -182,6 +219,46 @@ def fail_together(processes: Processes) -> None:
     assert sum(len(part) for part in processes.gather(list(scorer.score(pools)))) == 3
 
 
+def run_short(processes: Processes) -> None:
+    """One process runs out of memory and the others don't: the same scores, and all know what does not fit."""
+    model, last = tiny_lora_model(), processes.world_size - 1
+    config = CONFIGS["unit"]
+    pools = STEPS[0]
+    expected = list(build_scorer(model, config, Processes()).score(pools))
+    short = ShortMemory(model, 30 if processes.rank == last else 10_000, in_backward=True)
+    shape = plan_step(
+        pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
+    )
+    plan = StepPools(epoch=0, step_in_epoch=0, pools=tuple(map(tuple, pools)), budgets=(4, 4, 4))
+    # The row of 60 tokens fits on no process.
+    short.max_tokens = 30 if processes.rank == last else 59
+    scorer = build_scorer(model, config, processes)
+    for ours in scorer.score(pools):
+        for position, row in enumerate(ours.candidates):
+            assert bool(ours.out_of_memory[position]) == (row == 7)
+            if row not in (7, 11):
+                theirs = expected[ours.pool].gradient_norms[position]
+                torch.testing.assert_close(ours.gradient_norms[position], theirs, rtol=1e-5, atol=0)
+    everyones = processes.gather((short.num_raised, scorer.budget.take_notice()))
+    assert everyones[last][0] > 1 and everyones[last][1].tokens_per_batch <= 30
+    left_out = [row for _, notice in everyones if notice is not None for row in notice.left_out]
+    assert left_out == [(7, 60)], left_out
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("spice_trainer").addHandler(handler)
+    selector = StepSelector(build_scorer(model, config, processes), config, shape=shape)
+    for step in range(2):
+        selection = selector.select(plan, step=step)
+        assert [pool.out_of_memory for pool in selection.pools] == [(7,), (), ()]
+        assert 7 not in selection.indices and not any(pool.nonfinite for pool in selection.pools)
+    logging.getLogger("spice_trainer").removeHandler(handler)
+    short.remove()
+    # Every process hears of both: which process it was, and which row.
+    assert sum(f"memory ran out on process {last} while" in message for message in messages) == 1, messages
+    assert sum("row 7 of the training dataset (60 tokens) does not fit" in message for message in messages) == 1
+
+
 def run(rank: int, num_processes: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes),
@@ -192,7 +269,7 @@ def run(rank: int, num_processes: int, port: int) -> None:
         torch.set_num_threads(1)
         state = PartialState(cpu=True)
         assert state.num_processes == num_processes
-        for case in (share_scores, share_picks, keep_step, fail_together):
+        for case in (share_scores, share_picks, break_one, keep_step, fail_together, run_short):
             case(Processes(rank, num_processes, torch.device("cpu")))
             dist.barrier()
         code = 0
