@@ -76,13 +76,17 @@ class SpiceBatchSampler(Sampler[list[int]]):
             # transformers (5.23) would train a run that is resumed at its last step one step further.
             if self.sampler.is_over:
                 return
-            indices = self.sampler.select_step(epoch, step_in_epoch).indices
-            slots = deal(indices, self.world_size * self.gradient_accumulation_steps)
-            # Without a pick any row serves as filler; the first candidate's is as neutral as another.
-            filler = indices[0] if indices else self.sampler.schedule.pools(epoch, step_in_epoch).pools[0][0]
+            selection = self.sampler.select_step(epoch, step_in_epoch)
+            slots = deal(selection.indices, self.world_size * self.gradient_accumulation_steps)
+            filler = selection.filler if selection.filler is not None else self._unknown_filler(epoch, step_in_epoch)
             for micro_batch in range(self.gradient_accumulation_steps):
                 rows = slots[slot_index(self.rank, micro_batch, world_size=self.world_size)]
                 yield SlotRows(rows) if rows else SlotRows([filler], neutral=True)
+
+    def _unknown_filler(self, epoch: int, step_in_epoch: int) -> int:
+        """A candidate of the step after a run's first that has no pick: that step's own rows broke the forward."""
+        next_step = (step_in_epoch + 1) % self.sampler.schedule.steps_per_epoch
+        return self.sampler.schedule.pools(epoch, next_step).pools[0][0]
 
 
 class SelectedRows(Dataset[Any]):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from spice_trainer.binding import bind_sampler
 from spice_trainer.config import SpiceConfig
 from spice_trainer.empty_steps import EmptyStepWatch
+from spice_trainer.fillers import FillerRow
 from spice_trainer.pools import PoolSchedule, StepPools
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.replay import PickReplay
@@ -73,6 +74,7 @@ class SpiceSampler(Sampler[int]):
         self._next_epoch = 0
         self._first_step = 0
         self._empty_steps = EmptyStepWatch(self.config.min_gain)
+        self._filler = FillerRow()
         self._replay = PickReplay(self.config.selection_epochs)
 
     def prepare(self, schedule: PoolSchedule, selector: StepSelector, *, total_steps: int | None = None) -> None:
@@ -230,6 +232,7 @@ class SpiceSampler(Sampler[int]):
         else:
             selection = self._score_step(epoch, step_in_epoch)
             self._replay.remember(epoch, step_in_epoch, selection.indices)
+        selection = self._filler.provide(selection)
         self.global_step += 1
         for listener in self._listeners:
             listener(selection)
@@ -258,6 +261,7 @@ class SpiceSampler(Sampler[int]):
         return {
             "replay": self._replay.state_dict(),
             "empty_steps": self._empty_steps.state_dict(),
+            "filler": self._filler.state_dict(),
             "selector": self.selector.state_dict(),
         }
 
@@ -271,6 +275,7 @@ class SpiceSampler(Sampler[int]):
         proxy = {name.removeprefix(_PROXY): value for name, value in tensors.items() if name.startswith(_PROXY)}
         self.selector.load_state_dict(state["selector"], proxy)
         self._empty_steps.load_state_dict(state["empty_steps"])
+        self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
         self._replay.load_state_dict(state["replay"], tensors)
 
 

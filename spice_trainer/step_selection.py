@@ -22,6 +22,7 @@ class StepSelection:
         indices (`tuple[int, ...]`): Dataset rows the step trains on, in order.
         pools (`tuple[PoolSelection, ...]`): The pools they came from; empty in a replayed epoch.
         num_fillers (`int`): Micro-batches over all ranks that hold a neutral filler.
+        filler (`int`, *optional*): The row that stands there, where one is known to be sound.
         seconds_scoring (`float`): Collating, forward, backward, features, Gram. Where the forward and backward ran
             beside the step before, only what was waited for.
         seconds_selecting (`float`): α, greedy, conflict, stopping, diagnosis.
@@ -36,6 +37,7 @@ class StepSelection:
     indices: tuple[int, ...]
     pools: tuple[PoolSelection, ...] = ()
     num_fillers: int = 0
+    filler: int | None = None
     seconds_scoring: float = 0.0
     seconds_selecting: float = 0.0
     seconds_learning: float = 0.0
