@@ -151,6 +151,41 @@ def break_one(processes: Processes) -> None:
                 assert len(pool.indices) == min(4, num_sound)
 
 
+def break_one(processes: Processes) -> None:
+    """All rows that one process scores have gradients that are not finite: all know, and pick from the others."""
+    model, broken_token, last = tiny_lora_model(), 60, processes.world_size - 1
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == broken_token)[..., None], float("nan"))
+    )
+    sound = [{**row, "input_ids": [min(token, 59) for token in row["input_ids"]]} for row in ROWS]
+    for name, config in CONFIGS.items():
+        for pools in STEPS:
+            shared = build_scorer(model, config, processes).share({n: tuple(pool) for n, pool in enumerate(pools)})
+            indices = [index for pool in pools for index in pool]
+            scored = [indices[position] for batch in shared.batches[: shared.num_kept] for position in batch]
+            broken = set(processes.gather(scored)[last])
+            rows: list[Any] = [
+                {**row, "input_ids": [broken_token, *row["input_ids"][1:]]} if index in broken else row
+                for index, row in enumerate(sound)
+            ]
+            budgets = tuple(min(4, len(pool)) for pool in pools)
+            plan = StepPools(epoch=0, step_in_epoch=0, pools=tuple(map(tuple, pools)), budgets=budgets)
+            shape = plan_step(
+                pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
+            )
+            alone, together = (
+                StepSelector(build_scorer(model, config, those, dataset=rows), config, shape=shape).select(
+                    plan, step=3
+                )
+                for those in (Processes(), processes)
+            )
+            assert together.indices == alone.indices and not broken & {*together.indices}, (name, together.indices)
+            for pool in together.pools:
+                assert pool.nonfinite == tuple(index for index in pool.candidates if index in broken)
+                num_sound = len(pool.candidates) - len(pool.nonfinite) - len(pool.zero)
+                assert len(pool.indices) == min(4, num_sound)
+
+
 def keep_step(processes: Processes) -> None:
     """With sharded weights every process runs as many forwards as the others, also one with nothing to score."""
     processes = Processes(processes.rank, processes.world_size, processes.device, lockstep=True)
