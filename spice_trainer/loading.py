@@ -78,7 +78,9 @@ class SpiceBatchSampler(Sampler[list[int]]):
                 return
             selection = self.sampler.select_step(epoch, step_in_epoch)
             slots = deal(selection.indices, self.world_size * self.gradient_accumulation_steps)
-            filler = selection.filler if selection.filler is not None else self._unknown_filler(epoch, step_in_epoch)
+            filler = selection.filler
+            if filler is None:
+                filler = selection.indices[0] if selection.indices else self._unknown_filler(epoch, step_in_epoch)
             for micro_batch in range(self.gradient_accumulation_steps):
                 rows = slots[slot_index(self.rank, micro_batch, world_size=self.world_size)]
                 yield SlotRows(rows) if rows else SlotRows([filler], neutral=True)
