@@ -11,6 +11,10 @@ from torch import nn
 
 _OUTSIDE = "parameters outside the adapter; freeze them with `requires_grad_(False)`"
 _VARIANT_OPTIONS = {"Dora": "DoRA (`use_dora`)", "ALora": "aLoRA (`alora_invocation_tokens`)"}
+_OTHER_TASKS = tuple(
+    f"For{task}"
+    for task in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -33,6 +37,7 @@ def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
         UnsupportedModelError: If nothing trains, if anything but plain LoRA linear layers trains, or if a LoRA layer
             is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
     """
+    _check_predicts_next_tokens(model)
     found: dict[str, nn.Linear] = {}
     refused: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -70,6 +75,19 @@ def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
             "trainable: `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     return found
+
+
+def _check_predicts_next_tokens(model: nn.Module) -> None:
+    """Refuses models that were loaded for another task, whose logits say nothing of the next token."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    name = type(base).__name__
+    get_head = getattr(base, "get_output_embeddings", None)
+    is_headless = name.endswith("Model") and "LMHead" not in name and callable(get_head) and get_head() is None
+    if is_headless or name.endswith(_OTHER_TASKS):
+        raise UnsupportedModelError(
+            f"The model is a {name}, which does not predict next tokens. SPICE scores samples by the likelihood of "
+            "their label tokens under a causal language model: load it with `AutoModelForCausalLM`."
+        )
 
 
 def _refuse_layer(model: nn.Module, name: str) -> str | None:

@@ -149,6 +149,12 @@ def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, r
     Raises:
         ValueError: If a token id is beyond the proxy's vocabulary.
     """
+    trained = {id(parameter) for parameter in target.parameters() if parameter.requires_grad}
+    if any(id(parameter) in trained for parameter in proxy.model.parameters() if parameter.requires_grad):
+        raise ValueError(
+            "The proxy trains weights of the very model that it scores for, so two optimizers would change them. Fix: "
+            "leave the proxy out, which lets the model score itself, or give a ProxyModel of its own."
+        )
     largest = max(int(row.inputs["input_ids"].max()) for row in rows)
     if largest >= embedding_size(proxy.model):
         raise ValueError(

@@ -21,6 +21,7 @@ from spice_trainer.metrics import MetricWindow, RunTotals, clock_metrics, step_m
 from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
 from spice_trainer.sampler import SpiceSampler
+from spice_trainer.saved_values import reading_saved
 from spice_trainer.sharded_adapter import check_adapter_is_saved
 from spice_trainer.step_selection import StepSelection
 from spice_trainer.summary import (
@@ -110,6 +111,8 @@ class SpiceCallback(TrainerCallback):
             self._restore(self.resume_from)
         elif self._records is not None:
             self._records.start()
+        # Without a batch the trainer's epochs would go round in vain.
+        control.should_training_stop = control.should_training_stop or self.sampler.is_over
         self.num_trained_before = self.totals.num_trained
         if self.plan is not None:
             if self.measure_memory is not None:
@@ -217,10 +220,11 @@ class SpiceCallback(TrainerCallback):
         state, tensors = load_state(
             checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
         )
-        self.sampler.load_state_dict(state["sampler"], tensors)
-        self._window.load_state_dict(state["window"])
-        self.totals.load_state_dict(state["totals"])
-        self.transfers.load_state_dict(state["transfers"])
+        with reading_saved(checkpoint):
+            self.sampler.load_state_dict(state["sampler"], tensors)
+            self._window.load_state_dict(state["window"])
+            self.totals.load_state_dict(state["totals"])
+            self.transfers.load_state_dict(state["transfers"])
         if self._records is not None:
             self._records.resume(Path(checkpoint) / RECORDS_COPY)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule
+from spice_trainer.saved_values import reading_saved
 
 STATE_FOLDER = "spice"
 RECORDS_COPY = f"{STATE_FOLDER}/records"
@@ -103,11 +104,24 @@ def load_state(
     try:
         state: dict[str, Any] = json.loads(path.read_text())
         tensors = load_file(folder / "state.safetensors")
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, RecursionError, SafetensorError) as error:
         raise ValueError(
             f"SPICE's state in {folder} cannot be read ({error}): the checkpoint is damaged, or its writing was "
             "interrupted. Resume from an earlier checkpoint."
         ) from error
+    with reading_saved(folder):
+        _check_continues(state, path, checkpoint, schedule=schedule, config=config)
+    return state, tensors
+
+
+def _check_continues(
+    state: Mapping[str, Any],
+    path: Path,
+    checkpoint: str | os.PathLike[str],
+    *,
+    schedule: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
     if state.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} is of format version {state.get('format_version')}, this version of spice_trainer reads "
@@ -136,7 +150,6 @@ def load_state(
             checkpoint,
             "; ".join(others),
         )
-    return state, tensors
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -37,20 +37,8 @@ def check_trainer(trainer: Any) -> None:
             f"{type(trainer).__name__}. In a loop of your own use `SpiceSampler(config).bind(model, dataset, ...)`."
         )
     check_objective(trainer)
-    dataset, args = trainer.train_dataset, trainer.args
-    if dataset is None:
-        raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
-        raise ValueError(
-            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
-            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
-            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
-        )
-    if len(dataset) == 0:
-        raise ValueError(
-            "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
-            "that made it."
-        )
+    args = trainer.args
+    check_dataset(trainer.train_dataset)
     if args.n_gpu > 1:
         raise ValueError(
             f"The trainer would run torch.nn.DataParallel over {args.n_gpu} GPUs, whose replicas bypass the hooks "
@@ -65,6 +53,41 @@ def check_trainer(trainer: Any) -> None:
         )
     if getattr(trainer, "hp_search_backend", None) is not None:
         raise ValueError("SPICE cannot be attached during a hyperparameter search. Attach it to a single run.")
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuses what is no dataset with rows by number.
+
+    Args:
+        dataset (`Any`): The rows to select from.
+
+    Raises:
+        ValueError: If it is missing, streamed, empty, a dict of splits or a name.
+    """
+    if dataset is None:
+        raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
+    if isinstance(dataset, str | os.PathLike):
+        raise ValueError(
+            f"The training dataset is a {type(dataset).__name__}, {os.fspath(dataset)!r}, and not its rows. Load it "
+            'first, such as with `datasets.load_dataset("json", data_files=..., split="train")`.'
+        )
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        raise ValueError(
+            f"The training dataset ({type(dataset).__name__}) is a dict of splits or columns, {splits}, which has no "
+            f"rows by number. Pass one of them, such as `dataset[{splits[0] if splits else 'train'!r}]`."
+        )
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+        raise ValueError(
+            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
+            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
+            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(
+            "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
+            "that made it."
+        )
 
 
 def check_objective(trainer: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from spice_trainer.logs import logger
 from spice_trainer.picks import PoolSelection
+from spice_trainer.saved_values import saved_whole_number
 
 MAX_EMPTY_STEPS = 2
 WINDOW = 20
@@ -64,4 +65,4 @@ class EmptyStepWatch:
 
     def load_state_dict(self, state: Sequence[int]) -> None:
         """Restores [`EmptyStepWatch.state_dict`]."""
-        self._recent = deque(state, maxlen=WINDOW)
+        self._recent = deque(map(saved_whole_number, state), maxlen=WINDOW)

@@ -92,7 +92,7 @@ def export_subset(
         ValueError: If the dataset is not the manifest's, no row was picked, or the name cannot be one.
         ImportError: If `datasets` is not installed.
     """
-    _check_name(name)
+    check_name(name)
     stored = _as_stored_dataset(rebuild_subset(manifest, dataset))
     folder = Path(output_dir)
     dataset_info = _read_dataset_info(folder)
@@ -127,9 +127,10 @@ def export_subset(
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuses, with a `ValueError`, what cannot be the name of a file in `output_dir` and of an entry."""
     # LLaMA-Factory splits its list of names at commas.
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "manifest":
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "manifest":
         raise ValueError(
             f"export_subset: name={name!r} cannot be the name of a subset: it becomes the name of a file in "
             "output_dir and of LLaMA-Factory's entry, and `manifest` is taken. Fix: use letters, digits, `.`, `_` and "

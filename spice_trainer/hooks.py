@@ -27,13 +27,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spice_trainer.attachment import check_proxy, check_run, verify_run
 from spice_trainer.callback import SpiceCallback
 from spice_trainer.checkpoint import last_complete_checkpoint, mark_incomplete
-from spice_trainer.compatibility import check_agreement
+from spice_trainer.compatibility import check_agreement, check_dataset
 from spice_trainer.fingerprints import fingerprint_rows
 from spice_trainer.loading import SlotCollator, build_dataloader
 from spice_trainer.logs import logger
 from spice_trainer.pools import PoolSchedule
 from spice_trainer.processes import Processes
 from spice_trainer.progress import ScoringProgress
+from spice_trainer.row_checks import check_collator, check_token_ids
 from spice_trainer.rows import sample_rows
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.steps import StepSelector
@@ -150,6 +151,8 @@ class SpiceHooks:
             check_run(self.trainer.args, schedule, scorer, rows, config=self.sampler.config)
             if self.sampler.proxy is not None:
                 check_proxy(self.sampler.proxy, self.trainer.model, device=device, rows=rows)
+            check_token_ids(rows, scorer.vocabulary)
+            check_collator(dataset, collate, num_rows=self.trainer.args.train_batch_size, device=device)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(
@@ -207,6 +210,8 @@ class SpiceHooks:
 
     def on_get_train_dataloader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
         """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
+        # It may be another one than when SPICE was attached.
+        check_dataset(self.trainer.train_dataset)
         dataset, collate = training_rows(self.trainer, original)
         schedule, selector = self._build(dataset, collate)
         args, processes = self.trainer.args, selector.scorer.processes

@@ -97,6 +97,9 @@ class SubsetManifest:
 
     def __post_init__(self) -> None:
         """Checks that every picked row is one of the dataset's."""
+        for name, kind in (("model", Mapping), ("config", Mapping), ("versions", Mapping), ("num_rows", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is a {type(getattr(self, name)).__name__}, no {kind.__name__}")
         object.__setattr__(self, "rows", tuple(self.rows))
         outside = [row.index for row in self.rows if not 0 <= row.index < self.num_rows]
         if outside:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from spice_trainer.saved_values import saved_number, saved_numbers
 from spice_trainer.step_selection import StepSelection
 
 
@@ -102,7 +103,9 @@ class MetricWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores [`MetricWindow.state_dict`]."""
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._sums, self._counts = saved_numbers(state["sums"]), saved_numbers(state["counts"])
+        if self._sums.keys() != self._counts.keys() or not all(self._counts.values()):
+            raise KeyError("a sum without its count")
 
 
 @dataclass
@@ -192,7 +195,7 @@ class RunTotals:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores [`RunTotals.state_dict`]; sums that an older version did not keep begin at their default."""
         for field in fields(self):
-            setattr(self, field.name, state.get(field.name, field.default))
+            setattr(self, field.name, saved_number(state.get(field.name, field.default)))
 
 
 def _mean(values: list[float]) -> float:

@@ -187,6 +187,8 @@ def build_schedule(
     Raises:
         ValueError: If the numbers don't fit together.
     """
+    # A field may have been set since it was created.
+    config.__post_init__()
     shape = plan_step(
         pool_size=config.pool_size,
         num_selected=config.num_selected,

@@ -177,14 +177,22 @@ def resolve_proxy(
     """
     if proxy is not None or config.proxy_model_name_or_path is None:
         return proxy
-    with seeded_random_state(device, seed):
-        return ProxyModel.from_pretrained(
-            config.proxy_model_name_or_path,
-            device=device,
-            model_kwargs={"dtype": "auto"},
-            learning_rate=config.proxy_learning_rate,
-            update_every=config.proxy_update_every,
-        )
+    name = config.proxy_model_name_or_path
+    try:
+        with seeded_random_state(device, seed):
+            return ProxyModel.from_pretrained(
+                name,
+                device=device,
+                model_kwargs={"dtype": "auto"},
+                learning_rate=config.proxy_learning_rate,
+                update_every=config.proxy_update_every,
+            )
+    except OSError as error:
+        raise OSError(
+            f"The proxy cannot be loaded: SpiceConfig has proxy_model_name_or_path={name!r}, which is no model on the "
+            f"hub and no folder with one, or cannot be reached ({error}). Fix: correct the name, or load it yourself "
+            "and pass `proxy=ProxyModel(model)` to attach_spice."
+        ) from error
 
 
 def _at_least_0(value: float) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spice_trainer.pools import PoolSchedule, replay_epoch
+from spice_trainer.saved_values import saved_whole_number
 from spice_trainer.step_selection import StepSelection, too_few_picks
 
 
@@ -76,7 +77,10 @@ class PickReplay:
         """The remembered picks."""
         return {"picks_of_epoch": torch.tensor(self._picks, dtype=torch.int64)}
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, num_rows: int) -> None:
         """Restores [`PickReplay.state_dict`] and [`PickReplay.tensors`]."""
-        self._epoch = int(state["epoch"])
-        self._picks = tensors["picks_of_epoch"].tolist()
+        self._epoch = saved_whole_number(state["epoch"])
+        picks = [saved_whole_number(row) for row in tensors["picks_of_epoch"].tolist()]
+        if any(not 0 <= row < num_rows for row in picks):
+            raise IndexError(f"a replayed pick is none of the {num_rows} rows")
+        self._picks = picks

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spice_trainer.random_states import preserved_random_state
+from spice_trainer.row_checks import collate_alone
 
 # Looked at before a run starts.
 SAMPLE_ROWS = 32
@@ -90,17 +91,9 @@ def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str
         [`CandidateRow`]
 
     Raises:
-        ValueError: If the collator gives no `input_ids` or no `labels`.
+        ValueError: If the collator fails, or gives something else than token ids and labels of one row.
     """
-    batch = dict(collate([row]))
-    for key in ("input_ids", "labels"):
-        if not isinstance(batch.get(key), Tensor):
-            raise ValueError(
-                f"The data collator ({_name_of(collate)}) gave no tensor {key!r} for row {index} of the training "
-                f"dataset, only {sorted(batch)}. SPICE scores causal language models on token ids and labels: use a "
-                "collator that returns both, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)` or "
-                "`DataCollatorForSeq2Seq(tokenizer)`."
-            )
+    batch = collate_alone(index, row, collate)
     labels = batch.pop("labels")
     if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
         batch, labels = _strip_padding(batch, labels)
@@ -108,7 +101,7 @@ def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str
     can_be_padded = not _is_packed(batch.get("position_ids"))
     if can_be_padded:
         positions = batch.get("position_ids")
-        if positions is not None and bool((positions == torch.arange(length)).all()):
+        if positions is not None and bool((positions == torch.arange(length, device=positions.device)).all()):
             # The model's own positions are the same, and need no padding.
             del batch["position_ids"]
         batch = {key: value for key, value in batch.items() if key not in _FLATTENED_KEYS}
@@ -188,7 +181,3 @@ def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any
 def _is_packed(position_ids: Tensor | None) -> bool:
     """Whether positions start anew within the row: several documents that must not attend to each other."""
     return position_ids is not None and int((position_ids == 0).sum()) > 1
-
-
-def _name_of(collate: Callable[..., Any]) -> str:
-    return getattr(collate, "__name__", type(collate).__name__)

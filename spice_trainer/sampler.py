@@ -276,7 +276,7 @@ class SpiceSampler(Sampler[int]):
         self.selector.load_state_dict(state["selector"], proxy)
         self._empty_steps.load_state_dict(state["empty_steps"])
         self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
-        self._replay.load_state_dict(state["replay"], tensors)
+        self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)
 
 
 _PROXY = "proxy."

@@ -29,6 +29,7 @@ from spice_trainer.out_of_memory import TokenBudget, explained, features_error, 
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
+from spice_trainer.row_checks import check_token_ids, naming_rows, vocabulary_sizes
 from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, pad_rows
 from spice_trainer.sharing import SharedCandidates, share_candidates
 from spice_trainer.sketch import GradientSketch
@@ -84,6 +85,7 @@ class GradientScorer:
         self.keep_gradients = config.information != "exact"
         self.processes = processes if processes is not None else Processes()
         self._autocast = autocast
+        self.vocabulary = vocabulary_sizes(get_model())
         self._sizes = [trainable_size(module) for module in self.modules.values()]
         self.dimension = sum(self._sizes)
         sketch_dim = config.resolve_sketch_dim()
@@ -209,7 +211,8 @@ class GradientScorer:
     ) -> None:
         def attempt(part: range) -> None:
             where = slice(part.start, part.stop)
-            self.run_pass(sample_gradients, *pad_rows(rows[where]), buffer, places[where])
+            with naming_rows(rows[where], self.get_model()):
+                self.run_pass(sample_gradients, *pad_rows(rows[where]), buffer, places[where])
 
         lengths = [row.num_tokens for row in rows]
         if self.processes.lockstep and self.processes.world_size > 1:
@@ -274,7 +277,9 @@ class GradientScorer:
 
     def _collate(self, indices: Sequence[int]) -> list[CandidateRow]:
         rows = fetch_rows(self.dataset, indices)
-        return [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
+        collated = [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
+        check_token_ids(collated, self.vocabulary)
+        return collated
 
     def group_pools(self, pools: Sequence[Sequence[int]]) -> Iterator[dict[int, tuple[int, ...]]]:
         """Groups a step's pools into as many as are scored together."""

@@ -72,17 +72,37 @@ def open_dataset(name_or_path: str, split: str, dataset_config: str | None = Non
 
     Raises:
         FileNotFoundError: If it looks like a file and there is none.
+        ValueError: If it is a file of another kind, has no rows, or lacks the split.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name_or_path)
     if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
         if not path.is_file():
             raise FileNotFoundError(f"--dataset_name {name_or_path}: there is no such file.")
-        return load_dataset("json", data_files=str(path), split="train")
+        try:
+            return load_dataset("json", data_files=str(path), split="train")
+        except (DatasetGenerationError, StopIteration) as error:
+            raise ValueError(
+                f"--dataset_name {name_or_path}: the file holds no JSON rows that fit together "
+                f"({error.__cause__ or 'it is empty'}). It needs one object a line, each with the same columns."
+            ) from error
+    if path.is_file():
+        raise ValueError(
+            f"--dataset_name {name_or_path} is a file of another kind. Give a .json or .jsonl file (also .gz), a "
+            "folder of `Dataset.save_to_disk`, or a dataset on the hub."
+        )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         dataset = load_from_disk(str(path))
-        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
+        if not isinstance(dataset, DatasetDict):
+            return dataset
+        if split not in dataset:
+            raise ValueError(
+                f"--dataset_name {name_or_path} has the splits {', '.join(dataset)}, and --dataset_train_split asks "
+                f"for {split!r}. Name one of them."
+            )
+        return dataset[split]
     return load_dataset(name_or_path, dataset_config, split=split)
 
 

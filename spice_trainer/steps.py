@@ -24,6 +24,7 @@ from spice_trainer.out_of_memory import MemoryReport
 from spice_trainer.picks import PoolSelection, select_pool
 from spice_trainer.pool_scores import PoolScores
 from spice_trainer.pools import StepPools
+from spice_trainer.saved_values import saved_whole_number
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection, round_down_picks
 from spice_trainer.step_shape import StepShape
@@ -204,7 +205,7 @@ class StepSelector:
             ValueError: If the checkpoint has no proxy and this run has, the other way round, or another one.
         """
         self.close()
-        self._num_checked = int(state["num_checked"])
+        self._num_checked = saved_whole_number(state["num_checked"])
         if bool(tensors) != (self.learner is not None):
             was, fix = ("with", "with the same `proxy`") if tensors else ("without", "without `proxy`")
             raise ValueError(

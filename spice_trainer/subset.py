@@ -19,7 +19,7 @@ from torch import nn
 from spice_trainer.assembly import build_selector
 from spice_trainer.compatibility import check_agreement
 from spice_trainer.config import SpiceConfig
-from spice_trainer.export import DATASET_FOLDER, export_subset
+from spice_trainer.export import DATASET_FOLDER, check_name, export_subset
 from spice_trainer.field_checks import whole_number
 from spice_trainer.fingerprints import describe_model, fingerprint_dataset
 from spice_trainer.logs import logger, show_messages
@@ -126,7 +126,14 @@ def select_subset(
         raise TypeError(f"config must be a SpiceConfig, got {type(config).__name__}.")
     # Nothing trains beside the selector, and there is no other model to compare it with.
     config = replace(config, overlap_scoring=False, proxy_check_pools=0)
+    # Not after hours of selecting.
+    check_name(name)
     whole_number("select_subset", "save_steps", save_steps, 1, "it counts steps between two states")
+    whole_number("select_subset", "seed", seed, 0, "seeds are counted from 0")
+    if samples_per_step is not None:
+        whole_number("select_subset", "samples_per_step", samples_per_step, 1, "a step picks at least one row")
+    if max_length is not None:
+        whole_number("select_subset", "max_length", max_length, 1, "a row keeps at least one token")
     accelerator = Accelerator() if accelerator is None else accelerator
     _check_launch(accelerator)
     processes = Processes.of(accelerator)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from spice_trainer.compatibility import check_memory
+from spice_trainer.compatibility import check_dataset, check_memory
 from spice_trainer.config import SpiceConfig
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows, check_is_labelled, embedding_size
 from spice_trainer.proxy_rows import TokenizedRows, collate_rows
 from spice_trainer.raw_rows import find_raw_format
+from spice_trainer.row_checks import check_token_ids
 from spice_trainer.rows import sample_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.verification import verify_gradients
@@ -37,8 +38,7 @@ def read_rows(
     """
     processing_class = proxy.processing_class if processing_class is None else processing_class
     known = {"processing_class": processing_class, "vocab_size": embedding_size(proxy.model)}
-    if len(dataset) == 0:
-        raise ValueError("The dataset has 0 rows, so there is nothing to select from.")
+    check_dataset(dataset)
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     is_raw = find_raw_format(columns) is not None
     if "input_ids" in columns and ("labels" in columns or data_collator is not None or not is_raw):
@@ -79,6 +79,7 @@ def check_selection(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
             "scored. Look at the prompt masking and at `max_length`."
         )
+    check_token_ids(rows, scorer.vocabulary)
     num_candidates = min(config.pool_size, len(scorer.dataset))
     check_memory(
         scorer.feature_bytes(1, num_candidates),

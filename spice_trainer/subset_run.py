@@ -23,6 +23,7 @@ from spice_trainer.metrics import RunTotals
 from spice_trainer.processes import Processes
 from spice_trainer.records import RecordWriter
 from spice_trainer.sampler import SpiceSampler
+from spice_trainer.saved_values import reading_saved
 from spice_trainer.step_selection import StepSelection
 from spice_trainer.summary import print_summary
 
@@ -174,21 +175,26 @@ class SubsetRun:
         state, tensors = load_state(
             folder, schedule=describe_schedule(self.sampler.schedule), config=self.sampler.config.to_dict()
         )
-        differing = [
-            f"{name} was {value!r} and is {self.identity.get(name)!r}"
-            for name, value in state["identity"].items()
-            if self.identity.get(name) != value
-        ]
+        with reading_saved(folder):
+            differing = self._differing(state["identity"])
         if differing:
             raise ValueError(
                 f"{self.output_dir} holds an unfinished selection of another kind: {'; '.join(differing)}. Continue "
                 "it with the same model, dataset and settings, choose another output_dir, or pass overwrite=True to "
                 "begin anew."
             )
-        self.model = state["model"]
-        self.sampler.load_state_dict(state["sampler"], tensors)
-        self.totals.load_state_dict(state["totals"])
+        with reading_saved(folder):
+            self.sampler.load_state_dict(state["sampler"], tensors)
+            self.totals.load_state_dict(state["totals"])
+            self.model = dict(state["model"])
         if self._records is not None:
             self._records.resume(folder / RECORDS_COPY)
         logger.info("SPICE: continuing the selection in %s after step %d.", self.output_dir, step)
         return step
+
+    def _differing(self, identity: dict[str, Any]) -> list[str]:
+        return [
+            f"{name} was {value!r} and is {self.identity.get(name)!r}"
+            for name, value in identity.items()
+            if self.identity.get(name) != value
+        ]

@@ -211,7 +211,8 @@ def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None =
     console.print()
     console.print(table)
     for line in below:
-        console.print(line, soft_wrap=True, highlight=False)
+        # A folder's name may look like markup.
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
     random.setstate(state)
 
 

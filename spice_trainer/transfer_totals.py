@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from spice_trainer.saved_values import saved_number
 from spice_trainer.transfer import PoolTransfer
 
 
@@ -62,7 +63,11 @@ class TransferTotals:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores [`TransferTotals.state_dict`]."""
-        self.transfers = [PoolTransfer(**transfer) for transfer in state["transfers"]]
+        values = [
+            {name: None if value is None else saved_number(value) for name, value in transfer.items()}
+            for transfer in state["transfers"]
+        ]
+        self.transfers = [PoolTransfer(**transfer) for transfer in values]  # type: ignore[arg-type]
 
     def _values(self, name: str) -> list[float]:
         return [value for transfer in self.transfers if (value := getattr(transfer, name)) is not None]

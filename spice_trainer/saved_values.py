@@ -1,0 +1,51 @@
+"""Values read from a checkpoint's state: JSON that anybody may have written."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+def saved_whole_number(value: Any) -> int:
+    """Returns a value that was saved as a whole number; raises a `TypeError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{str(value)[:50]!r} is no whole number")
+    return value
+
+
+def saved_number(value: Any) -> float:
+    """Returns a value that was saved as a finite number; raises a `TypeError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:50]!r} is no number")
+    if not math.isfinite(value):
+        raise TypeError(f"{value} is not finite")
+    return value
+
+
+def saved_numbers(value: Any) -> dict[str, Any]:
+    """Returns a value that was saved as numbers by name; raises a `TypeError` for anything else."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{str(value)[:50]!r} holds no numbers by name")
+    return {str(name): saved_number(number) for name, number in value.items()}
+
+
+@contextmanager
+def reading_saved(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of a state that has other values than this version writes that it cannot be used.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where it is, for the message.
+
+    Raises:
+        ValueError: In the place of an error that reading it gave.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"SPICE's state in {os.fspath(folder)} has other values than this version writes ({type(error).__name__}: "
+            f"{error}): it is damaged, or was edited. Resume from another checkpoint."
+        ) from error
