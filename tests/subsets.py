@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 
+import spice_trainer
 from spice_trainer import SpiceConfig
 from spice_trainer.export import SubsetFiles, export_subset
 from spice_trainer.fingerprints import fingerprint_dataset
@@ -73,3 +76,12 @@ def make_manifest(dataset: Any, indices: tuple[int, ...], **overrides: Any) -> S
         "seed": 42,
     }
     return SubsetManifest(**(values | overrides))
+
+
+def select_command() -> Any:
+    """The module of the command. Importing it takes the place of the package's function `select`, put back here."""
+    command = importlib.import_module("spice_trainer.select")
+    spice_trainer.select = spice_trainer.selection.select
+    # Running it as a script would warn that it was imported before.
+    del sys.modules["spice_trainer.select"]
+    return command

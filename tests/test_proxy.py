@@ -225,12 +225,6 @@ def test_rows_of_the_proxys_own_dataset_are_scored(tmp_path: Path) -> None:
     assert trained_indices(tmp_path / "one")[0] != trained_indices(tmp_path / "three")[0]
 
 
-def test_a_proxys_dataset_of_another_length_is_refused(tmp_path: Path) -> None:
-    proxy = ProxyModel(tiny_lora_model(), dataset=tiny_dataset(54))
-    with pytest.raises(ValueError, match=r"proxy's dataset has 54 rows and the training dataset 55\..*row i.*Fix: "):
-        make_proxied(tmp_path, proxy)
-
-
 def test_a_proxys_dataset_without_labels_is_refused(tmp_path: Path) -> None:
     rows = tiny_dataset().remove_columns("labels")
     words = (
@@ -243,25 +237,6 @@ def test_a_proxys_dataset_without_labels_is_refused(tmp_path: Path) -> None:
         return collate([row | {"labels": row["input_ids"]} for row in rows])
 
     make_proxied(tmp_path, ProxyModel(tiny_lora_model(), dataset=rows, data_collator=copy_ids), max_steps=1).train()
-
-
-def test_comparing_with_a_target_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    words = r"proxy_check_pools=1 compares .*Fix: set proxy_check_pools=0\. .*no trainable LoRA layer"
-    with pytest.raises(UnsupportedModelError, match=words):
-        make_proxied(tmp_path, ProxyModel(tiny_lora_model()), model=tiny_model(), spice={"proxy_check_pools": 1})
-
-
-def test_another_vocabulary_without_rows_is_refused(tmp_path: Path) -> None:
-    proxy = ProxyModel(add_lora(tiny_model(vocab_size=4000)))
-    words = r"vocabulary has 4,000 entries and the target's 61: .*processing_class=\.\.\."
-    with pytest.raises(ValueError, match=words):
-        make_proxied(tmp_path, proxy)
-
-
-def test_ids_beyond_the_proxys_vocabulary_are_refused(tmp_path: Path) -> None:
-    model = add_lora(tiny_model(vocab_size=40))
-    with pytest.raises(ValueError, match=r"holds the token id 60, and the proxy's vocabulary ends at 39\."):
-        make_proxied(tmp_path, ProxyModel(model))
 
 
 def test_a_proxy_larger_than_its_target_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,12 +280,6 @@ def test_other_types_are_refused() -> None:
         ProxyModel("org/model")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"proxy must be a ProxyModel, got PeftModelForCausalLM"):
         SpiceSampler(SpiceConfig(), tiny_lora_model())  # type: ignore[arg-type]
-
-
-def test_settings_that_need_a_proxy_are_refused_without(tmp_path: Path) -> None:
-    for name, value in (("proxy_check_pools", 2), ("overlap_scoring", True)):
-        with pytest.raises(ValueError, match=rf"{name}={value} without a proxy: .*Fix: pass `proxy=ProxyModel"):
-            make_trainer(tmp_path, spice={name: value})
 
 
 def test_a_sampler_brings_its_own_proxy(tmp_path: Path) -> None:

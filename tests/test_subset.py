@@ -198,7 +198,7 @@ def test_rows_without_labels_and_empty_datasets_are_refused(tmp_path: Path) -> N
     masked = [row | {"labels": [-100] * len(row["labels"])} for row in tiny_dataset().to_list()]
     with pytest.raises(ValueError, match=r"None of 32 rows looked at has a label token"):
         select(tmp_path, dataset=Dataset.from_list(masked))
-    with pytest.raises(ValueError, match=r"The dataset has 0 rows"):
+    with pytest.raises(ValueError, match=r"dataset has 0 rows"):
         select(tmp_path, dataset=tiny_dataset().select([]))
     assert not any(tmp_path.iterdir())
 
@@ -206,15 +206,6 @@ def test_rows_without_labels_and_empty_datasets_are_refused(tmp_path: Path) -> N
 def test_tokenised_rows_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The dataset has rows of .*without labels\. Fix: .*data_collator=\.\.\."):
         select(tmp_path, dataset=tiny_dataset().remove_columns("labels"))
-
-
-def test_other_types_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"needs a model with a LoRA adapter, got str\."):
-        select_subset("org/model", tiny_dataset(), output_dir=tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"config must be a SpiceConfig, got dict"):
-        select_subset(tiny_lora_model(), tiny_dataset(), {"pool_size": 3}, output_dir=tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"select_subset: save_steps=0 is below 1"):
-        select(tmp_path, save_steps=0)
 
 
 def test_a_wrong_gradient_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

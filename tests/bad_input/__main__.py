@@ -1,0 +1,7 @@
+"""Writes the table into README."""
+
+from .table import README, as_markdown, in_readme
+
+if __name__ == "__main__":
+    before, _, after = in_readme()
+    README.write_text(before + as_markdown() + after, encoding="utf-8")

@@ -1,0 +1,277 @@
+"""Models and adapters that cannot be scored, or that change between attaching and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenceClassification
+
+from spice_trainer.adapters import UnsupportedModelError
+
+from ..models import add_lora, tiny_lora_model, tiny_model
+from ..versions import before
+from .scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+
+
+def _model(build: Callable[[], nn.Module], **options: Any) -> Callable[[Scene], Callable[[], Any]]:
+    return lambda scene: scene.attach(model=build(), **options)
+
+
+def _later(change: Callable[[Any], Any]) -> Callable[[Scene], Callable[[], Any]]:
+    def prepare(scene: Scene) -> Callable[[], Any]:
+        train = scene.train()
+        change(scene.trainer)
+        return train
+
+    return prepare
+
+
+def _merged() -> nn.Module:
+    model = tiny_lora_model()
+    model.merge_adapter()
+    return model
+
+
+def _disabled() -> nn.Module:
+    model = tiny_lora_model()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def _inactive() -> nn.Module:
+    """The adapter that trains is not the one that the model uses."""
+    model = tiny_lora_model()
+    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear"))
+    model.set_adapter("second")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and ".default." in name)
+    return model
+
+
+def _norm() -> nn.Module:
+    model = tiny_lora_model()
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    return model
+
+
+def _broken(name: str) -> nn.Module:
+    model = tiny_lora_model()
+    with torch.no_grad():
+        next(value for key, value in model.named_parameters() if name in key).fill_(float("nan"))
+    return model
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return add_lora(BertForMaskedLM(BertConfig(vocab_size=61, **sizes)), task_type=None)
+
+
+def _classifier() -> nn.Module:
+    return add_lora(LlamaForSequenceClassification(tiny_model().config), task_type=None, target_modules=["q_proj"])
+
+
+def _headless() -> nn.Module:
+    return add_lora(AutoModel.from_config(tiny_model().config), task_type=None)
+
+
+def _no_forward(scene: Scene) -> Callable[[], Any]:
+    """A layer whose LoRA matrices are used without being called, as fused kernels do."""
+    model = tiny_lora_model()
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+
+    def fused(hidden: torch.Tensor) -> torch.Tensor:
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        added: torch.Tensor = layer.base_layer(hidden) + hidden @ down.T @ up.T * layer.scaling["default"]
+        return added
+
+    layer.forward = fused
+    return scene.attach(model=model)
+
+
+ROWS = (
+    BadInput(
+        "no_adapter",
+        "a model without LoRA (full fine-tuning)",
+        ATTACHING,
+        UnsupportedModelError,
+        ("(LlamaForCausalLM) trains 19,424 parameters but has no trainable LoRA", "peft_config=LoraConfig(...)"),
+        _model(tiny_model),
+    ),
+    BadInput(
+        "frozen",
+        "a loaded adapter that is not trainable",
+        ATTACHING,
+        UnsupportedModelError,
+        ("has no trainable parameter", "`PeftModel.from_pretrained(..., is_trainable=True)`"),
+        _model(lambda: tiny_lora_model().requires_grad_(False)),
+    ),
+    BadInput(
+        "unloaded",
+        "an adapter merged into the model (`merge_and_unload`)",
+        ATTACHING,
+        UnsupportedModelError,
+        ("(LlamaForCausalLM) has no trainable parameter and no trainable LoRA layer",),
+        _model(lambda: tiny_lora_model().merge_and_unload()),
+    ),
+    BadInput(
+        "merged",
+        "a merged adapter",
+        ATTACHING,
+        UnsupportedModelError,
+        ("a merged LoRA adapter; call `model.unmerge_adapter()`", "q_proj.lora_A.default"),
+        _model(_merged),
+    ),
+    BadInput(
+        "disabled",
+        "a disabled adapter",
+        ATTACHING,
+        UnsupportedModelError,
+        ("(PeftModelForCausalLM) has no trainable parameter",),
+        _model(_disabled),
+    ),
+    BadInput(
+        "inactive",
+        "training another adapter than the active one",
+        ATTACHING,
+        RuntimeError,
+        ("28 of 28 LoRA layers got no gradient", "q_proj.lora_A.default"),
+        _model(_inactive),
+    ),
+    BadInput(
+        "another_kind",
+        "another kind of adapter than LoRA",
+        ATTACHING,
+        UnsupportedModelError,
+        ("no trainable LoRA layer",),
+        _model(lambda: get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM"))),
+    ),
+    BadInput(
+        "dora",
+        "DoRA, or another variant of LoRA",
+        ATTACHING,
+        UnsupportedModelError,
+        ("the LoRA variant DoRA (`use_dora`); use plain LoRA",),
+        _model(lambda: tiny_lora_model(use_dora=True)),
+    ),
+    BadInput(
+        "modules_to_save",
+        "`modules_to_save`",
+        ATTACHING,
+        UnsupportedModelError,
+        ("(`modules_to_save`); leave them out", "lm_head.modules_to_save.default.weight"),
+        _model(lambda: tiny_lora_model(modules_to_save=["lm_head"])),
+    ),
+    BadInput(
+        "embedding",
+        "LoRA on an embedding",
+        ATTACHING,
+        UnsupportedModelError,
+        ("LoRA on an embedding; leave it out", "embed_tokens.lora_embedding_A.default"),
+        _model(lambda: tiny_lora_model(target_modules=["embed_tokens", "q_proj"])),
+    ),
+    BadInput(
+        "norm",
+        "weights outside the adapter that train",
+        ATTACHING,
+        UnsupportedModelError,
+        ("parameters outside the adapter; freeze them with `requires_grad_(False)`", "model.norm.weight"),
+        _model(_norm),
+    ),
+    BadInput(
+        "experts",
+        "`target_parameters` of a mixture of experts",
+        ATTACHING,
+        UnsupportedModelError,
+        ("LoRA on expert parameters (`target_parameters`)", "mlp.experts.lora_A.default"),
+        _model(
+            lambda: add_lora(
+                tiny_model("mixtral"), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+            )
+        ),
+        skip=before("transformers", "5"),
+    ),
+    BadInput(
+        "bypassed",
+        "fused LoRA kernels that don't call the layers",
+        ATTACHING,
+        RuntimeError,
+        ("2 of 28 LoRA layers got no gradient", "layers.1.mlp.up_proj.lora_A.default", "Switch the fused kernels off"),
+        _no_forward,
+    ),
+    BadInput(
+        "flattened",
+        "LoRA on layers that flatten the batch (OPT, mixtures of experts)",
+        ATTACHING,
+        RuntimeError,
+        ("was fed a tensor of shape", "cannot be told apart by sample", "Leave this layer out of `target_modules`"),
+        _model(lambda: tiny_lora_model("opt", target_modules=["fc1"])),
+    ),
+    BadInput(
+        "classifier",
+        "a model for classification",
+        ATTACHING,
+        UnsupportedModelError,
+        ("The model is a LlamaForSequenceClassification", "load it with `AutoModelForCausalLM`"),
+        _model(_classifier),
+    ),
+    BadInput(
+        "masked_model",
+        "a masked language model",
+        ATTACHING,
+        UnsupportedModelError,
+        ("The model is a BertForMaskedLM", "does not predict next tokens"),
+        _model(_bert),
+    ),
+    BadInput(
+        "headless",
+        "a model without its output layer (`AutoModel`)",
+        ATTACHING,
+        UnsupportedModelError,
+        ("The model is a LlamaModel", "load it with `AutoModelForCausalLM`"),
+        _model(_headless),
+    ),
+    BadInput(
+        "broken_weight",
+        "a weight that is NaN (a broken checkpoint)",
+        ATTACHING,
+        ValueError,
+        ("The gradients of rows", "not finite, also by plain autograd", "a broken checkpoint"),
+        _model(lambda: _broken("embed_tokens")),
+    ),
+    BadInput(
+        "broken_later",
+        "weights that become NaN while training",
+        TRAINING,
+        RuntimeError,
+        ("could pick no sample in 3 of the last 3", "10 candidates had a gradient that is not finite", "lower the"),
+        _later(lambda trainer: next(trainer.model.parameters()).data.fill_(float("nan"))),
+    ),
+    BadInput(
+        "frozen_later",
+        "freezing the adapter after attaching",
+        STARTING,
+        UnsupportedModelError,
+        ("has no trainable parameter",),
+        _later(lambda trainer: trainer.model.requires_grad_(False)),
+    ),
+    BadInput(
+        "merged_later",
+        "merging the adapter after attaching",
+        STARTING,
+        UnsupportedModelError,
+        ("a merged LoRA adapter",),
+        _later(lambda trainer: trainer.model.merge_adapter()),
+    ),
+    BadInput(
+        "replaced_later",
+        "another model, without LoRA, after attaching",
+        STARTING,
+        UnsupportedModelError,
+        ("(LlamaForCausalLM) trains", "no trainable LoRA layer"),
+        _later(lambda trainer: vars(trainer).update(model=tiny_model(), model_wrapped=tiny_model())),
+    ),
+)
