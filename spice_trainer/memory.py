@@ -4,8 +4,8 @@
                 features scored and owned + the Gram product )  + the sketch's signs
 
 Features and the Gram product follow from shapes. The forward and backward are measured: two small passes of made-up
-rows show which tensors a pass of any shape makes (module `allocations`), and the micro-batches that a step will have
-follow from some rows of the dataset.
+rows (with padding, and without where that occurs) show which tensors a pass of any shape makes (module `allocations`),
+and the micro-batches that a step will have follow from some rows of the dataset.
 
 Axes: N candidates of a pool, n rows of a micro-batch, S tokens, C columns with a label, P label tokens, D gradient
 dimension, m features kept per candidate.
@@ -77,13 +77,15 @@ def plan_memory(
     num_pools = scorer.pools_at_once(num_pools, pool_size)
     num_rows = num_pools * pool_size
     feature_bytes = scorer.feature_bytes(num_pools, num_rows)
-    pass_memory = None
-    if measure and not scorer.processes.lockstep:
-        with preserved_random_state(scorer.device):
-            pass_memory = _measure_passes(scorer, rows)
-    if pass_memory is None:
+    if not measure or scorer.processes.lockstep:
         return MemoryPlan(feature_bytes)
-    pass_bytes = max((pass_memory.peak(shape) for shape in _largest_passes(scorer, rows, num_rows)), default=0)
+    pass_bytes = 0
+    for padded, shapes in _planned_passes(scorer, rows, num_rows).items():
+        with preserved_random_state(scorer.device):
+            pass_memory = _measure_passes(scorer, rows, padded=padded)
+        if pass_memory is None:
+            return MemoryPlan(feature_bytes)
+        pass_bytes = max(pass_bytes, *(pass_memory.peak(shape) for shape in shapes))
     world_size = scorer.processes.world_size
     scored_bytes = -(-num_rows // world_size) * scorer.num_features * 4
     held = scorer.dimension if scorer.sketch_dim else 0
@@ -94,8 +96,11 @@ def plan_memory(
     return MemoryPlan(feature_bytes, pass_bytes=pass_bytes, peak_bytes=peak + held)
 
 
-def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow]) -> PassMemory | None:
-    """Traces the two small passes; `None` where made-up rows cannot stand for the real ones, or don't fit."""
+def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow], *, padded: bool) -> PassMemory | None:
+    """Traces two small passes; `None` where made-up rows cannot stand for the real ones, or don't fit.
+
+    Without padding attention needs no mask, and often another kernel.
+    """
     plain = [row for row in rows if row.can_be_padded or set(row.inputs) <= {"input_ids", "position_ids"}]
     limit = getattr(getattr(scorer.get_model(), "config", None), "max_position_embeddings", None)
     if not plain or (isinstance(limit, int) and limit < max(shape.num_tokens for shape in PROBE_SHAPES)):
@@ -107,7 +112,7 @@ def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Pas
             scorer.get_model(), scorer.modules, can_repeat=not scorer.processes.lockstep
         ) as sample_gradients:
             for shape in PROBE_SHAPES:
-                inputs, labels = pad_rows(_make_up(plain, shape))
+                inputs, labels = pad_rows(_make_up(plain, shape, padded=padded))
                 with AllocationTrace(scorer.device.type) as trace:
                     scorer.run_pass(sample_gradients, inputs, labels, buffer, range(shape.num_rows))
                 traces.append(trace)
@@ -118,13 +123,13 @@ def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Pas
     return PassMemory(PROBE_SHAPES, traces)
 
 
-def _make_up(rows: Sequence[CandidateRow], shape: PassShape) -> list[CandidateRow]:
-    """Rows of a pass of this shape, made of the tokens of some rows. All but the first are shorter."""
+def _make_up(rows: Sequence[CandidateRow], shape: PassShape, *, padded: bool) -> list[CandidateRow]:
+    """Rows of a pass of this shape, made of the tokens of some rows. With padding all but the first are shorter."""
     base = rows[0]
     others = shape.num_rows - 1
     made_up = []
     for number in range(shape.num_rows):
-        length = shape.num_tokens - 4 * number
+        length = shape.num_tokens - (4 * number if padded else 0)
         num_labels = shape.num_columns
         if number:
             num_labels = (shape.num_label_tokens - shape.num_columns + others - number) // others
@@ -142,15 +147,15 @@ def _cycle(rows: Sequence[CandidateRow], key: str, length: int) -> Tensor:
     return repeated
 
 
-def _largest_passes(scorer: GradientScorer, rows: Sequence[CandidateRow], num_rows: int) -> set[PassShape]:
-    """Shapes of the micro-batches of some made-up steps."""
+def _planned_passes(scorer: GradientScorer, rows: Sequence[CandidateRow], num_rows: int) -> dict[bool, set[PassShape]]:
+    """Shapes of the micro-batches of some made-up steps, by whether they hold padding."""
     scored = [row for row in rows if row.num_label_tokens > 0]
     if not scored:
-        return set()
+        return {}
     generator = random.Random(0)
     tokens_per_batch = 1 if rows_influence_each_other(scorer.get_model()) else scorer.budget.tokens_per_batch
     labelled = [(row.labels[0, 1:] != -100).nonzero()[:, 0].tolist() for row in scored]
-    shapes = set()
+    shapes: dict[bool, set[PassShape]] = {}
     for _ in range(_NUM_DRAWS):
         # Each row as often as any other, as in an epoch.
         drawn = [place for _ in range(-(-num_rows // len(scored))) for place in _shuffled(len(scored), generator)]
@@ -160,10 +165,11 @@ def _largest_passes(scorer: GradientScorer, rows: Sequence[CandidateRow], num_ro
         )
         for batch in (batch for share in shares for batch in share):
             places = [drawn[position] for position in batch]
-            shapes.add(
+            lengths = {scored[place].num_tokens for place in places}
+            shapes.setdefault(len(lengths) > 1, set()).add(
                 PassShape(
                     num_rows=len(places),
-                    num_tokens=max(scored[place].num_tokens for place in places),
+                    num_tokens=max(lengths),
                     num_columns=len(set().union(*(labelled[place] for place in places))),
                     num_label_tokens=sum(scored[place].num_label_tokens for place in places),
                 )

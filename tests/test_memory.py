@@ -83,8 +83,8 @@ def test_pools_that_are_scored_one_after_the_other(monkeypatch: pytest.MonkeyPat
         assert plan.peak_bytes is not None and 0.85 < plan.peak_bytes / _measured(scorer, 4) < 1.15
 
 
-def _made_up_pass(scorer: GradientScorer, shape: PassShape) -> int:
-    rows = spice_trainer.memory._make_up(_sample(), shape)
+def _made_up_pass(scorer: GradientScorer, shape: PassShape, *, padded: bool) -> int:
+    rows = spice_trainer.memory._make_up(_sample(), shape, padded=padded)
     inputs, labels = pad_rows(rows)
     columns = (labels[:, 1:] != -100).any(0).sum()
     assert (len(labels), labels.shape[1], columns) == (shape.num_rows, shape.num_tokens, shape.num_columns)
@@ -97,19 +97,20 @@ def _made_up_pass(scorer: GradientScorer, shape: PassShape) -> int:
 SHAPES = [PassShape(2, 24, 5, 8), PassShape(8, 48, 19, 100), PassShape(3, 60, 50, 140), PassShape(6, 50, 4, 20)]
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "eager"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen3"])
-def test_a_pass_of_any_shape_is_predicted(architecture: str, precision: str) -> None:
+def test_a_pass_of_any_shape_is_predicted(architecture: str, precision: str, padded: bool) -> None:
     """Where logits, attention scores or gradients of many rows dominate; in half precision; far from the probes."""
     model = tiny_lora_model(architecture)
     if precision == "eager":
         model.get_base_model().set_attn_implementation("eager")
     autocast = (lambda: torch.autocast("cpu", torch.bfloat16)) if precision == "bf16" else None
     scorer = _scorer(model, autocast=autocast)
-    memory = spice_trainer.memory._measure_passes(scorer, _sample())
+    memory = spice_trainer.memory._measure_passes(scorer, _sample(), padded=padded)
     assert memory is not None
     for shape in SHAPES:
-        assert memory.peak(shape) == pytest.approx(_made_up_pass(scorer, shape), rel=0.1), shape
+        assert memory.peak(shape) == pytest.approx(_made_up_pass(scorer, shape, padded=padded), rel=0.1), shape
 
 
 def test_the_probes_tell_every_quantity_apart() -> None:
