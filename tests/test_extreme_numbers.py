@@ -339,7 +339,9 @@ def check_records(*pools: PoolSelection) -> None:
         writer = RecordWriter(directory)
         writer.write_selection(step)
         writer.close()
-        lines = [json.loads(line) for file in Path(directory).glob("*.jsonl") for line in file.open()]
+        lines = [
+            json.loads(line) for file in Path(directory).glob("*.jsonl") for line in file.read_text().splitlines()
+        ]
     assert len([line for line in lines if "gain" in line]) == len(indices)
     metrics = step_metrics(step)
     assert all(math.isfinite(value) for value in metrics.values())
