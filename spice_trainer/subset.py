@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,7 @@ def select_subset(
         ValueError: If something rules the selection out; the message says what and how to fix it.
         FileExistsError: If `output_dir` holds another subset and `overwrite` is `False`.
         RuntimeError: If processes were launched together but don't see each other.
+        ImportError: Without the library `datasets`.
 
     Example:
     ```python
@@ -127,6 +129,8 @@ def select_subset(
     # Nothing trains beside the selector, and there is no other model to compare it with.
     config = replace(config, overlap_scoring=False, proxy_check_pools=0)
     # Not after hours of selecting.
+    if find_spec("datasets") is None:
+        raise ImportError("select_subset writes a `datasets.Dataset`. Fix: pip install spice-trainer[sft].")
     check_name(name)
     whole_number("select_subset", "save_steps", save_steps, 1, "it counts steps between two states")
     whole_number("select_subset", "seed", seed, 0, "seeds are counted from 0")

@@ -32,6 +32,10 @@ try:
 except ImportError as error:
     print("SpiceSFTTrainer:", error)
 try:
+    spice_trainer.select_subset(None, [{"input_ids": [1]}], output_dir="subset")
+except ImportError as error:
+    print("select_subset:", error)
+try:
     spice_trainer.select.main(["--config", "none.yaml"])
 except SystemExit as error:
     print("main:", error)
@@ -85,4 +89,5 @@ def test_runs_with_and_without_a_proxy_and_their_resumes(printed: str) -> None:
 
 def test_what_needs_a_library_says_so(printed: str) -> None:
     assert "SpiceSFTTrainer: SpiceSFTTrainer needs TRL: pip install trl." in printed
+    assert "select_subset: select_subset writes a `datasets.Dataset`. Fix: pip install spice-trainer[sft]." in printed
     assert "main: This command needs TRL: pip install 'spice-trainer[sft]'." in printed
