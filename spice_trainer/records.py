@@ -222,6 +222,7 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "alpha": pool.alpha,
             "nonfinite": pool.nonfinite,
             "zero": pool.zero,
+            "out_of_memory": pool.out_of_memory,
             "stopped_early": picks.stopped_early,
         }
 
