@@ -208,12 +208,14 @@ def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None =
     for name, value in rows:
         table.add_row(name, value)
     console = Console()
-    console.print()
-    console.print(table)
-    for line in below:
-        # A folder's name may look like markup.
-        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    random.setstate(state)
+    try:
+        console.print()
+        console.print(table)
+        for line in below:
+            # A folder's name may look like markup.
+            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    finally:
+        random.setstate(state)
 
 
 def _bytes(size: float) -> str:
