@@ -200,7 +200,7 @@ def greedy(
         raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
     if measure.information != 0.0:
         raise ValueError(
-            "greedy needs a measure with nothing added, but this one holds picks. Build a new one. Build a new one."
+            "greedy needs a measure with nothing added, but this one holds picks. Build a new one."
         )
 
     remaining = sound_rows(gram).nonzero().flatten().tolist()

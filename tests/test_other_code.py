@@ -66,6 +66,9 @@ def test_a_trainer_is_copied_and_pickled_with_spice(how: str, with_proxy: bool, 
     assert same_weights(trainable_weights(copied.model), trainable_weights(trainer.model))
     # Also a trainer that has trained, with everything a run left behind.
     again = copy.deepcopy(trainer)
+    # What selects holds the first trainer's model; the copy is bound to its own when it trains.
+    with pytest.raises(RuntimeError, match="has no model and dataset yet"):
+        _ = again._spice.sampler.selector
     again.args.output_dir = str(tmp_path / "again")
     again.train()
     assert len(trained_indices(tmp_path / "again")) == 3
