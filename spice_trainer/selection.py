@@ -199,9 +199,7 @@ def greedy(
     if measure.num_candidates != gram.shape[0]:
         raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
     if measure.information != 0.0:
-        raise ValueError(
-            "greedy needs a measure with nothing added, but this one holds picks. Build a new one."
-        )
+        raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
 
     remaining = sound_rows(gram).nonzero().flatten().tolist()
     indices: list[int] = []
