@@ -13,21 +13,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from spice_trainer.field_checks import model_name, one_of, real_number, truth_value, whole_number
+from spice_trainer.field_checks import one_of, real_number, whole_number
+from spice_trainer.proxy_options import ProxyOptions
+from spice_trainer.scoring_options import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, ScoringOptions
 
 AlphaScaling = Literal["fixed", "pool"]
 ConflictReference = Literal["selected", "candidates"]
 Information = Literal["exact", "diagonal", "adafisher"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 
-DEFAULT_SKETCH_DIM = 32_768
-"""Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""
-
-MIN_SKETCH_DIM = 16
+__all__ = ["DEFAULT_SKETCH_DIM", "MIN_SKETCH_DIM", "SpiceConfig"]
 
 
 @dataclass
-class SpiceConfig:
+class SpiceConfig(ScoringOptions, ProxyOptions):
     r"""Configuration class for SPICE, the selection of training samples by Fisher information and gradient conflict.
 
     Using [`~transformers.HfArgumentParser`] or [`~trl.TrlParser`] we can turn this class into command line arguments
@@ -77,31 +76,8 @@ class SpiceConfig:
         tie_tolerance (`float`, *optional*, defaults to `1e-6`):
             Scores this close to the best one, relative to it, are tied and go to the earlier candidate. 0 is strict.
 
-        > Parameters that control the scoring
-
-        sketch_dim (`int`, *optional*, defaults to `-1`):
-            Numbers kept of each sample gradient by a random projection: `-1` keeps 32,768 (all of them for
-            `"diagonal"` and `"adafisher"` information), 0 or `None` keeps the exact gradient, else at least 16.
-        scoring_tokens_per_batch (`int`, *optional*, defaults to `2048`):
-            Number of tokens, padding included, of one forward and backward pass of the scoring. Lower it to save
-            memory; it changes no pick beyond rounding.
-
-        > Parameters that control a proxy
-
-        proxy_model_name_or_path (`str`, *optional*):
-            A small causal language model, on the hub or in a folder, that scores instead of the one that trains and
-            learns from what it picked. It gets LoRA r 16 on all linear layers; for another adapter or tokenised rows
-            of its own pass a [`ProxyModel`] to [`attach_spice`].
-        proxy_learning_rate (`float`, *optional*, defaults to `0.0002`):
-            Constant learning rate of the proxy's own AdamW. 0 keeps the proxy as it is. For
-            `proxy_model_name_or_path`; a [`ProxyModel`] has its own.
-        proxy_update_every (`int`, *optional*, defaults to `1`):
-            Number of optimizer steps from one update of the proxy to the next. For `proxy_model_name_or_path`.
-        proxy_check_pools (`int`, *optional*, defaults to `0`):
-            Number of first pools that the target scores too. How well the proxy's gains and picks agree with the
-            target's is logged.
-        overlap_scoring (`bool`, *optional*, defaults to `False`):
-            Whether the proxy scores the next step's pools while the target trains on this one's. Changes no pick.
+        > Parameters that control the scoring are those of [`ScoringOptions`], and a proxy's those of
+        [`ProxyOptions`].
     """
 
     pool_size: int = field(default=120, metadata={"help": "Number of candidates in a pool [N]."})
@@ -145,30 +121,6 @@ class SpiceConfig:
         default=1e-6,
         metadata={"help": "Scores this close to the best one, relative to it, go to the earlier candidate."},
     )
-    sketch_dim: int | None = field(
-        default=-1,
-        metadata={"help": "Numbers kept of each sample gradient. -1: 32,768; 0 or None: exact."},
-    )
-    scoring_tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Number of tokens, padding included, of one scoring pass."}
-    )
-
-    proxy_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A small model that scores instead of the one that trains. None: none does."}
-    )
-    proxy_learning_rate: float = field(
-        default=2e-4, metadata={"help": "Learning rate of the proxy's own updates on what it picked. 0: none."}
-    )
-    proxy_update_every: int = field(
-        default=1, metadata={"help": "Number of optimizer steps from one update of the proxy to the next."}
-    )
-    proxy_check_pools: int = field(
-        default=0, metadata={"help": "Number of first pools that the target scores too, to compare the proxy with it."}
-    )
-    overlap_scoring: bool = field(
-        default=False,
-        metadata={"help": "Let the proxy score the next step's pools while the target trains on this one's."},
-    )
 
     def __post_init__(self) -> None:
         """Check every field, and store whole numbers as `int`, real numbers as `float`, `sketch_dim=None` as 0."""
@@ -200,21 +152,18 @@ class SpiceConfig:
         self._check_real(
             "tie_tolerance", "at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1
         )
-        self._check_integer("scoring_tokens_per_batch", 1, "a scoring pass needs at least one token")
         one_of("SpiceConfig", "alpha_scaling", self.alpha_scaling, get_args(AlphaScaling))
         one_of("SpiceConfig", "conflict_reference", self.conflict_reference, get_args(ConflictReference))
         one_of("SpiceConfig", "information", self.information, get_args(Information))
         one_of("SpiceConfig", "gradient_normalization", self.gradient_normalization, get_args(GradientNormalization))
-        self._check_real(
-            "proxy_learning_rate", "at least 0", "a negative rate would unlearn the picks", lambda x: x >= 0
-        )
-        name = self.proxy_model_name_or_path
-        self.proxy_model_name_or_path = model_name("SpiceConfig", "proxy_model_name_or_path", name)
-        truth_value("SpiceConfig", "overlap_scoring", self.overlap_scoring)
-        self._check_integer("proxy_update_every", 1, "it counts cycles from one update of the proxy to the next")
-        self._check_integer("proxy_check_pools", 0, "it counts pools")
-        self._check_sketch()
-
+        self.check_scoring_options(self.information)
+        self.check_proxy_options()
+        if self.scoring_prefilter is not None and self.overlap_scoring:
+            raise ValueError(
+                f"SpiceConfig: scoring_prefilter={self.scoring_prefilter} with overlap_scoring=True: the filter needs "
+                "the losses of every process, which cannot talk to each other while the step before trains. Fix: "
+                "leave one of the two out."
+            )
         if self.is_adaptive and self.pools_per_step is None:
             given = [f"{n}={getattr(self, n)}" for n in ("stop_ratio", "min_gain") if getattr(self, n) is not None]
             raise ValueError(
@@ -277,20 +226,3 @@ class SpiceConfig:
         value = getattr(self, name)
         number = real_number("SpiceConfig", name, value, legal=legal, reason=reason, is_legal=is_legal)
         setattr(self, name, number)
-
-    def _check_sketch(self) -> None:
-        if self.sketch_dim is None:
-            self.sketch_dim = 0
-        self._check_integer("sketch_dim", -1, "-1 chooses the default, 0 is exact, more is a sketch of that many")
-        if 0 < self.sketch_dim < MIN_SKETCH_DIM:
-            raise ValueError(
-                f"SpiceConfig: sketch_dim={self.sketch_dim} is below {MIN_SKETCH_DIM}: so few numbers cannot tell the "
-                f"gradients of a pool apart. Fix: set sketch_dim to at least {MIN_SKETCH_DIM}, to 0 for exact "
-                "gradients, or to -1 for the default."
-            )
-        if self.sketch_dim > 0 and self.information != "exact":
-            raise ValueError(
-                f"SpiceConfig: sketch_dim={self.sketch_dim} with information={self.information!r}: this measure sums "
-                "over single gradient coordinates, and a sketch mixes them, so the result would mean nothing. Fix: "
-                "set sketch_dim=0 (or -1), or information='exact'."
-            )

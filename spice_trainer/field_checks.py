@@ -101,6 +101,26 @@ def model_name(owner: str, name: str, value: object) -> str | None:
     return value
 
 
+def name_list(owner: str, name: str, value: object) -> list[str] | None:
+    """Returns some names as a list, or `None`.
+
+    Args:
+        owner (`str`): The class that has them, for the message.
+        name (`str`): The setting.
+        value (`object`): Its value. Argument parsers make a list of the text "None" of `None`.
+
+    Raises:
+        ValueError: If it is no list of texts, or an empty one.
+    """
+    if value is None or value == ["None"]:
+        return None
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(
+            f"{owner}: {name}={value!r} is no list of names. Fix: give a list such as ['q_proj', 'v_proj'], or None."
+        )
+    return list(value)
+
+
 def one_of(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Checks a setting that has a few legal values.
 

@@ -12,6 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from spice_trainer.config import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, SpiceConfig
+from spice_trainer.proxy_options import ProxyOptions
+from spice_trainer.scoring_options import ScoringOptions
 
 # SFTConfig sets gradient_checkpointing itself, which newer transformers deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -38,6 +40,10 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "tie_tolerance": ([0.0, 1e-12, 1e-6, 0.5], {}),
     "sketch_dim": ([None, -1, 0, 16, 65536, 10**9], {}),
     "scoring_tokens_per_batch": ([1, 2048, 10**6], {}),
+    "scoring_layers": ([None, 1, 10, 1000], {}),
+    "scoring_target_modules": ([None, ["q_proj"], ["q_proj", "mlp.down_proj"]], {}),
+    "scoring_max_tokens": ([None, 1, 64], {}),
+    "scoring_prefilter": ([None, 1e-9, 0.25, 0.999], {}),
     "proxy_model_name_or_path": ([None, "org/model", "./folder"], {}),
     "proxy_learning_rate": ([0.0, 1e-5, 2e-4], {}),
     "proxy_update_every": ([1, 5, 50], {}),
@@ -65,7 +71,10 @@ def base(tmp_path_factory) -> dict[str, object]:
 
 
 def as_flags(values: dict[str, object]) -> list[str]:
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    flags: list[str] = []
+    for name, value in values.items():
+        flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
 
 
 def expect(config: SpiceConfig, name: str, value: object, extra: dict[str, object]) -> None:
@@ -185,12 +194,14 @@ def test_help_page(trl_parser):
 
 
 def test_docstring_names_every_field_and_its_default():
-    text = SpiceConfig.__doc__
+    text = "\n".join(part.__doc__ for part in (SpiceConfig, ScoringOptions, ProxyOptions))
+    text = "\n".join(line.strip() for line in text.splitlines())
     for name, field in FIELDS.items():
         default = f", defaults to `{json.dumps(field.default)}`" if field.default is not None else ""
         default = default.replace("1e-06", "1e-6").replace("`false`", "`False`")
-        kind = {int: "int", float: "float", bool: "bool"}.get((*typing.get_args(TYPES[name]), TYPES[name])[0], "str")
-        assert f"        {name} (`{kind}`, *optional*{default}):\n" in text
+        kinds = {int: "int", float: "float", bool: "bool", list[str]: "list[str]"}
+        kind = kinds.get((*typing.get_args(TYPES[name]), TYPES[name])[0], "str")
+        assert f"\n{name} (`{kind}`, *optional*{default}):\n" in text
 
 
 def test_defaults():
@@ -289,6 +300,8 @@ INTEGERS = {
     "selection_epochs": (1, 0, "the first epoch has no earlier picks to replay"),
     "sketch_dim": (-1, -2, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
     "scoring_tokens_per_batch": (1, 0, "a scoring pass needs at least one token"),
+    "scoring_layers": (1, 0, "scoring needs at least one layer"),
+    "scoring_max_tokens": (1, 0, "a row without label tokens has no gradient"),
     "proxy_update_every": (1, 0, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": (0, -1, "it counts pools"),
 }
@@ -298,9 +311,14 @@ REALS = {
     "stop_ratio": ("between 0 and 1, both excluded", "it is a share of the first gain", [0, 1, 0.0, 1.0, -0.5, 50]),
     "min_gain": ("at least 0", "gains are never negative", [-1e-9, -1]),
     "tie_tolerance": ("at least 0 and below 1", "it is a share of the best score", [-1e-6, 1, 1.0, 2.0]),
+    "scoring_prefilter": (
+        "between 0 and 1, both excluded",
+        "it is a share of the pool, and None takes all of it",
+        [0, 1, 0.0, 1.0, -0.5, 50],
+    ),
     "proxy_learning_rate": ("at least 0", "a negative rate would unlearn the picks", [-1e-6, -1]),
 }
-OTHERS = {"proxy_model_name_or_path", "overlap_scoring"}
+OTHERS = {"proxy_model_name_or_path", "overlap_scoring", "scoring_target_modules"}
 
 
 def error_of(**values: object) -> str:
@@ -319,6 +337,21 @@ def test_proxy_name_of_wrong_type(value):
     assert error_of(proxy_model_name_or_path=value) == (
         f"SpiceConfig: proxy_model_name_or_path={value!r} is no name. Fix: give a model on the hub or a folder, or "
         "None. A loaded model goes to attach_spice as `proxy=ProxyModel(model)`."
+    )
+
+
+@pytest.mark.parametrize("value", ["q_proj", [], [""], [1], 3, {"q_proj": 1}])
+def test_module_names_of_wrong_type(value):
+    assert error_of(scoring_target_modules=value) == (
+        f"SpiceConfig: scoring_target_modules={value!r} is no list of names. Fix: give a list such as "
+        "['q_proj', 'v_proj'], or None."
+    )
+
+
+def test_prefilter_beside_training():
+    assert error_of(scoring_prefilter=0.5, overlap_scoring=True) == (
+        "SpiceConfig: scoring_prefilter=0.5 with overlap_scoring=True: the filter needs the losses of every process, "
+        "which cannot talk to each other while the step before trains. Fix: leave one of the two out."
     )
 
 
