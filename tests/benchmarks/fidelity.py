@@ -47,19 +47,28 @@ def pick(gram: np.ndarray, num_selected: int) -> np.ndarray:
     return np.array([int(index) for index in selection.indices])
 
 
+def random_subsets(size: int, num_selected: int, seed: int) -> list[np.ndarray]:
+    """Subsets that tell what chance reaches."""
+    generator = np.random.default_rng(seed)
+    return [generator.choice(size, num_selected, replace=False) for _ in range(NUM_RANDOM_SUBSETS)]
+
+
+def retained(reference: np.ndarray, picks: np.ndarray, best: np.ndarray, subsets: list[np.ndarray]) -> float:
+    """Share of the information beyond chance; `reference` is the exact normalised Gram, `best` what it picks."""
+    chance = float(np.mean([information(reference, subset) for subset in subsets]))
+    return (information(reference, picks) - chance) / (information(reference, best) - chance)
+
+
 def compare_pool(pool: dict[str, np.ndarray], num_selected: int, seed: int) -> list[dict[str, Any]]:
     """One record per normalization and sketch."""
     exact, size = pool["exact"], len(pool["exact"])
-    generator = np.random.default_rng(seed)
-    subsets = [generator.choice(size, num_selected, replace=False) for _ in range(NUM_RANDOM_SUBSETS)]
+    subsets = random_subsets(size, num_selected, seed)
     norms = np.sqrt(np.diag(exact))
     off_diagonal = ~np.eye(size, dtype=bool)
     records = []
     for normalization in NORMALIZATIONS:
         reference = normalized(exact, pool["label_tokens"], normalization)
         best = pick(reference, num_selected)
-        chance = float(np.mean([information(reference, subset) for subset in subsets]))
-        span = information(reference, best) - chance
         for key in pool:
             kind, _, dim = key.partition("_")
             if kind not in ("folded", "onesided"):
@@ -73,7 +82,7 @@ def compare_pool(pool: dict[str, np.ndarray], num_selected: int, seed: int) -> l
                     "sketch": kind,
                     "dim": int(dim),
                     "overlap": len(set(picks.tolist()) & set(best.tolist())),
-                    "retained": (information(reference, picks) - chance) / span,
+                    "retained": retained(reference, picks, best, subsets),
                     "cosine_error": float(np.sqrt(np.mean(errors**2))),
                     "mean_tokens_of_picks": float(pool["label_tokens"][best].mean()),
                 }

@@ -43,12 +43,14 @@ def load_model(source: str) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def add_lora(model: nn.Module, seed: int) -> nn.Module:
-    """LoRA as the released code sets it: r 16, alpha 32, dropout 0.05; B starts at zero."""
+def add_lora(model: nn.Module, seed: int, *, rank: int = 16) -> nn.Module:
+    """LoRA as the released code sets it: r 16, alpha 2 r, dropout 0.05; B starts at zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, config)
 
 
