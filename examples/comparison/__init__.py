@@ -1,0 +1,1 @@
+"""Parts of `examples/compare.py`: settings, data, training, evaluation, and the report."""

@@ -1,0 +1,97 @@
+"""Numbers of a report: means over seeds, their standard errors, and differences to random picks seed by seed.
+
+mean ± s / √n      s² = Σ (x_i − mean)² / (n − 1), over n seeds
+paired difference  the same of d_i = x_i(arm) − x_i(reference), over the seeds that both have
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds; its standard error is `None` for one seed."""
+
+    mean: float
+    error: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference to the reference, and in how many seeds the arm was strictly better."""
+
+    estimate: Estimate
+    num_won: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of values, one a seed."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(fmean(values), error, len(values))
+
+
+def difference(
+    values: Mapping[int, float], reference: Mapping[int, float], *, higher_is_better: bool = False
+) -> Difference | None:
+    """Compare an arm with the reference, seed by seed.
+
+    Args:
+        values (`Mapping[int, float]`): The arm's value of each seed.
+        reference (`Mapping[int, float]`): The reference's.
+        higher_is_better (`bool`, *optional*, defaults to `False`): Whether a positive difference is a seed won.
+
+    Returns:
+        [`Difference`], *optional*: `None` where no seed is in both.
+    """
+    gaps = [values[seed] - reference[seed] for seed in values if seed in reference]
+    if not gaps:
+        return None
+    return Difference(estimate(gaps), sum(gap > 0 if higher_is_better else gap < 0 for gap in gaps))
+
+
+def measured(line: Mapping[str, Any], metric: str) -> float | None:
+    """A value of a line of results.
+
+    Args:
+        line (`Mapping[str, Any]`): A run of all steps.
+        metric (`str`): `"loss_per_token"`, `"loss_per_row"`, either with `"/domain"` behind it, or `"accuracy/kind"`.
+
+    Returns:
+        `float`, *optional*: `None` where the run has no such value.
+    """
+    name, _, group = metric.partition("/")
+    if name == "accuracy":
+        found: Any = (line["choices"] or {}).get(group)
+    else:
+        found = line["test"]["domains"].get(group) if group else line["test"]["all"]
+    return None if found is None else found[name]
+
+
+def by_seed(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Values of an arm's runs by their seed."""
+    found = {line["seed"]: measured(line, metric) for line in lines}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def format_estimate(value: Estimate | None, digits: int = 4) -> str:
+    """`1.2345 ± 0.0067`; without an error for one seed."""
+    if value is None:
+        return "-"
+    error = "" if value.error is None else f" ± {value.error:.{digits}f}"
+    return f"{value.mean:.{digits}f}{error}"
+
+
+def format_difference(value: Difference | None, digits: int = 4) -> str:
+    """`−0.0123 ± 0.0045 (2/3)`: the sign always, and the seeds won."""
+    if value is None:
+        return "-"
+    mean, error = value.estimate.mean, value.estimate.error
+    sign = "+" if mean > 0 else "−" if mean < 0 else ""
+    shown = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{sign}{abs(mean):.{digits}f}{shown} ({value.num_won}/{value.estimate.num_seeds})"
