@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     scoring.add_argument("--scoring-options", nargs="*", default=[], metavar="SETTING",
                          help="such as 'layers=10 modules=q_proj+v_proj tokens=32 prefilter=0.5'")  # fmt: skip
     scoring.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="methods whose name holds one of these")
+    scoring.add_argument("--skip-memory", action="store_true", help="without the profiler, whose account takes time")
     scoring.add_argument("--vmap-chunk", type=int, default=4)
     scoring.add_argument("--moments", type=int, nargs="+", default=[0, 20, 60], help="optimizer steps done before")
     scoring.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["none", "sqrt_tokens"])

@@ -66,7 +66,7 @@ def run(workload: Workload, arguments: argparse.Namespace, report: Callable[[str
     methods = [*contestants.plain_methods(), *ours.values(), *contestants.others()]
     methods = [method for method in methods if not any(word in method.name for word in arguments.skip)]
 
-    found, scores = check(contestants, methods, by_option, report)
+    found, scores = check(contestants, methods, by_option, report, with_memory=not arguments.skip_memory)
     for seconds in contestants.gram_seconds.values():
         seconds.clear()
     runnable = {method.name: method.open for method in methods if "unavailable" not in found[method.name]}
@@ -95,7 +95,7 @@ def run(workload: Workload, arguments: argparse.Namespace, report: Callable[[str
     result["memory_ratios"] = {
         name: found[name]["peak_bytes"] / (found[SORTED]["peak_bytes"] + size)
         for name, size in result["feature_bytes"].items()
-        if SORTED in found
+        if "peak_bytes" in found.get(SORTED, {}) and "peak_bytes" in found[name]
     }
     return result
 
@@ -105,6 +105,8 @@ def check(
     methods: Sequence[Method],
     by_option: dict[str, ScoringOption],
     report: Callable[[str], None],
+    *,
+    with_memory: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[PoolScores]]]:
     """Runs every method once: its error against the loop and its peak memory; and what ours found out of the pools."""
     found: dict[str, dict[str, Any]] = {method.name: {} for method in methods}
@@ -113,7 +115,7 @@ def check(
     for method in methods:
         entry = found[method.name]
         try:
-            result, entry["peak_bytes"] = first_run(method, contestants.workload)
+            result, size = first_run(method, contestants.workload, with_memory=with_memory)
         except Unavailable as reason:
             entry["unavailable"] = str(reason)
         except Exception as error:
@@ -122,6 +124,8 @@ def check(
             # Another library's limit on this model, or too little memory, is a line of the table.
             entry["unavailable"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
+            if size is not None:
+                entry["peak_bytes"] = size
             if isinstance(result, list):
                 scores[method.name] = result
                 option = by_option.get(method.name, ScoringOption())
@@ -140,10 +144,12 @@ def select_all(pools: Sequence[PoolScores], workload: Workload) -> None:
         select_pool(pool, workload.num_selected, SpiceConfig())
 
 
-def first_run(method: Method, workload: Workload) -> tuple[Any, int]:
+def first_run(method: Method, workload: Workload, *, with_memory: bool) -> tuple[Any, int | None]:
     """A method's result, and the memory that it took."""
     results: list[Any] = []
     with method.open() as call:
+        if not with_memory:
+            return call(), None
         size = peak_memory(lambda: results.append(call()), workload.device)
     return results[0], size
 
@@ -182,7 +188,7 @@ def describe_check(entry: dict[str, Any]) -> str:
     if "unavailable" in entry:
         return f"does not run: {entry['unavailable']}"
     error = f", error {entry['error']:.1e}" if "error" in entry else ""
-    return f"peak {bytes_shown(entry['peak_bytes'])}{error}"
+    return f"peak {bytes_shown(entry['peak_bytes'])}{error}" if "peak_bytes" in entry else f"runs{error}"
 
 
 def feature_bytes(workload: Workload, model: torch.nn.Module, **spice: Any) -> int:
