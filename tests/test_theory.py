@@ -217,7 +217,8 @@ def test_correlations_are_means_over_steps():
     gradients = random_gradients(11, 6, seed=8, shared=0.2)
     picks = (0, 5, 9)
     found = correlate(decompose(gradients @ gradients.T, picks))
-    columns = {"conflict_gain": [], "conflict_epsilon": [], "opposition_epsilon": [], "alignment_loss": []}
+    names = ("conflict_gain", "conflict_epsilon", "opposition_gain", "opposition_epsilon", "alignment_epsilon")
+    columns = {name: [] for name in (*names, "conflict_loss", "alignment_loss")}
     for size in (1, 2):
         rest = [row for row in range(11) if row not in picks[:size]]
         cosines = [mean_cosine(gradients, picks[:size], row) for row in rest]
@@ -229,6 +230,9 @@ def test_correlations_are_means_over_steps():
         columns["conflict_gain"].append(rank_correlation(conflicts, gains))
         columns["conflict_epsilon"].append(rank_correlation(conflicts, lost))
         columns["opposition_epsilon"].append(rank_correlation([-cosine for cosine in cosines], lost))
+        columns["opposition_gain"].append(rank_correlation([-cosine for cosine in cosines], gains))
+        columns["alignment_epsilon"].append(rank_correlation([abs(cosine) for cosine in cosines], lost))
+        columns["conflict_loss"].append(rank_correlation(conflicts, shares))
         columns["alignment_loss"].append(rank_correlation([abs(cosine) for cosine in cosines], shares))
     assert found.num_steps == found.num_steps_with_conflict == 2
     for name, values in columns.items():
