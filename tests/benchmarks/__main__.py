@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--gpu-tokens-per-batch", type=int, nargs="+", default=[16384])
     gpu.add_argument("--gpu-loop-rows", type=loop_rows, default={"0.5B": 60, "7B": 0}, metavar="0.5B=60,7B=0")
     gpu.add_argument("--gpu-exact", action="store_true", help="also exact features, pool by pool")
-    gpu.add_argument("--profile", action="store_true", help="also where the time goes, kernel by kernel")
+    gpu.add_argument("--profile", action="store_true", help="where our time goes, here and in `scoring`")
     return parser
 
 

@@ -29,7 +29,9 @@ def run(part: str, *words: str, folder: Path | None = None) -> dict[str, Any]:
 
 
 def test_scoring_checks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = run("scoring", "--scoring-options", "layers=1", "modules=down_proj tokens=2", folder=tmp_path)
+    written = run(
+        "scoring", "--scoring-options", "layers=1", "modules=down_proj tokens=2", "--profile", folder=tmp_path
+    )
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(written))
     result = written["parts"]["scoring"]
     methods = result["methods"]
@@ -59,7 +61,7 @@ def test_scoring_checks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixtu
         methods[SORTED]["peak_bytes"] + 24 * result["dimension"] * 4
     )
     shown = capsys.readouterr().out
-    assert "target at most 1.05" in shown and "layers=1" in shown
+    assert "target at most 1.05" in shown and "layers=1" in shown and "aten::" in shown
     where = written["conditions"]
     assert where["workload"]["rows"] == 24 and where["versions"]["torch"] == torch.__version__
     assert 0 < where["workload"]["padding_share_sorted"] < 1

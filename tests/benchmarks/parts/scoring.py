@@ -28,6 +28,7 @@ from ..option_specs import ScoringOption, kept_modules, parse_option
 from ..real_model import Row
 from ..tables import Table, bytes_shown, passed
 from ..workload import Workload, num_label_tokens
+from .gpu import profiled
 
 EXACT, SKETCH = "ours, exact", "ours, sketch"
 WITHOUT_GRAM = "{}, without its Gram product"
@@ -97,6 +98,8 @@ def run(workload: Workload, arguments: argparse.Namespace, report: Callable[[str
         for name, size in result["feature_bytes"].items()
         if "peak_bytes" in found.get(SORTED, {}) and "peak_bytes" in found[name]
     }
+    if arguments.profile:
+        result["profile"] = profiled(workload, model)
     return result
 
 
@@ -260,4 +263,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
         table.notes.append(
             f"{name}: selecting {shown(select, 4)} of scoring; {passed(spread(select)['median'], 0.005)}"
         )
+    if "profile" in result:
+        table.notes.append(result["profile"])
     return [table]
