@@ -119,6 +119,7 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     assert by_row.rows[0][4] == "1.2000 ± 0.2000"
     # Accuracies 0.95 and 1.35 against 1.0 and 1.2: higher is better here.
     assert accuracy.rows[2][2:] == ("1.1500 ± 0.2000", "+0.0500 ± 0.1000 (1/2)")
+    assert accuracy.rows[0][3] == "−0.5500 ± 0.0500 (0/2)"
     assert accuracy.rows[3][2] == "-"
     assert seconds.rows[0] == ("full", "16", "2.5", "6.0", "1.0", "2.0", "1.0", "10%")
     assert rates.rows[2] == ("spice", "0.01", "own", "one value, no grid")

@@ -20,9 +20,7 @@ from comparison.model import build_model, load_tokenizer  # isort: skip
 from comparison.prepared import prepare_data  # isort: skip
 from comparison.run import StepClock  # isort: skip
 from comparison.settings import Settings, load_settings  # isort: skip
-from comparison.trainers import build_trainer, row_order  # isort: skip
-
-from spice_trainer.pools import build_schedule
+from comparison.trainers import build_trainer, pools_of, row_order  # isort: skip
 
 # Dies on the spot, as by `kill -9`, when the n-th line is about to be written, or in the middle of one.
 KILL_AT_LINE = """
@@ -96,6 +94,14 @@ def test_results_of_a_comparison(whole: Path) -> None:
     base = json.loads((whole / "output" / "base.json").read_text())
     assert len(set(losses)) == 3 and max(losses) < base["validation"]["all"]["loss_per_token"]
     assert not list((whole / "output").glob("runs/*/checkpoint-*"))
+
+
+def test_all_arms_see_the_same_pools(whole: Path) -> None:
+    settings = load_settings(whole / "comparison.yaml")
+    schedule = pools_of(settings, settings.arm("random"), 64, 0)
+    expected = [sorted(pool) for step in range(NUM_STEPS) for pool in schedule.pools(0, step).pools]
+    records = read_lines(whole / "output" / "runs" / "spice-seed0-lr0.01-steps4" / "spice" / "pools.jsonl")
+    assert [sorted(line["candidates"]) for line in records] == expected
 
 
 def test_nothing_is_done_twice(whole: Path) -> None:
@@ -193,15 +199,7 @@ def test_arms_begin_with_the_same_weights_and_batch(tmp_path: Path) -> None:
 
 def test_random_rows_come_from_the_pools_that_a_selecting_arm_sees(tmp_path: Path) -> None:
     settings = load_settings(tiny_comparison(tmp_path))
-    schedule = build_schedule(
-        settings.spice_config(settings.arm("spice")),
-        64,
-        per_device_train_batch_size=2,
-        num_slots=2,
-        token_normalized=True,
-        drop_last=False,
-        seed=7,
-    )
+    schedule = pools_of(settings, settings.arm("spice"), 64, 7)
     random = settings.arm("random")
     order = row_order(settings, random, 64, 7)
     pools = [pool for step in range(4) for pool in schedule.pools(0, step).pools]
