@@ -15,6 +15,7 @@ from spice_trainer.theory import (
     aumg,
     best_subset,
     curvature_ratio,
+    decompose,
     group_decays,
     half_life,
     leave_one_out_gains,
@@ -160,6 +161,11 @@ def test_a_pool_is_analysed_with_picks_given_or_made():
     listed = analyse_pool(gram.float(), list(selection.indices), fisher_alpha=3.0, conflict_reference="candidates")
     assert made.decomposition.indices == selection.indices
     assert made.as_numbers() == given.as_numbers()
+    # Against whom a conflict is matters here, and reaches the numbers.
+    other = analyse_pool(gram, selection, fisher_alpha=3.0, conflict_reference="selected")
+    assert made.as_numbers()["group/low/mean_cosine"] != other.as_numbers()["group/low/mean_cosine"]
+    expected = decompose(gram, selection.indices, fisher_alpha=3.0, conflict_reference="candidates")
+    assert torch.equal(made.decomposition.pair_cosines, expected.pair_cosines)
     assert listed.as_numbers()["information"] == pytest.approx(selection.information, rel=1e-5)
     numbers = made.as_numbers()
     assert numbers["information"] == pytest.approx(numbers["base_gain"] - numbers["epsilon"], abs=1e-12)
