@@ -7,6 +7,9 @@ give its sample gradient, so a model that trains it is refused rather than score
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+
 from torch import nn
 
 _OUTSIDE = "parameters outside the adapter; freeze them with `requires_grad_(False)`"
@@ -126,3 +129,9 @@ def _refuse_parameter(name: str) -> str:
     if name.endswith(".base_layer.bias"):
         return 'biases of the base model (`bias="lora_only"` or `bias="all"`); use `bias="none"`'
     return _OUTSIDE
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes; PEFT's own is (*args, **kwargs), so the base model's tells."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inspect.signature(base.forward).parameters

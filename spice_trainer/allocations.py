@@ -47,8 +47,21 @@ class PassShape:
         return (1, n, s, s * s, c, n * s, n * s * s, n * c, p)
 
 
-# Where n·S is among the quantities.
-_PER_TOKEN = 5
+# Where n·S and P are among the quantities, and what stands behind them: P, as far as a chunk goes.
+_PER_TOKEN, _PER_LABEL, _PER_CHUNK = 5, 8, 9
+
+
+@dataclass(frozen=True)
+class LabelChunk:
+    """Label tokens whose logits are held together.
+
+    Args:
+        num_tokens (`int`): How many.
+        num_logits (`int`): V, logits of each.
+    """
+
+    num_tokens: int
+    num_logits: int
 
 
 class AllocationTrace(TorchDispatchMode):
@@ -118,11 +131,14 @@ class PassMemory:
         shapes (`Sequence[PassShape]`): Shapes of the two, the smaller first. No two of their quantities may have grown
             alike.
         traces (`Sequence[AllocationTrace]`): What was seen.
+        chunk ([`LabelChunk`], *optional*): Where logits are held of some label tokens at a time.
     """
 
-    def __init__(self, shapes: Sequence[PassShape], traces: Sequence[AllocationTrace]) -> None:
+    def __init__(
+        self, shapes: Sequence[PassShape], traces: Sequence[AllocationTrace], *, chunk: LabelChunk | None = None
+    ) -> None:
         (small, large), (first, second) = shapes, traces
-        self._quantities, self._trace = large.quantities(), second
+        self._quantities, self._trace, self._chunk_tokens = large.quantities(), second, 0
         growths = [math.log(b / a) for a, b in zip(small.quantities(), self._quantities, strict=True)]
         # Where the model took another path (experts), most of what it makes has n·S entries.
         self._kinds = [_PER_TOKEN] * len(second.sizes)
@@ -131,9 +147,19 @@ class PassMemory:
             grown = math.log(there / here) if here and there else 0.0
             self._kinds[counterpart] = min(range(len(growths)), key=lambda kind: abs(growths[kind] - grown))
 
+        if chunk is not None:
+            # The probes have fewer label tokens than a chunk.
+            least = 2 * chunk.num_logits * self._quantities[_PER_LABEL]
+            self._chunk_tokens = chunk.num_tokens
+            for number, size in enumerate(second.sizes):
+                if self._kinds[number] == _PER_LABEL and size >= least:
+                    self._kinds[number] = _PER_CHUNK
+
     def peak(self, shape: PassShape) -> int:
         """Bytes at the peak of a pass, beyond what was there before."""
         ratios = [there / here for there, here in zip(shape.quantities(), self._quantities, strict=True)]
+        num_together = min(shape.num_label_tokens, self._chunk_tokens)
+        ratios.append(num_together / self._quantities[_PER_LABEL])
         sizes = [size * ratios[kind] for size, kind in zip(self._trace.sizes, self._kinds, strict=True)]
         return round(self._trace.peak(sizes))
 

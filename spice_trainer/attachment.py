@@ -13,11 +13,12 @@ from spice_trainer.compatibility import check_memory, warn_of_arguments, warn_of
 from spice_trainer.config import SpiceConfig
 from spice_trainer.kernels import changes_when_training_begins, warn_of_quantization
 from spice_trainer.logs import logger
+from spice_trainer.passes import input_device
 from spice_trainer.pools import PoolSchedule
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows, embedding_size, vocabulary_size
 from spice_trainer.rows import CandidateRow
-from spice_trainer.scoring import GradientScorer, input_device
+from spice_trainer.scoring import GradientScorer
 from spice_trainer.sharded_verification import verify_directions
 from spice_trainer.verification import has_whole_weights, verify_gradients
 

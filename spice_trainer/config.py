@@ -9,6 +9,7 @@ with α = `fisher_alpha` and λ = `conflict_penalty`. T = `pools_per_step` pools
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -158,12 +159,8 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
         one_of("SpiceConfig", "gradient_normalization", self.gradient_normalization, get_args(GradientNormalization))
         self.check_scoring_options(self.information)
         self.check_proxy_options()
-        if self.scoring_prefilter is not None and self.overlap_scoring:
-            raise ValueError(
-                f"SpiceConfig: scoring_prefilter={self.scoring_prefilter} with overlap_scoring=True: the filter needs "
-                "the losses of every process, which cannot talk to each other while the step before trains. Fix: "
-                "leave one of the two out."
-            )
+        self._check_prefilter()
+
         if self.is_adaptive and self.pools_per_step is None:
             given = [f"{n}={getattr(self, n)}" for n in ("stop_ratio", "min_gain") if getattr(self, n) is not None]
             raise ValueError(
@@ -226,3 +223,23 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
         value = getattr(self, name)
         number = real_number("SpiceConfig", name, value, legal=legal, reason=reason, is_legal=is_legal)
         setattr(self, name, number)
+
+    def _check_prefilter(self) -> None:
+        if self.scoring_prefilter is None:
+            return
+        given = f"SpiceConfig: scoring_prefilter={self.scoring_prefilter}"
+        if self.overlap_scoring:
+            raise ValueError(
+                f"{given} with overlap_scoring=True: the filter needs the losses of every process, which cannot talk "
+                "to each other while the step before trains. Fix: leave one of the two out."
+            )
+        if self.proxy_check_pools:
+            raise ValueError(
+                f"{given} with proxy_check_pools={self.proxy_check_pools}: the proxy and the target would each drop "
+                "other candidates, so their scores could not be compared. Fix: leave one of the two out."
+            )
+        if math.ceil(self.scoring_prefilter * self.pool_size) < self.num_selected:
+            raise ValueError(
+                f"{given} of pool_size={self.pool_size} is fewer candidates than num_selected={self.num_selected}. "
+                f"Fix: set scoring_prefilter to at least {self.num_selected / self.pool_size:.3g}."
+            )

@@ -6,20 +6,25 @@ For sample n with label tokens L_n (labels ≠ −100 after the causal shift) th
 
 with θ the trainable LoRA weights and dropout off. A linear layer y = W x gives, with δ_ns = ∂(Σ_n ℓ_n)/∂y_ns,
 
-    ∂ℓ_n/∂W = Σ_s δ_ns x_nsᵀ        (`einsum("nso,nsi->noi")`),    ∂ℓ_n/∂b = Σ_s δ_ns
+    ∂ℓ_n/∂W = Σ_s δ_ns x_nsᵀ        (module `layer_gradients`)
 
 so the input x kept by a forward hook and the output's gradient δ brought by a tensor hook are all that is needed: rows
-of a batch don't interact, and one backward serves them all. The embedding's output is replaced by a detached leaf and
-the backward runs toward that leaf alone, hence no parameter gradient is ever formed and no reduction of DDP, FSDP or
-DeepSpeed fires.
+of a batch don't interact, and one backward serves them all.
+
+    embedding ─ detached ─ layers below: no graph ─ lowest scored layers: y replaced by a leaf ─ … ─ head ─ ℓ
+                                                    └──────────── backward, toward these leaves alone ────┘
+
+The backward ends at the outputs of the lowest scored layers, which a forward hook has replaced by detached leaves.
+Hence no parameter gradient is ever formed, no reduction of DDP, FSDP or DeepSpeed fires, and what lies below costs a
+forward alone. Losses are taken at label positions, in chunks, where the model's head allows it (module `label_head`).
+Under FSDP1 and ZeRO-3 the one leaf is the embedding's output, and losses come from the model's logits.
 
 Axes: N samples, S tokens, I/O input and output features, D gradient dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -28,7 +33,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_trainer.kernels import check_quantized_layers, training_flag_for_scoring, uncompiled
+from spice_trainer.forward_losses import ForwardLosses
+from spice_trainer.kernels import (
+    check_quantized_layers,
+    needs_whole_graph,
+    training_flag_for_scoring,
+    uncompiled,
+)
+from spice_trainer.layer_gradients import module_gradients, trainable_bias
 from spice_trainer.loss_scale import LossScale
 
 
@@ -42,40 +54,6 @@ class GradientSink(Protocol):
         """Forgets what came for these samples of the batch: what comes from here on is theirs alone, in this order."""
 
 
-def module_gradients(
-    inputs: Float[Tensor, "N S I"], output_gradients: Float[Tensor, "N S O"], *, bias: bool = False
-) -> Float[Tensor, "N D_l"]:
-    """Sample gradients of one linear layer, weight first (row-major O×I), then bias.
-
-    Args:
-        inputs (`torch.Tensor` of shape `(N, S, I)`):
-            The layer's input x.
-        output_gradients (`torch.Tensor` of shape `(N, S, O)`):
-            Gradient δ of the summed losses with respect to the layer's output.
-        bias (`bool`, *optional*, defaults to `False`):
-            Whether the layer's bias is trainable too.
-
-    Returns:
-        `torch.Tensor` of shape `(N, O·I)`, or `(N, O·I + O)` with a bias, in float32.
-    """
-    # float32 products whatever the training precision: a Gram matrix of rounded gradients would not be one. An
-    # autocast around the backward reaches the hooks too, and would round the product to bfloat16.
-    with torch.autocast(inputs.device.type, enabled=False):
-        output_gradients = output_gradients.float()
-        weight = torch.bmm(output_gradients.transpose(1, 2), inputs.float()).flatten(1)
-        return torch.cat([weight, output_gradients.sum(1)], dim=1) if bias else weight
-
-
-def trainable_size(module: nn.Linear) -> int:
-    """Number of gradient coordinates of a hooked linear layer, known before any wrapper shards its weight."""
-    return module.out_features * (module.in_features + (1 if trainable_bias(module) else 0))
-
-
-def trainable_bias(module: nn.Linear) -> bool:
-    """Whether the layer has a bias that trains (PEFT's `lora_bias=True`)."""
-    return module.bias is not None and module.bias.requires_grad
-
-
 class SampleGradients:
     """Context manager that computes sample gradients of LoRA layers and leaves no trace behind.
 
@@ -87,7 +65,8 @@ class SampleGradients:
         model (`torch.nn.Module`):
             The causal language model, without its DDP or DeepSpeed wrapper.
         modules (`Mapping[str, torch.nn.Linear]`):
-            The trainable LoRA layers by name, from [`~spice_trainer.adapters.find_lora_modules`].
+            The trainable LoRA layers by name, from [`~spice_trainer.adapters.find_lora_modules`], or some of them:
+            below the lowest of these the others leave no graph.
         can_repeat (`bool`, *optional*, defaults to `True`):
             Whether a batch may be run again for samples whose float16 gradient overflowed under the loss scale. With
             sharded weights a process cannot do so by itself, and such samples count as not finite.
@@ -99,18 +78,23 @@ class SampleGradients:
     ```
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Linear], *, can_repeat: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Linear],
+        *,
+        can_repeat: bool = True,
+    ) -> None:
         self.model = model
+        self._is_whole = needs_whole_graph(model)
+        self.forward = ForwardLosses(model, takes_head=not self._is_whole)
         self._names = tuple(modules)
         self._modules = tuple(modules.values())
         self._biases = tuple(trainable_bias(module) for module in self._modules)
-        parameters = forward_parameters(model)
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._extra_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._contexts = ExitStack()
-        self._leaf: Tensor | None = None
+        self._leaves: list[Tensor] = []
         self._sink: GradientSink | None = None
         self._num_samples = 0
         self._can_repeat = can_repeat
@@ -129,8 +113,12 @@ class SampleGradients:
             # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
             for module, _ in self._modes:
                 module.training = training_flag_for_scoring(module)
-            embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-            self._handles.append(embedding.register_forward_hook(self._replace_by_leaf))
+            self._handles += self.forward.attach()
+            if self._is_whole:
+                embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+                self._handles.append(embedding.register_forward_hook(self._start_at_embedding))
+            for module in _other_trainable_modules(self.model, self._modules):
+                self._handles.append(module.register_forward_hook(_detach_below))
             for index, module in enumerate(self._modules):
                 self._handles.append(module.register_forward_hook(self._make_hook(index)))
         except BaseException:
@@ -150,7 +138,10 @@ class SampleGradients:
         for module, training in self._modes:
             module.training = training
         self._handles, self._modes = [], []
-        self._leaf, self._sink = None, None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._leaves, self._sink = [], None
         self._num_waiting, self._partial = {}, {}
 
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, "N"]:
@@ -182,49 +173,48 @@ class SampleGradients:
             return losses
         finally:
             # Also after an error, such as a lack of memory, after which the caller goes on with fewer samples.
-            self._leaf, self._sink = None, None
-            self._num_waiting, self._partial = {}, {}
+            self._forget()
+
+    def losses(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> Float[Tensor, "N"]:
+        """Runs a forward alone, about half of the work.
+
+        Args:
+            inputs (`Mapping[str, Any]`): As for [`SampleGradients.compute`].
+            labels (`torch.Tensor` of shape `(N, S)`): As there.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`: As there.
+        """
+        self._num_samples = labels.shape[0]
+        try:
+            with torch.no_grad():
+                return self.forward.compute(inputs, labels)[0]
+        finally:
+            self._forget()
 
     def _run(
         self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], chosen: Int[Tensor, "M"] | None
     ) -> Float[Tensor, "N"]:
-        self._chosen = chosen
-        targets = labels[:, 1:]
-        mask = targets != -100
-        keep: dict[str, Any] = {}
-        if self._keeps_logits:
-            # Only columns where some sample has a label go through the head: it is the largest matrix of a small
-            # model.
-            # The index stays on the CPU: the head may be on another device than the labels (`device_map`).
-            columns = mask.any(0).nonzero().squeeze(1).cpu()
-            keep, targets, mask = {"logits_to_keep": columns}, targets[:, columns], mask[:, columns]
+        self._chosen, self._leaves = chosen, []
         with torch.enable_grad():
-            outputs = self.model(**inputs, **self._extra_inputs, **keep)
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-            if not self._keeps_logits:
-                logits = logits[:, :-1]
-            if self._leaf is None:
-                raise RuntimeError(
-                    "The model's input embedding was not called while scoring, so no gradient can be taken. SPICE "
-                    "scores token ids: it cannot score a model that is fed `inputs_embeds`."
-                )
-            losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
+            losses, logits = self.forward.compute(inputs, labels)
             self._loss_scale.start(logits, repeats=chosen is not None)
             total = (losses if chosen is None else losses[chosen.to(losses.device)]).sum()
             self._is_backward = True
             try:
-                torch.autograd.backward(total * self._loss_scale.value, inputs=[self._leaf])
+                if self._leaves:
+                    torch.autograd.backward(total * self._loss_scale.value, inputs=self._leaves)
             finally:
                 self._is_backward = False
         self._check_all_received()
         return losses.detach()
 
-    def _replace_by_leaf(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        self._leaf = output.detach().requires_grad_(True)
-        return self._leaf
+    def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled() and not self._is_backward:
+            self._leaves.append(output.requires_grad_(True))
 
-    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             inputs = args[0].detach()
             if inputs.dim() != 3 or inputs.shape[0] != self._num_samples:
                 raise RuntimeError(
@@ -236,10 +226,15 @@ class SampleGradients:
             # Checkpointing that evaluation mode does not switch off (FSDP's) runs forwards again within the backward;
             # no gradient comes to their outputs.
             if not output.requires_grad or self._is_backward:
-                return
+                return None
+            if not args[0].requires_grad:
+                # Nothing below is scored: the backward ends here.
+                output = output.detach().requires_grad_(True)
+                self._leaves.append(output)
             # A module may be called more than once in a forward (shared layers); its gradient is the sum.
             self._num_waiting[index] = self._num_waiting.get(index, 0) + 1
             output.register_hook(lambda gradient: self._receive(index, inputs, gradient))
+            return output
 
         return keep_input
 
@@ -271,29 +266,15 @@ class SampleGradients:
             )
 
 
-def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Tensor) -> Float[Tensor, "N"]:
-    """Mean negative log-likelihood of each sample's label tokens, in float32.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, S, V)`):
-            Logits, where position s predicts `targets[:, s]`.
-        targets (`torch.Tensor` of shape `(N, S)`):
-            Token ids, already shifted.
-        mask (`torch.Tensor` of shape `(N, S)`, boolean):
-            Which positions carry a label.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`; 0 for a sample without labels.
-    """
-    rows = mask.nonzero()[:, 0]
-    # Not `cross_entropy`, which Liger can replace by a kernel that writes into the logits. The numbers are the same.
-    log_probabilities = torch.log_softmax(logits[mask].float(), dim=-1)
-    token_losses = nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none")
-    totals = token_losses.new_zeros(len(mask)).index_add(0, rows, token_losses)
-    return totals / mask.sum(1).clamp(min=1)
+def _other_trainable_modules(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    scored = set(map(id, modules))
+    for module in model.modules():
+        if id(module) not in scored and any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            yield module
 
 
-def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the model's forward takes; PEFT's own is (*args, **kwargs), so the base model's tells."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return inspect.signature(base.forward).parameters
+def _detach_below(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Lets a trainable layer that is not scored leave no graph where nothing below it is scored."""
+    if not isinstance(output, Tensor) or any(isinstance(value, Tensor) and value.requires_grad for value in args):
+        return None
+    return output.detach()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from spice_trainer.logs import logger
 
@@ -60,6 +61,24 @@ def training_flag_for_scoring(module: nn.Module) -> bool:
         `bool`
     """
     return _is_quantized(module, "Linear4bit", "Linear8bitLt")
+
+
+def needs_whole_graph(model: nn.Module) -> bool:
+    """Whether the model's sharding needs a backward through every module, from its outputs to its inputs.
+
+    FSDP1 and ZeRO-3 gather a module's weights in the backward when a gradient reaches its outputs, and let go of them
+    when one reaches its inputs: they fail where only one of the two happens. FSDP2 does not need it.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores.
+
+    Returns:
+        `bool`
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    # ZeRO-3 numbers the parameters that it partitioned.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def rows_influence_each_other(model: nn.Module) -> bool:

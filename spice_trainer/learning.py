@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients import forward_parameters, sample_losses
+from spice_trainer.adapters import forward_parameters
+from spice_trainer.label_losses import sample_losses
 from spice_trainer.logs import logger
 from spice_trainer.micro_batches import share_micro_batches
 from spice_trainer.out_of_memory import TokenBudget, fits_in_memory, learning_error

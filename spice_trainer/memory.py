@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spice_trainer.allocations import AllocationTrace, PassMemory, PassShape
-from spice_trainer.gradients import SampleGradients
+from spice_trainer.allocations import AllocationTrace, LabelChunk, PassMemory, PassShape
 from spice_trainer.kernels import rows_influence_each_other
 from spice_trainer.logs import logger
 from spice_trainer.micro_batches import share_micro_batches
@@ -74,6 +73,7 @@ def plan_memory(
     Returns:
         [`MemoryPlan`]
     """
+    rows = [scorer.shorten(row) for row in rows]
     num_pools = scorer.pools_at_once(num_pools, pool_size)
     num_rows = num_pools * pool_size
     feature_bytes = scorer.feature_bytes(num_pools, num_rows)
@@ -107,20 +107,23 @@ def _measure_passes(scorer: GradientScorer, rows: Sequence[CandidateRow], *, pad
         return None
     traces = []
     try:
-        buffer = scorer.new_buffer(max(shape.num_rows for shape in PROBE_SHAPES))
-        with SampleGradients(
-            scorer.get_model(), scorer.modules, can_repeat=not scorer.processes.lockstep
-        ) as sample_gradients:
-            for shape in PROBE_SHAPES:
-                inputs, labels = pad_rows(_make_up(plain, shape, padded=padded))
+        buffer = scorer.passes.new_buffer(max(shape.num_rows for shape in PROBE_SHAPES))
+        with scorer.passes.open() as sample_gradients:
+            head = sample_gradients.forward.head
+            probes = [pad_rows(_make_up(plain, shape, padded=padded)) for shape in PROBE_SHAPES]
+            if head is not None and head.is_plain is None:
+                # The first pass of a model does more than others.
+                scorer.passes.run_pass(sample_gradients, *probes[0], None, [])
+            for shape, (inputs, labels) in zip(PROBE_SHAPES, probes, strict=True):
                 with AllocationTrace(scorer.device.type) as trace:
-                    scorer.run_pass(sample_gradients, inputs, labels, buffer, range(shape.num_rows))
+                    scorer.passes.run_pass(sample_gradients, inputs, labels, buffer, range(shape.num_rows))
                 traces.append(trace)
     except Exception as error:
         # The rows are made up, and the plan is a courtesy: what is wrong with the model shows on real rows.
         logger.debug("SPICE: what scoring takes could not be measured: %s", error)
         return None
-    return PassMemory(PROBE_SHAPES, traces)
+    chunk = LabelChunk(*head.chunk) if head is not None and head.is_plain else None
+    return PassMemory(PROBE_SHAPES, traces, chunk=chunk)
 
 
 def _make_up(rows: Sequence[CandidateRow], shape: PassShape, *, padded: bool) -> list[CandidateRow]:

@@ -9,7 +9,7 @@ Axes: N candidates, K picked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.fisher import InformationMeasure, build_information
 from spice_trainer.gram import scaled_alpha
 from spice_trainer.pool_scores import PoolScores
+from spice_trainer.prefilter import WholePool
 from spice_trainer.selection import Selection, greedy
 
 
@@ -39,6 +40,7 @@ class PoolSelection:
         nonfinite (`tuple[int, ...]`): Dataset rows whose gradient is not finite.
         zero (`tuple[int, ...]`): Dataset rows whose gradient is zero.
         out_of_memory (`tuple[int, ...]`): Dataset rows that did not fit into memory alone, whose gradient is unknown.
+        filtered (`tuple[int, ...]`): Dataset rows that were dropped by their loss, whose gradient is unknown.
     """
 
     candidates: tuple[int, ...]
@@ -55,6 +57,7 @@ class PoolSelection:
     nonfinite: tuple[int, ...]
     zero: tuple[int, ...]
     out_of_memory: tuple[int, ...] = ()
+    filtered: tuple[int, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -130,7 +133,7 @@ def select_pool(scores: PoolScores, num_selected: int, config: SpiceConfig) -> P
     # A stable sort: candidates of equal norm go by pool position, as ties in the selection do.
     top_norm = torch.argsort(norms, descending=True, stable=True)[: len(picked)].tolist()
     top_norm_measure = measure()
-    return PoolSelection(
+    pool = PoolSelection(
         candidates=scores.candidates,
         selection=selection,
         gradient_norms=tuple(float(scores.gradient_norms[position]) for position in picked),
@@ -146,6 +149,31 @@ def select_pool(scores: PoolScores, num_selected: int, config: SpiceConfig) -> P
         zero=_rows(scores, scores.finite & ~scores.nonzero),
         out_of_memory=_rows(scores, scores.out_of_memory),
     )
+    return pool if scores.whole is None else _within(pool, scores.whole)
+
+
+def _within(part: PoolSelection, whole: WholePool) -> PoolSelection:
+    """The same picks as those of the pool that the scored candidates were left of."""
+    places = whole.kept
+    picked = replace(part.selection, indices=tuple(places[position] for position in part.selection.indices))
+    return replace(
+        part,
+        candidates=whole.candidates,
+        selection=picked,
+        top_norm=tuple(places[position] for position in part.top_norm),
+        without_conflict=tuple(places[position] for position in part.without_conflict),
+        tokens_pool=sum(whole.label_tokens) / len(whole.label_tokens),
+        num_tokens_pool=sum(whole.num_tokens),
+        nonfinite=_in_pool_order(whole, part.nonfinite, whole.nonfinite),
+        zero=_in_pool_order(whole, part.zero, whole.zero),
+        out_of_memory=_in_pool_order(whole, part.out_of_memory, whole.out_of_memory),
+        filtered=whole.filtered,
+    )
+
+
+def _in_pool_order(whole: WholePool, *groups: tuple[int, ...]) -> tuple[int, ...]:
+    rows = {row for group in groups for row in group}
+    return tuple(row for row in whole.candidates if row in rows)
 
 
 def _rows(scores: PoolScores, mask: torch.Tensor) -> tuple[int, ...]:

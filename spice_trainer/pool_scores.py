@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.gram import measure_rows, normalization_weights, normalized_gram
+from spice_trainer.prefilter import WholePool
 from spice_trainer.rows import RowShape
 
 
@@ -39,6 +40,8 @@ class PoolScores:
             that need coordinates.
         row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
             gradients.
+        whole ([`~spice_trainer.prefilter.WholePool`], *optional*): The pool that these candidates were left of, if
+            others were dropped before.
     """
 
     pool: int
@@ -53,6 +56,7 @@ class PoolScores:
     out_of_memory: Bool[Tensor, "N"]
     gradients: Float[Tensor, "N D"] | None = None
     row_weights: Float64[Tensor, "N"] | None = None
+    whole: WholePool | None = None
 
 
 def measure_pool(

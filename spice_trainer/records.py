@@ -223,6 +223,7 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "nonfinite": pool.nonfinite,
             "zero": pool.zero,
             "out_of_memory": pool.out_of_memory,
+            "filtered": pool.filtered,
             "stopped_early": picks.stopped_early,
         }
 

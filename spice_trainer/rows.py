@@ -9,7 +9,7 @@ Axes: N samples, S tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,33 @@ def sample_rows(
     indices = [position * len(dataset) // number for position in range(number)]
     with preserved_random_state(device):
         return [collate_row(index, dataset[index], collate) for index in indices]
+
+
+def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:
+    """Cuts a row off behind its first label tokens. In a causal model they do not depend on what follows.
+
+    Args:
+        row ([`CandidateRow`]): A row.
+        num_label_tokens (`int`): How many label tokens stay, at most.
+
+    Returns:
+        [`CandidateRow`]: With the whole row's `num_label_tokens`, which its gradient is weighted by. A row with inputs
+        other than token sequences keeps them and loses labels alone.
+    """
+    places = (row.labels[0, 1:] != -100).nonzero()[:, 0] + 1
+    if len(places) <= num_label_tokens:
+        return row
+    stop = int(places[num_label_tokens - 1]) + 1
+    if not row.can_be_padded:
+        labels = row.labels.clone()
+        labels[:, stop:] = -100
+        return replace(row, labels=labels)
+    return replace(
+        row,
+        inputs={key: value[:, :stop] for key, value in row.inputs.items()},
+        labels=row.labels[:, :stop],
+        num_tokens=stop,
+    )
 
 
 def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, "N S"]]:

@@ -6,8 +6,8 @@ exactly or as a sketch, then per pool the normalised Gram matrix K_xy = c_x c_y 
 ones are scored in as many pools at a time as fit.
 
 With several processes each scores a share of the candidates (module `sharing`), and the features go to the one that
-measures the pool (module `features`). Only [`GradientScorer.compute`] runs the model, and it talks to no other process
-but for sharded weights: a proxy's can run beside the target's training.
+measures the pool (module `features`). Only the passes run the model (module `passes`), and they talk to no other
+process but for sharded weights: a proxy's can run beside the target's training.
 
 Axes: N candidates of a pool, T pools, S tokens, D gradient dimension, m features kept per candidate.
 """
@@ -16,23 +16,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.features import DiscardedGradients, FeatureBuffer, send_to_owners
-from spice_trainer.gradients import SampleGradients, trainable_size
+from spice_trainer.features import FeatureBuffer, send_to_owners
 from spice_trainer.kernels import rows_influence_each_other
-from spice_trainer.out_of_memory import TokenBudget, explained, features_error, lockstep_error
+from spice_trainer.out_of_memory import TokenBudget
+from spice_trainer.passes import ScoringPasses
 from spice_trainer.pool_scores import PoolScores, measure_pool
+from spice_trainer.prefilter import WholePool, filter_by_loss
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
-from spice_trainer.row_checks import check_token_ids, naming_rows, vocabulary_sizes
-from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, pad_rows
+from spice_trainer.row_checks import check_token_ids, vocabulary_sizes
+from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.scored_modules import choose_modules
 from spice_trainer.sharing import SharedCandidates, share_candidates
-from spice_trainer.sketch import GradientSketch
 
 # A process holds features of several pools together up to this size; one pool is always held.
 FEATURE_BUFFER_BYTES = 2**30
@@ -46,7 +48,7 @@ class GradientScorer:
         get_model (`Callable[[], torch.nn.Module]`):
             Gives the model to score with at the moment of scoring, unwrapped from DDP or DeepSpeed.
         modules (`Mapping[str, torch.nn.Linear]`):
-            Its trainable LoRA layers.
+            Its trainable LoRA layers, among which the settings may choose.
         dataset (`Any`):
             Training rows by index.
         collate (`Callable`):
@@ -74,37 +76,41 @@ class GradientScorer:
         processes: Processes | None = None,
     ) -> None:
         self.get_model = get_model
-        self.modules = dict(modules)
+        self.modules = choose_modules(
+            modules, layers=config.scoring_layers, target_modules=config.scoring_target_modules
+        )
         self.dataset = dataset
         self.collate = collate
         self.gradient_normalization = config.gradient_normalization
         self.tokens_per_batch = config.scoring_tokens_per_batch
-        # What fits may be less; that is this process's own affair, the shared plan stays as it is.
-        self.budget = TokenBudget(config.scoring_tokens_per_batch)
+        self.max_label_tokens = config.scoring_max_tokens
+        self.prefilter = config.scoring_prefilter
         # Measures other than the exact one need the gradients' coordinates, not only their inner products.
         self.keep_gradients = config.information != "exact"
         self.processes = processes if processes is not None else Processes()
-        self._autocast = autocast
         self.vocabulary = vocabulary_sizes(get_model())
-        self._sizes = [trainable_size(module) for module in self.modules.values()]
-        self.dimension = sum(self._sizes)
-        sketch_dim = config.resolve_sketch_dim()
-        self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
-        self._seed = seed
-        self._sketch: GradientSketch | None = None
-
-    @property
-    def num_features(self) -> int:
-        """Numbers kept per candidate: `sketch_dim`, or D when exact."""
-        return self.sketch_dim or self.dimension
+        self.passes = ScoringPasses(
+            get_model,
+            self.modules,
+            sketch_dim=config.resolve_sketch_dim(),
+            tokens_per_batch=self.tokens_per_batch,
+            seed=seed,
+            autocast=autocast,
+            processes=self.processes,
+        )
+        self.dimension = self.passes.dimension
+        self.sketch_dim = self.passes.sketch_dim
+        self.num_features = self.passes.num_features
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs, and where the features live."""
-        if self.processes.lockstep:
-            # Sharded weights may rest on the CPU (offload); the wrapper computes here.
-            return self.processes.device
-        return input_device(self.get_model())
+        return self.passes.device
+
+    @property
+    def budget(self) -> TokenBudget:
+        """Tokens of a pass that fit into this process's memory."""
+        return self.passes.budget
 
     def feature_bytes(self, num_pools: int, num_rows: int) -> int:
         """Most bytes of features that a process holds for some pools of `num_rows` candidates together."""
@@ -150,8 +156,12 @@ class GradientScorer:
                 # With sharded weights the others are inside a forward's collective: only the launcher can end them.
                 together = nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
                 with together:
+                    whole, shared = self._filter(shared)
                     buffer = self.compute(shared, report)
-            yield from self.measure(shared, buffer)
+            for scores in self.measure(shared, buffer):
+                yield replace(scores, whole=whole.get(scores.pool))
+                # It may hold the features, and must be gone before those of the next pools come.
+                del scores
             # Not held beside the next group's.
             del shared, buffer
             done += num_rows
@@ -166,79 +176,29 @@ class GradientScorer:
         )
 
     def compute(self, shared: SharedCandidates, report: Callable[[float], None] | None = None) -> FeatureBuffer:
-        """Runs this process's micro-batches. No collective but those of sharded weights; draws nothing.
+        """Features of what falls to this process; see [`~spice_trainer.passes.ScoringPasses.compute_features`]."""
+        return self.passes.compute_features(shared, report)
 
-        Where memory runs out a micro-batch is halved, and so are later ones; a row that does not fit alone is marked.
+    def compute_losses(self, shared: SharedCandidates) -> dict[int, float | None]:
+        """Losses of all candidates that have label tokens, by position. A collective."""
+        found = self.processes.gather(self.passes.compute_losses(shared))
+        return {position: loss for part in found for position, loss in part.items()}
 
-        Args:
-            shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
-            report (`Callable[[float], None]`, *optional*): Told the share that is done.
-
-        Returns:
-            [`~spice_trainer.features.FeatureBuffer`]: Features of what this process scored.
-
-        Raises:
-            RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
-        """
-        buffer = self.new_buffer(len(shared.held))
-        places = {position: place for place, position in enumerate(shared.held)}
-        num_rows, done, report = sum(map(len, shared.batches)), 0, report or (lambda share: None)
-        if not shared.batches:
-            report(1.0)
-        with SampleGradients(
-            self.get_model(), self.modules, can_repeat=not self.processes.lockstep
-        ) as sample_gradients:
-            for number, batch in enumerate(shared.batches):
-                rows = [shared.rows[position] for position in batch]
-                if number < shared.num_kept:
-                    self._score_batch(sample_gradients, rows, buffer, [places[position] for position in batch])
-                else:
-                    self.run_pass(sample_gradients, *pad_rows(rows), None, [])
-                done += len(batch)
-                report(done / num_rows)
-        return buffer
-
-    def new_buffer(self, num_rows: int) -> FeatureBuffer:
-        """Room for the features of some candidates."""
-        device = self.device
-        with explained(features_error(num_rows, self.num_features)):
-            if self.sketch_dim and self._sketch is None:
-                self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
-            return FeatureBuffer(num_rows, self._sizes, self._sketch, device)
-
-    def _score_batch(
-        self, sample_gradients: SampleGradients, rows: list[CandidateRow], buffer: FeatureBuffer, places: list[int]
-    ) -> None:
-        def attempt(part: range) -> None:
-            where = slice(part.start, part.stop)
-            with naming_rows(rows[where], self.get_model()):
-                self.run_pass(sample_gradients, *pad_rows(rows[where]), buffer, places[where])
-
-        lengths = [row.num_tokens for row in rows]
-        if self.processes.lockstep and self.processes.world_size > 1:
-            with explained(lockstep_error(len(rows), max(lengths))):
-                return attempt(range(len(rows)))
-        for position in self.budget.run(lengths, attempt):
-            buffer.leave_out(places[position])
-            self.budget.leave_out(rows[position].index, rows[position].num_tokens)
-
-    def run_pass(
-        self,
-        sample_gradients: SampleGradients,
-        inputs: Mapping[str, Any],
-        labels: Tensor,
-        buffer: FeatureBuffer | None,
-        places: Sequence[int],
-    ) -> None:
-        """One forward and backward of padded rows. Their features go to `places` of the buffer, if there is one."""
-        device = self.device
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        if buffer is not None:
-            buffer.begin(places)
-        with self._autocast() if self._autocast is not None else nullcontext():
-            losses = sample_gradients.compute(inputs, labels.to(device), buffer or DiscardedGradients())
-        if buffer is not None:
-            buffer.finish(losses)
+    def _filter(self, shared: SharedCandidates) -> tuple[dict[int, WholePool], SharedCandidates]:
+        """Drops candidates by their loss, if that is asked for, and shares the others anew. A collective then."""
+        if self.prefilter is None:
+            return {}, shared
+        whole = filter_by_loss(
+            shared,
+            self.compute_losses(shared),
+            share=self.prefilter,
+            gradient_normalization=self.gradient_normalization,
+        )
+        kept = {
+            pool: tuple(candidates[place] for place in whole[pool].kept) if pool in whole else candidates
+            for pool, candidates in shared.pools.items()
+        }
+        return whole, self.share(kept)
 
     def measure(self, shared: SharedCandidates, buffer: FeatureBuffer) -> Iterator[PoolScores]:
         """Brings features to the pools' owners, and measures the pools owned here. A collective.
@@ -279,7 +239,11 @@ class GradientScorer:
         rows = fetch_rows(self.dataset, indices)
         collated = [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
         check_token_ids(collated, self.vocabulary)
-        return collated
+        return [self.shorten(row) for row in collated]
+
+    def shorten(self, row: CandidateRow) -> CandidateRow:
+        """What of a row is scored."""
+        return row if self.max_label_tokens is None else keep_first_labels(row, self.max_label_tokens)
 
     def group_pools(self, pools: Sequence[Sequence[int]]) -> Iterator[dict[int, tuple[int, ...]]]:
         """Groups a step's pools into as many as are scored together."""
@@ -292,9 +256,3 @@ class GradientScorer:
             group[pool] = tuple(rows)
         if group:
             yield group
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids: the device of its input embedding."""
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))

@@ -1,7 +1,7 @@
 """Settings of how candidates are scored: what of a gradient is computed, on what of a row, and what of it is kept.
 
-Scoring all rows in full is the floor of the exact method. What goes below it computes less: the last layers alone, some
-of the modules, the first label tokens, the rows of largest loss.
+Scoring all rows in full is the floor of the exact method. What goes below it computes less: the last layers alone,
+some of the modules, the first label tokens, the rows of largest loss.
 """
 
 from __future__ import annotations

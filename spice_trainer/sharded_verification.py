@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients import forward_parameters, sample_losses, trainable_bias
+from spice_trainer.adapters import forward_parameters
 from spice_trainer.kernels import training_flag_for_scoring, uncompiled
+from spice_trainer.label_losses import sample_losses
+from spice_trainer.layer_gradients import trainable_bias
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow
 from spice_trainer.verification import batched_gradients, compare_layers, move_batch, rounding_tolerance

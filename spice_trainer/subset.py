@@ -25,11 +25,11 @@ from spice_trainer.field_checks import whole_number
 from spice_trainer.fingerprints import describe_model, fingerprint_dataset
 from spice_trainer.logs import logger, show_messages
 from spice_trainer.manifest import MANIFEST_FILE, SubsetManifest
+from spice_trainer.passes import input_device
 from spice_trainer.pools import build_schedule
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.sampler import SpiceSampler
-from spice_trainer.scoring import input_device
 from spice_trainer.subset_rows import check_selection, read_rows
 from spice_trainer.subset_run import SubsetRun
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from spice_trainer.gradients import SampleGradients, forward_parameters, sample_losses, trainable_bias
+from spice_trainer.adapters import forward_parameters
+from spice_trainer.gradients import SampleGradients
 from spice_trainer.kernels import rows_influence_each_other, training_flag_for_scoring, uncompiled
+from spice_trainer.label_losses import sample_losses
+from spice_trainer.layer_gradients import trainable_bias
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import CandidateRow, pad_rows
 

@@ -43,7 +43,7 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "scoring_layers": ([None, 1, 10, 1000], {}),
     "scoring_target_modules": ([None, ["q_proj"], ["q_proj", "mlp.down_proj"]], {}),
     "scoring_max_tokens": ([None, 1, 64], {}),
-    "scoring_prefilter": ([None, 1e-9, 0.25, 0.999], {}),
+    "scoring_prefilter": ([None, 0.1, 0.25, 0.999], {}),
     "proxy_model_name_or_path": ([None, "org/model", "./folder"], {}),
     "proxy_learning_rate": ([0.0, 1e-5, 2e-4], {}),
     "proxy_update_every": ([1, 5, 50], {}),
@@ -357,6 +357,21 @@ def test_prefilter_beside_training():
         "SpiceConfig: scoring_prefilter=0.5 with overlap_scoring=True: the filter needs the losses of every process, "
         "which cannot talk to each other while the step before trains. Fix: leave one of the two out."
     )
+
+
+def test_prefilter_beside_a_check_of_the_proxy():
+    assert error_of(scoring_prefilter=0.5, proxy_check_pools=2) == (
+        "SpiceConfig: scoring_prefilter=0.5 with proxy_check_pools=2: the proxy and the target would each drop other "
+        "candidates, so their scores could not be compared. Fix: leave one of the two out."
+    )
+
+
+def test_prefilter_that_leaves_too_few():
+    assert error_of(scoring_prefilter=0.09) == (
+        "SpiceConfig: scoring_prefilter=0.09 of pool_size=120 is fewer candidates than num_selected=12. "
+        "Fix: set scoring_prefilter to at least 0.1."
+    )
+    SpiceConfig(scoring_prefilter=0.1), SpiceConfig(scoring_prefilter=0.092, pool_size=120)
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])

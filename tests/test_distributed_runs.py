@@ -60,6 +60,23 @@ def test_adaptive_stopping(config: str, tmp_path: Path) -> None:
     assert trained_indices(tmp_path / "two" / "trained") == picks
 
 
+# What computes less than whole gradients: two forwards of different rows a step, and a backward that ends early.
+PARTIAL = {"scoring_layers": 1, "scoring_max_tokens": 3, "scoring_prefilter": 0.6}
+
+
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2", "deepspeed_zero3"])
+def test_scoring_less(config: str, tmp_path: Path) -> None:
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "whole").train()
+    setting.single_trainer(folder, tmp_path / "one", spice=PARTIAL).train()
+    picks = trained_indices(tmp_path / "one")
+    assert picks != trained_indices(tmp_path / "whole")
+    heard = train_on_two(config, tmp_path / "two", f"model={folder}", f"spice={json.dumps(PARTIAL)}")
+    assert heard == picks
+
+
 def test_a_fresh_adapter(tmp_path: Path) -> None:
     # B is zero, so the gradients of A are too until the first update.
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0, randomize=False)

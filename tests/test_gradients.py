@@ -11,7 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gradients import SampleGradients, module_gradients, sample_losses, trainable_size
+from spice_trainer.gradients import SampleGradients
+from spice_trainer.label_losses import sample_losses
+from spice_trainer.layer_gradients import module_gradients, trainable_size
 
 from .gradient_loop import (
     CollectingSink,

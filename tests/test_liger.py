@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from spice_trainer.gradients import sample_losses
 from spice_trainer.kernels import changes_when_training_begins
+from spice_trainer.label_losses import sample_losses
 
 LIGER_FORWARD = "liger_kernel.transformers.model.llama"
 needs_liger = pytest.mark.skipif(

@@ -89,9 +89,9 @@ def _made_up_pass(scorer: GradientScorer, shape: PassShape, *, padded: bool) -> 
     columns = (labels[:, 1:] != -100).any(0).sum()
     assert (len(labels), labels.shape[1], columns) == (shape.num_rows, shape.num_tokens, shape.num_columns)
     assert (labels[:, 1:] != -100).sum() == shape.num_label_tokens
-    buffer = scorer.new_buffer(shape.num_rows)
+    buffer = scorer.passes.new_buffer(shape.num_rows)
     with SampleGradients(scorer.get_model(), scorer.modules) as gradients:
-        return peak_bytes(lambda: scorer.run_pass(gradients, inputs, labels, buffer, range(shape.num_rows)))
+        return peak_bytes(lambda: scorer.passes.run_pass(gradients, inputs, labels, buffer, range(shape.num_rows)))
 
 
 SHAPES = [PassShape(2, 24, 5, 8), PassShape(8, 48, 19, 100), PassShape(3, 60, 50, 140), PassShape(6, 50, 4, 20)]

@@ -259,7 +259,7 @@ def test_with_sharded_weights_the_error_names_the_setting() -> None:
     sharded = Processes(rank=0, world_size=2, device=torch.device("cpu"), lockstep=True)
     scorer = _scorer(model)
     shared = scorer.share(dict(enumerate(map(tuple, POOLS))))
-    scorer.processes = sharded
+    scorer.passes.processes = sharded
     with pytest.raises(RuntimeError, match=r"weights are sharded \(FSDP, ZeRO-3\).*Set scoring_tokens_per_batch=\d+ "):
         scorer.compute(shared)
     # A Trainer that lowers its batch size when memory runs out must not take this for a reason to.
@@ -274,7 +274,7 @@ def test_no_memory_for_the_features_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise CUDA
 
-    monkeypatch.setattr("spice_trainer.scoring.FeatureBuffer", fail)
+    monkeypatch.setattr("spice_trainer.passes.FeatureBuffer", fail)
     with pytest.raises(
         RuntimeError, match=r"gradient features of 24 candidates, [\d,]+ numbers each .*smaller sketch"
     ):

@@ -35,7 +35,7 @@ FIELDS = {
     "pools": [
         "step", "epoch", "pool", "candidates", "num_selected", "gain_first", "gain_last", "information",
         "information_top_norm", "overlap_top_norm", "changed_by_conflict", "tokens_pool", "tokens_selected", "alpha",
-        "nonfinite", "zero", "out_of_memory", "stopped_early",
+        "nonfinite", "zero", "out_of_memory", "filtered", "stopped_early",
     ],
     "trained": ["step", "epoch", "indices"],
     "costs": [

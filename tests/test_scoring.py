@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spice_trainer.passes
 import spice_trainer.scoring
 from spice_trainer.adapters import find_lora_modules
 from spice_trainer.config import SpiceConfig
@@ -136,7 +137,7 @@ def test_pools_are_scored_in_as_many_at_a_time_as_fit(
             held.append(num_rows)
             super().__init__(num_rows, *args)
 
-    monkeypatch.setattr(spice_trainer.scoring, "FeatureBuffer", CountingBuffer)
+    monkeypatch.setattr(spice_trainer.passes, "FeatureBuffer", CountingBuffer)
     monkeypatch.setattr(spice_trainer.scoring, "FEATURE_BUFFER_BYTES", buffer_bytes * scorer.num_features * 4)
     found = list(scorer.score(POOLS))
     assert held == groups
@@ -154,6 +155,8 @@ def test_rows_without_labels_and_rows_that_are_not_finite() -> None:
     _, expected = _autograd(model, [3, 5, 9], rows)
     with torch.no_grad():
         model.get_input_embeddings().weight[poison] = float("inf")
+    # The model's head is looked at once.
+    list(_scorer(model, rows).score(POOLS[1:2]))
     calls: list[Tensor] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True)
     for settings in ({}, {"sketch_dim": 64}, {"gradient_normalization": "unit"}):

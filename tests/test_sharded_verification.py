@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import spice_trainer.gradients
 from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gradients import module_gradients
+from spice_trainer.layer_gradients import module_gradients
 from spice_trainer.rows import collate_row
 from spice_trainer.sharded_verification import verify_directions
 from spice_trainer.verification import GradientMismatchError

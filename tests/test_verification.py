@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import spice_trainer.gradients
 from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gradients import module_gradients
+from spice_trainer.layer_gradients import module_gradients
 from spice_trainer.rows import CandidateRow, collate_row
 from spice_trainer.verification import GradientMismatchError, verify_gradients
 

@@ -43,7 +43,8 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gradients import SampleGradients, trainable_size
+from spice_trainer.gradients import SampleGradients
+from spice_trainer.layer_gradients import trainable_size
 from spice_trainer.sketch import GradientSketch
 
 from .fidelity import compare_pool, summarize
