@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args
 from spice_trainer.field_checks import one_of, real_number, whole_number
 from spice_trainer.proxy_options import ProxyOptions
 from spice_trainer.scoring_options import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, ScoringOptions
+from spice_trainer.strategy_options import StrategyOptions
 
 AlphaScaling = Literal["fixed", "pool"]
-ConflictReference = Literal["selected", "candidates"]
+ConflictReference = Literal["selected", "candidates", "pool"]
 Information = Literal["exact", "diagonal", "adafisher"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 
@@ -27,7 +28,7 @@ __all__ = ["DEFAULT_SKETCH_DIM", "MIN_SKETCH_DIM", "SpiceConfig"]
 
 
 @dataclass
-class SpiceConfig(ScoringOptions, ProxyOptions):
+class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
     r"""Configuration class for SPICE, the selection of training samples by Fisher information and gradient conflict.
 
     Using [`~transformers.HfArgumentParser`] or [`~trl.TrlParser`] we can turn this class into command line arguments
@@ -59,7 +60,8 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
             Weight of the conflict in the score [λ]. 0 selects by Fisher information alone.
         conflict_reference (`str`, *optional*, defaults to `"selected"`):
             The mean gradient that a candidate may oppose [ḡ]: of the samples already picked from the pool
-            (`"selected"`), or of the candidates not yet picked (`"candidates"`).
+            (`"selected"`), of the candidates not yet picked (`"candidates"`), or of all candidates (`"pool"`), which
+            training on the whole pool would follow.
         information (`str`, *optional*, defaults to `"exact"`):
             Measure of information [F]: the log-determinant (`"exact"`), its diagonal approximation (`"diagonal"`), or
             the gain of the released code (`"adafisher"`), which ranks almost as the gradient norm does.
@@ -77,8 +79,8 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
         tie_tolerance (`float`, *optional*, defaults to `1e-6`):
             Scores this close to the best one, relative to it, are tied and go to the earlier candidate. 0 is strict.
 
-        > Parameters that control the scoring are those of [`ScoringOptions`], and a proxy's those of
-        [`ProxyOptions`].
+        > Parameters that choose the rule are those of [`StrategyOptions`], those that control the scoring are of
+        [`ScoringOptions`], and a proxy's of [`ProxyOptions`].
     """
 
     pool_size: int = field(default=120, metadata={"help": "Number of candidates in a pool [N]."})
@@ -103,7 +105,7 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
     conflict_penalty: float = field(default=0.1, metadata={"help": "Weight of the conflict in the score [lambda]."})
     conflict_reference: ConflictReference = field(
         default="selected",
-        metadata={"help": "Mean gradient a candidate may oppose: of the picked samples or of the open candidates."},
+        metadata={"help": "Mean gradient a candidate may oppose: of picked samples, open candidates, or the pool."},
     )
     information: Information = field(default="exact", metadata={"help": "Measure of information [F]."})
     gradient_normalization: GradientNormalization = field(
@@ -159,6 +161,7 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
         one_of("SpiceConfig", "gradient_normalization", self.gradient_normalization, get_args(GradientNormalization))
         self.check_scoring_options(self.information)
         self.check_proxy_options()
+        self.check_strategy_options(vars(self))
         self._check_prefilter()
 
         if self.is_adaptive and self.pools_per_step is None:
@@ -193,6 +196,8 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
             gradient_normalization="none",
             stop_ratio=0.5 if adaptive else None,
             selection_epochs=1,
+            strategy="spice",
+            gradient_centering=False,
             sketch_dim=0,
         )
 
@@ -206,8 +211,11 @@ class SpiceConfig(ScoringOptions, ProxyOptions):
 
         Returns:
             `int`: `sketch_dim` itself if given, else the default for this `information`. 0 means the exact gradient,
-            and so does any number that is at least the gradient's own.
+            and so does any number that is at least the gradient's own. The smallest where the `strategy` asks for
+            norms alone, which are exact whatever is kept.
         """
+        if not self.takes_gram and self.strategy != "less":
+            return MIN_SKETCH_DIM
         if self.sketch_dim is not None and self.sketch_dim >= 0:
             return self.sketch_dim
         return DEFAULT_SKETCH_DIM if self.information == "exact" else 0

@@ -72,14 +72,16 @@ def _fill(
     """One chunk. Its logits are gone before those of the next come."""
     logits = nn.functional.linear(hidden, weight, bias)
     dtype, logits = logits.dtype, logits.float()
-    norms = torch.logsumexp(logits, dim=-1, keepdim=True)
-    places = targets[:, None]
-    losses.copy_((norms - logits.gather(1, places)).squeeze(1))
+    largest, places = logits.amax(dim=-1, keepdim=True), targets[:, None]
+    picked = logits.gather(1, places) - largest
+    # In place throughout, one buffer of logits: `logsumexp` would take another inside.
+    exponentials = logits.sub_(largest).exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    losses.copy_((sums.log() - picked).squeeze(1))
     if gradients is None:
         return
-    # In place: logits become softmax − one-hot.
-    errors = logits.sub_(norms).exp_()
-    errors.scatter_add_(1, places, torch.full_like(norms, -1.0))
+    errors = exponentials.div_(sums)
+    errors.scatter_add_(1, places, torch.full_like(sums, -1.0))
     gradients.copy_(errors.to(dtype) @ weight.to(dtype))
 
 

@@ -118,11 +118,14 @@ class ScoringPasses:
         self._run(shared, run, buffer.leave_out, report)
         return buffer
 
-    def compute_losses(self, shared: SharedCandidates) -> dict[int, float | None]:
+    def compute_losses(
+        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+    ) -> dict[int, float | None]:
         """Runs forwards alone.
 
         Args:
             shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
+            report (`Callable[[float], None]`, *optional*): Told the share that is done.
 
         Returns:
             `dict[int, float]`: Mean negative log-likelihood of the label tokens of each candidate that this process
@@ -143,7 +146,7 @@ class ScoringPasses:
         def leave_out(place: int) -> None:
             losses[place] = None
 
-        self._run(shared, run, leave_out, None)
+        self._run(shared, run, leave_out, report)
         scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
         return {position: loss for position, loss in zip(shared.held, losses, strict=True) if position in scored}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from spice_trainer.gram import measure_rows, normalization_weights, normalized_gram
 from spice_trainer.prefilter import WholePool
 from spice_trainer.rows import RowShape
+from spice_trainer.strategies.variants import centred_gram
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def measure_pool(
     losses: Float[Tensor, "N"],
     gradient_normalization: Literal["none", "sqrt_tokens", "tokens", "unit"],
     keep_gradients: bool,
+    gradient_centering: bool = False,
     out_of_memory: Bool[Tensor, "N"] | None = None,
 ) -> PoolScores:
     """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
@@ -82,6 +84,8 @@ def measure_pool(
         losses (`torch.Tensor` of shape `(N,)`): Their losses.
         gradient_normalization (`str`): See [`SpiceConfig`].
         keep_gradients (`bool`): Whether the features are kept for measures that need coordinates.
+        gradient_centering (`bool`, *optional*, defaults to `False`): Whether the mean of the sound normalised
+            gradients is taken off each. A pool of which that leaves nothing stays as it is.
         out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Candidates that did not fit into memory. Their
             features are zero.
 
@@ -96,10 +100,14 @@ def measure_pool(
     nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
     label_tokens = tuple(shape.num_label_tokens for shape in shapes)
     weights = normalization_weights(norms, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
+    gram = normalized_gram(geometry.cosines.cpu(), norms, weights, unit=gradient_normalization == "unit")
+    if gradient_centering:
+        centred = centred_gram(gram, nonzero)
+        gram = centred if bool(centred.diagonal().any()) else gram
     return PoolScores(
         pool=pool,
         candidates=tuple(candidates),
-        gram=normalized_gram(geometry.cosines.cpu(), norms, weights, unit=gradient_normalization == "unit"),
+        gram=gram,
         gradient_norms=norms,
         finite=finite,
         nonzero=nonzero,

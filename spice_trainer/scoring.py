@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.features import FeatureBuffer, send_to_owners
+from spice_trainer.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.kernels import rows_influence_each_other
 from spice_trainer.out_of_memory import TokenBudget
 from spice_trainer.passes import ScoringPasses
@@ -32,7 +32,7 @@ from spice_trainer.prefilter import WholePool, filter_by_loss
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.row_checks import check_token_ids, vocabulary_sizes
-from spice_trainer.rows import CandidateRow, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.rows import CandidateRow, RowShape, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.scored_modules import choose_modules
 from spice_trainer.sharing import SharedCandidates, share_candidates
 
@@ -82,12 +82,14 @@ class GradientScorer:
         self.dataset = dataset
         self.collate = collate
         self.gradient_normalization = config.gradient_normalization
+        self.gradient_centering = config.gradient_centering
         self.tokens_per_batch = config.scoring_tokens_per_batch
         self.max_label_tokens = config.scoring_max_tokens
         self.prefilter = config.scoring_prefilter
         # Measures other than the exact one need the gradients' coordinates, not only their inner products.
         self.keep_gradients = config.information != "exact"
         self.processes = processes if processes is not None else Processes()
+        self.seed = seed
         self.vocabulary = vocabulary_sizes(get_model())
         self.passes = ScoringPasses(
             get_model,
@@ -143,6 +145,26 @@ class GradientScorer:
         Yields:
             [`PoolScores`], one per pool that this process owns: with a single process every pool.
         """
+        for whole, shared, buffer in self.compute_groups(pools, progress=progress):
+            for scores in self.measure(shared, buffer):
+                yield replace(scores, whole=whole.get(scores.pool))
+                # It may hold the features, and must be gone before those of the next pools come.
+                del scores
+            # Not held beside the next group's.
+            del shared, buffer
+
+    def compute_groups(
+        self, pools: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[dict[int, WholePool], SharedCandidates, FeatureBuffer]]:
+        """Computes the features of as many pools at a time as fit. A collective.
+
+        Args:
+            pools (`Sequence[Sequence[int]]`): As for [`GradientScorer.score`].
+            progress (`Callable[[int, int], None]`, *optional*): As there.
+
+        Yields:
+            `tuple`: The pools of which candidates were dropped before, and what [`GradientScorer.measure`] takes.
+        """
         total, done = sum(map(len, pools)), 0
         for group in self.group_pools(pools):
             num_rows = sum(map(len, group.values()))
@@ -158,12 +180,8 @@ class GradientScorer:
                 with together:
                     whole, shared = self._filter(shared)
                     buffer = self.compute(shared, report)
-            for scores in self.measure(shared, buffer):
-                yield replace(scores, whole=whole.get(scores.pool))
-                # It may hold the features, and must be gone before those of the next pools come.
-                del scores
-            # Not held beside the next group's.
-            del shared, buffer
+            yield whole, shared, buffer
+            del whole, shared, buffer
             done += num_rows
 
     def share(self, pools: dict[int, tuple[int, ...]]) -> SharedCandidates:
@@ -210,25 +228,35 @@ class GradientScorer:
         Yields:
             [`~spice_trainer.pool_scores.PoolScores`]
         """
+        for pool, shapes, found in self.send(shared, buffer):
+            yield measure_pool(
+                found.features,
+                found.norms,
+                pool=pool,
+                candidates=shared.pools[pool],
+                shapes=shapes,
+                losses=found.losses,
+                gradient_normalization=self.gradient_normalization,
+                gradient_centering=self.gradient_centering,
+                keep_gradients=self.keep_gradients,
+                out_of_memory=found.out_of_memory,
+            )
+
+    def send(
+        self, shared: SharedCandidates, buffer: FeatureBuffer
+    ) -> Iterator[tuple[int, list[RowShape], OwnedFeatures]]:
+        """Brings features to the pools' owners. A collective.
+
+        Yields:
+            `tuple`: A pool that is owned here, its rows' lengths and their features.
+        """
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
         start = 0
         for pool, candidates in shared.pools.items():
             positions = range(start, start + len(candidates))
             start = positions.stop
-            if self.processes.owner(pool) != self.processes.rank:
-                continue
-            found = owned.take(positions)
-            yield measure_pool(
-                found.features,
-                found.norms,
-                pool=pool,
-                candidates=candidates,
-                shapes=[shared.shapes[position] for position in positions],
-                losses=found.losses,
-                gradient_normalization=self.gradient_normalization,
-                keep_gradients=self.keep_gradients,
-                out_of_memory=found.out_of_memory,
-            )
+            if self.processes.owner(pool) == self.processes.rank:
+                yield pool, list(shared.shapes[positions.start : positions.stop]), owned.take(positions)
 
     def collate_alone(self, indices: Sequence[int]) -> list[CandidateRow]:
         """Rows as the model that scores reads them, each collated alone, without a trace in the random states."""

@@ -2,8 +2,8 @@
 
     s(x|S) = Δ(x|S) − λ c(x|S),    c(x|S) = max(0, −cos(g_x, ḡ)),    cos = g·ḡ / (‖g‖‖ḡ‖ + 1e-8)
 
-Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of the
-candidates not yet picked). Conflicts come from the Gram matrix K alone, whatever the measure. Nothing here knows about
+Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of
+the candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure. Nothing here knows about
 models or trainers.
 
 Axes: N candidates, K picked, D gradient dimension.
@@ -29,7 +29,7 @@ from spice_trainer.fisher import (
 )
 from spice_trainer.gram import measure_rows, normalized_gram
 
-ConflictReference = Literal["selected", "candidates"]
+ConflictReference = Literal["selected", "candidates", "pool"]
 
 _COSINE_EPSILON = 1e-8
 
@@ -76,7 +76,8 @@ def select(
         fisher_alpha (`float`, *optional*, defaults to 1.0): α.
         conflict_penalty (`float`, *optional*, defaults to 0.1): λ; 0 leaves the information alone.
         conflict_reference (`str`, *optional*, defaults to "selected"): Whose mean gradient a conflict is against:
-            the samples already "selected" (no conflict for the first), or the sound "candidates" not yet picked.
+            the samples already "selected" (no conflict for the first), the sound "candidates" not yet picked, or
+            all sound candidates of the "pool".
         stop_ratio (`float`, *optional*): Stops before the first pick whose gain is at most this share of the
             first gain.
         min_gain (`float`, *optional*): Stops before the first pick whose gain is below this; may pick nothing at all.
@@ -130,7 +131,7 @@ def select_from_gradients(
         information (`str`, *optional*, defaults to "exact"): "exact", "diagonal" or "adafisher".
         fisher_alpha (`float`, *optional*, defaults to 1.0): α.
         conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
-        conflict_reference (`str`, *optional*, defaults to "selected"): "selected" or "candidates".
+        conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
         stop_ratio (`float`, *optional*): See [`select`].
         min_gain (`float`, *optional*): See [`select`].
         tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
@@ -182,7 +183,7 @@ def greedy(
         gram (`Tensor`): Inner products of the same N candidates, shape (N, N), for the conflicts.
         num_selected (`int`): K, the most samples to pick.
         conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
-        conflict_reference (`str`, *optional*, defaults to "selected"): "selected" or "candidates".
+        conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
         stop_ratio (`float`, *optional*): See [`select`].
         min_gain (`float`, *optional*): See [`select`].
         tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
@@ -201,13 +202,15 @@ def greedy(
     if measure.information != 0.0:
         raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
 
-    remaining = sound_rows(gram).nonzero().flatten().tolist()
+    everyone: list[int] = sound_rows(gram).nonzero().flatten().tolist()
+    remaining = list(everyone)
     indices: list[int] = []
     gains: list[float] = []
     conflicts: list[float] = []
     stopped_early = False
     while remaining and len(indices) < num_selected:
-        current = _conflicts(gram, indices if conflict_reference == "selected" else remaining)
+        references = {"selected": indices, "candidates": remaining, "pool": everyone}
+        current = _conflicts(gram, references[conflict_reference])
         first_gain = gains[0] if gains else None
         index, gain = _best(measure, remaining, current, conflict_penalty, first_gain, tie_tolerance)
         if min_gain is not None and gain < min_gain:

@@ -68,10 +68,7 @@ def share_candidates(
     """
     indices = [index for rows in pools.values() for index in rows]
     owners = [processes.owner(pool) for pool, rows in pools.items() for _ in rows]
-    positions = range(processes.rank, len(indices), processes.world_size)
-    with processes.failing_together("reading candidates"):
-        rows = dict(zip(positions, collate_rows([indices[position] for position in positions]), strict=True))
-    shapes = _interleave(processes.gather([rows[position].shape for position in positions]))
+    rows, shapes = read_shapes(indices, collate_rows, processes)
     scored = [position for position, shape in enumerate(shapes) if shape.num_label_tokens > 0]
     shares = [
         [[scored[place] for place in batch] for batch in share]
@@ -106,6 +103,28 @@ def share_candidates(
         num_kept=num_kept,
         rows={position: rows[position] for position in needed},
     )
+
+
+def read_shapes(
+    indices: Sequence[int], collate_rows: Callable[[Sequence[int]], list[CandidateRow]], processes: Processes
+) -> tuple[dict[int, CandidateRow], list[RowShape]]:
+    """Collates a W-th of some rows on each process, and tells all of them every row's lengths. A collective.
+
+    Args:
+        indices (`Sequence[int]`): Dataset rows.
+        collate_rows (`Callable`): Fetches and collates dataset rows, each alone.
+        processes ([`~spice_trainer.processes.Processes`]): Those that share the work.
+
+    Returns:
+        `tuple`: This process's rows by their position in `indices`, and the lengths of all rows.
+
+    Raises:
+        RuntimeError: If another process could not read its rows; with its error.
+    """
+    positions = range(processes.rank, len(indices), processes.world_size)
+    with processes.failing_together("reading candidates"):
+        rows = dict(zip(positions, collate_rows([indices[position] for position in positions]), strict=True))
+    return rows, _interleave(processes.gather([rows[position].shape for position in positions]))
 
 
 def _interleave(shares: Sequence[Sequence[RowShape]]) -> list[RowShape]:

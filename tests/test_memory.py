@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import spice_trainer.label_losses
 import spice_trainer.memory
 from spice_trainer import SpiceConfig
 from spice_trainer.adapters import find_lora_modules
@@ -23,7 +24,7 @@ from spice_trainer.processes import Processes
 from spice_trainer.rows import CandidateRow, pad_rows, sample_rows
 from spice_trainer.scoring import GradientScorer
 
-from .models import tiny_lora_model
+from .models import add_lora, tiny_lora_model, tiny_model
 from .peak_memory import peak_bytes
 from .traces import model_state, random_states
 from .trainers import collate, make_trainer, tiny_rows
@@ -111,6 +112,22 @@ def test_a_pass_of_any_shape_is_predicted(architecture: str, precision: str, pad
     assert memory is not None
     for shape in SHAPES:
         assert memory.peak(shape) == pytest.approx(_made_up_pass(scorer, shape, padded=padded), rel=0.1), shape
+
+
+def test_logits_of_a_chunk_alone_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary so large that the logits of 64 label tokens are most of what a pass holds."""
+    model = add_lora(tiny_model(vocab_size=4096))
+    monkeypatch.setattr(spice_trainer.label_losses, "CHUNK_NUMBERS", 64 * 4096)
+    scorer = _scorer(model)
+    memory = spice_trainer.memory._measure_passes(scorer, _sample(), padded=True)
+    assert memory is not None
+    shapes = [PassShape(3, 60, 50, 140), PassShape(8, 60, 30, 200)]
+    found = [_made_up_pass(scorer, shape, padded=True) for shape in shapes]
+    for shape, measured in zip(shapes, found, strict=True):
+        assert memory.peak(shape) == pytest.approx(measured, rel=0.1), shape
+    monkeypatch.undo()
+    together = [_made_up_pass(_scorer(model), shape, padded=True) for shape in shapes]
+    assert all(in_chunks < 0.7 * whole for in_chunks, whole in zip(found, together, strict=True))
 
 
 def test_the_probes_tell_every_quantity_apart() -> None:

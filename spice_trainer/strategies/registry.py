@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from spice_trainer.checks import check_alpha, check_choice, check_rules
 from spice_trainer.fisher import ExactInformation, InformationMeasure
@@ -23,20 +22,7 @@ from spice_trainer.strategies.ranking import (
     pick_random,
     pick_top_norm,
 )
-
-StrategyName = Literal[
-    "spice",
-    "fisher",
-    "random",
-    "top_norm",
-    "dpp",
-    "matching",
-    "facility_location",
-    "loss",
-    "perplexity",
-    "ifd",
-    "less",
-]
+from spice_trainer.strategy_options import NEEDS, StrategyName
 
 _WHAT = {
     "gram": "the Gram matrix of the candidates' gradients",
@@ -98,21 +84,20 @@ class Strategy:
         return self.needs_gradients or self.needs_losses
 
 
+# Those without a function maximise the Fisher information.
+_PICK: dict[StrategyName, Callable[[StrategyInputs, int, float], Picks]] = {
+    "random": pick_random,
+    "top_norm": pick_top_norm,
+    "dpp": pick_dpp,
+    "matching": pick_matching,
+    "facility_location": pick_facility_location,
+    "loss": pick_loss,
+    "perplexity": pick_perplexity,
+    "ifd": pick_ifd,
+    "less": pick_less,
+}
 STRATEGIES: dict[StrategyName, Strategy] = {
-    strategy.name: strategy
-    for strategy in (
-        Strategy("spice", ("gram",)),
-        Strategy("fisher", ("gram",)),
-        Strategy("random", ("seed", "step", "pool"), pick_random),
-        Strategy("top_norm", ("gradient_norms",), pick_top_norm),
-        Strategy("dpp", ("gram",), pick_dpp),
-        Strategy("matching", ("gram",), pick_matching),
-        Strategy("facility_location", ("gram",), pick_facility_location),
-        Strategy("loss", ("losses", "label_tokens"), pick_loss),
-        Strategy("perplexity", ("losses",), pick_perplexity),
-        Strategy("ifd", ("losses", "losses_without_instruction"), pick_ifd),
-        Strategy("less", ("gradient_norms", "alignment", "reference_norm"), pick_less),
-    )
+    name: Strategy(name, needs, _PICK.get(name)) for name, needs in NEEDS.items()
 }
 
 
