@@ -43,6 +43,7 @@ class FeatureBuffer:
         self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._batch = self._rows = torch.empty(0, dtype=torch.long, device=device)
         self._folded = torch.empty(0, device=device)
+        self._norms_by_module: list[Tensor] = []
 
     def begin(self, rows: Sequence[int]) -> None:
         """Announces which rows of the buffer the next micro-batch fills, in its order.
@@ -59,7 +60,7 @@ class FeatureBuffer:
 
     def _start(self, rows: Tensor) -> None:
         self._rows = rows
-        self._squared_norms[rows] = 0.0
+        self._norms_by_module = []
         if self._sketch is not None:
             self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
 
@@ -67,8 +68,8 @@ class FeatureBuffer:
         """Takes one module's sample gradients of the announced rows."""
         gradients = gradients.to(self.features.device)
         # float64 sums of squares: gradients of 1e-30 would vanish, and of 1e+30 overflow, when squared in float32.
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        self._squared_norms.index_add_(0, self._rows, norms.square())
+        # Put together at the end: on a GPU, launching small kernels for every module is what scoring could wait for.
+        self._norms_by_module.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
         if self._sketch is not None:
             self._sketch.fold_(self._folded, module_index, gradients)
         else:
@@ -81,6 +82,8 @@ class FeatureBuffer:
         self._store()
 
     def _store(self) -> None:
+        if self._norms_by_module:
+            self._squared_norms[self._rows] = torch.stack(self._norms_by_module).square_().sum(0)
         if self._sketch is not None:
             self.features[self._rows] = self._folded
 
