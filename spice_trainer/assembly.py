@@ -19,9 +19,10 @@ from spice_trainer.learning import AdapterLearner
 from spice_trainer.pools import PoolSchedule
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
-from spice_trainer.proxy_data import TargetRows, rows_for_proxy
+from spice_trainer.proxy_data import TargetRows, rows_for_proxy, shared_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.steps import StepSelector
+from spice_trainer.validation import ValidationRows
 
 
 def build_selector(
@@ -31,6 +32,7 @@ def build_selector(
     get_model: Callable[[], nn.Module],
     rows: TargetRows,
     proxy: ProxyModel | None = None,
+    validation: TargetRows | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     processes: Processes | None = None,
 ) -> StepSelector:
@@ -42,6 +44,8 @@ def build_selector(
         get_model (`Callable[[], torch.nn.Module]`): Gives the target, unwrapped from DDP or DeepSpeed.
         rows ([`~spice_trainer.proxy_data.TargetRows`]): The training rows as the target reads them.
         proxy ([`ProxyModel`], *optional*): Scores instead of the target.
+        validation ([`~spice_trainer.proxy_data.TargetRows`], *optional*): The validation rows as the target reads
+            them, which the strategy `less` compares candidates with.
         autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`], *optional*): Those that share the work.
 
@@ -50,9 +54,20 @@ def build_selector(
 
     Raises:
         ValueError: If what scores has no plain LoRA layers, the proxy cannot read the rows, or a setting needs a
-            proxy and there is none.
+            proxy or validation rows and there are none.
     """
     processes = processes if processes is not None else Processes()
+    if config.strategy == "less" and validation is None:
+        raise ValueError(
+            "SpiceConfig: strategy='less' compares candidates with a validation set, and there is none. Fix: give the "
+            "Trainer an eval_dataset with rows of what the model shall learn, pass `validation_dataset=` to "
+            "select_subset or SpiceSampler.bind, or choose another strategy."
+        )
+
+    def validation_of(read: Callable[[TargetRows], TargetRows]) -> ValidationRows | None:
+        if config.strategy != "less" or validation is None:
+            return None
+        return ValidationRows(read(validation), config.validation_rows)
 
     def score_with(
         get_scoring_model: Callable[[], nn.Module], rows: TargetRows, processes: Processes
@@ -76,7 +91,12 @@ def build_selector(
                     "weights of the moment, and there is nothing to compare or to run beside. Fix: pass "
                     "`proxy=ProxyModel(...)` to attach_spice, set proxy_model_name_or_path, or leave it out."
                 )
-        return StepSelector(score_with(get_model, rows, processes), config, shape=schedule.shape)
+        return StepSelector(
+            score_with(get_model, rows, processes),
+            config,
+            shape=schedule.shape,
+            validation=validation_of(lambda rows: rows),
+        )
 
     def build_target_scorer() -> GradientScorer:
         try:
@@ -112,5 +132,6 @@ def build_selector(
         shape=schedule.shape,
         learner=learner,
         update_every=proxy.update_every,
+        validation=validation_of(lambda rows: shared_rows(proxy, rows)),
         target_scorer=build_target_scorer() if config.proxy_check_pools > 0 else None,
     )

@@ -106,13 +106,14 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
     return verify_when_wrapped if not is_ready or changes else None
 
 
-def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any]) -> TargetRows:
-    """The training rows as the target reads them, with what a proxy of another tokenizer needs to read them itself.
+def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_dataset: Any) -> TargetRows:
+    """Rows as the target reads them, with what a proxy of another tokenizer needs to read them itself.
 
     Args:
         trainer (`transformers.Trainer`): The trainer.
         dataset (`Any`): Its tokenised rows, unused columns removed.
         collate (`Callable`): Its collator.
+        raw_dataset (`Any`): The same rows with all columns that the trainer was given.
 
     Returns:
         [`~spice_trainer.proxy_data.TargetRows`]
@@ -132,7 +133,7 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any]) -> Ta
         dataset,
         collate,
         processing_class=tokenizer,
-        raw_dataset=trainer.train_dataset,
+        raw_dataset=raw_dataset,
         tokenization=tokenization,
         vocab_size=vocabulary_size(trainer.model),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -34,6 +35,7 @@ def bind_sampler(
     drop_last: bool,
     seed: int,
     processing_class: Any,
+    validation_dataset: Any,
 ) -> DataLoader[Any]:
     """Does what [`SpiceSampler.bind`] says; its arguments and errors are described there.
 
@@ -61,6 +63,7 @@ def bind_sampler(
         get_model=lambda: model,
         rows=rows,
         proxy=sampler.proxy,
+        validation=None if validation_dataset is None else replace(rows, dataset=validation_dataset),
         autocast=None if accelerator is None else accelerator.autocast,
         processes=processes,
     )

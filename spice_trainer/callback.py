@@ -233,7 +233,9 @@ class SpiceCallback(TrainerCallback):
 
     def _ledger(self) -> CostLedger:
         # A proxy counts the candidates' tokens with its own tokenizer.
-        mean_row_tokens = None if self.sampler.proxy is None or self.plan is None else self.plan.mean_row_tokens
+        # So does nobody where nothing is scored.
+        is_counted = self.sampler.proxy is None and self.sampler.config.strategy != "random"
+        mean_row_tokens = None if is_counted or self.plan is None else self.plan.mean_row_tokens
         schedule = self.sampler.schedule
         return CostLedger.from_totals(
             self.totals,

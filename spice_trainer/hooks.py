@@ -170,8 +170,9 @@ class SpiceHooks:
                 "the number of LoRA layers": len(scorer.modules),
             },
         )
-        self._measures_memory = verify
-        if verify:
+        # Without a backward there is no gradient to verify, and no memory of one to measure.
+        self._measures_memory = verify and self.sampler.config.takes_gradients
+        if self._measures_memory:
             self._verify_later = verify_run(self.trainer, scorer, rows)
             if selector.target_scorer is not None:
                 target_rows = sample_rows(dataset, collate, device=device)

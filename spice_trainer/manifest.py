@@ -39,10 +39,11 @@ class SelectedRow:
         epoch (`int`): Epoch, from 0.
         pool (`int`): Pool within the step, from 0.
         order (`int`): Place within the pool's picks, from 0.
-        gain (`float`): Information that the pick added.
-        conflict (`float`): Its conflict with the picks before it.
-        score (`float`): Gain less the weighted conflict.
-        gradient_norm (`float`): Norm of its raw gradient.
+        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises; `None` where
+            it maximises nothing.
+        conflict (`float`, *optional*): Its conflict with the picks before it; `None` where it was not computed.
+        score (`float`, *optional*): Gain less the weighted conflict.
+        gradient_norm (`float`, *optional*): Norm of its raw gradient; `None` where it was not computed.
         label_tokens (`int`): Tokens that its loss counts.
     """
 
@@ -51,10 +52,10 @@ class SelectedRow:
     epoch: int
     pool: int
     order: int
-    gain: float
-    conflict: float
-    score: float
-    gradient_norm: float
+    gain: float | None
+    conflict: float | None
+    score: float | None
+    gradient_norm: float | None
     label_tokens: int
 
 

@@ -6,6 +6,7 @@ the window and the totals travel in the checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -22,7 +23,7 @@ def step_metrics(selection: StepSelection) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: Keys `spice/...`. A replayed step has `spice/trained_samples` only; values that need a pick
-        are left out of a step without any.
+        are left out of a step without any, and those that the strategy does not compute of every step.
     """
     metrics: dict[str, float] = {"spice/trained_samples": float(len(selection.indices))}
     if not selection.pools:
@@ -34,16 +35,21 @@ def step_metrics(selection: StepSelection) -> dict[str, float]:
     if not picked:
         return metrics
     conflicts = [conflict for pool in picked for conflict in pool.selection.conflicts]
-    return metrics | {
-        "spice/information": _mean([pool.selection.information for pool in picked]),
-        "spice/gain_first": _mean([pool.selection.gains[0] for pool in picked]),
-        "spice/gain_last": _mean([pool.selection.gains[-1] for pool in picked]),
-        "spice/conflict": _mean(conflicts),
-        "spice/conflict_rate": _mean([float(conflict > 0) for conflict in conflicts]),
-        "spice/overlap_top_norm": _mean([pool.overlap_top_norm or 0.0 for pool in picked]),
-        "spice/changed_by_conflict": _mean([float(pool.changed_by_conflict) for pool in picked]),
-        "spice/tokens_ratio": _mean([(pool.tokens_selected or 0.0) / max(pool.tokens_pool, 1e-9) for pool in picked]),
+    values: dict[str, list[float | None]] = {
+        "information": [pool.information for pool in picked],
+        "gain_first": [pool.selection.gains[0] for pool in picked],
+        "gain_last": [pool.selection.gains[-1] for pool in picked],
+        "conflict": [*conflicts],
+        "conflict_rate": [conflict if math.isnan(conflict) else float(conflict > 0) for conflict in conflicts],
+        "overlap_top_norm": [pool.overlap_top_norm for pool in picked],
+        "changed_by_conflict": [pool.changed_by_conflict for pool in picked],
+        "tokens_ratio": [(pool.tokens_selected or 0.0) / max(pool.tokens_pool, 1e-9) for pool in picked],
     }
+    known = {
+        f"spice/{name}": [float(value) for value in found if value is not None and not math.isnan(value)]
+        for name, found in values.items()
+    }
+    return metrics | {name: _mean(found) for name, found in known.items() if found}
 
 
 def transfer_metrics(selection: StepSelection) -> dict[str, float]:
@@ -120,6 +126,9 @@ class RunTotals:
     num_trained: int = 0
     num_in_top_norm: float = 0.0
     num_changed_by_conflict: int = 0
+    num_without_norms: int = 0
+    num_without_conflict: int = 0
+    num_pools_without_information: int = 0
     num_with_conflict: int = 0
     num_nonfinite: int = 0
     num_zero: int = 0
@@ -156,7 +165,10 @@ class RunTotals:
             self.num_candidates += len(pool.candidates)
             self.num_selected += picked
             self.num_in_top_norm += (pool.overlap_top_norm or 0.0) * picked
-            self.num_changed_by_conflict += pool.changed_by_conflict
+            self.num_without_norms += picked if pool.top_norm is None else 0
+            self.num_without_conflict += picked if pool.changed_by_conflict is None else 0
+            self.num_pools_without_information += pool.information is None
+            self.num_changed_by_conflict += pool.changed_by_conflict or 0
             self.num_with_conflict += sum(conflict > 0 for conflict in pool.selection.conflicts)
             self.num_nonfinite += len(pool.nonfinite)
             self.num_zero += len(pool.zero)
@@ -164,8 +176,8 @@ class RunTotals:
             self.num_stopped_early += pool.selection.stopped_early
             self.label_tokens_selected += sum(pool.label_tokens)
             self.label_tokens_pool += pool.tokens_pool * len(pool.candidates)
-            self.information += pool.selection.information
-            self.information_top_norm += pool.information_top_norm
+            self.information += pool.information or 0.0
+            self.information_top_norm += pool.information_top_norm or 0.0
             self.tokens_scored += pool.num_tokens_pool
 
     def add_training(self, seconds: float, num_tokens: int) -> None:
@@ -175,8 +187,8 @@ class RunTotals:
 
     @property
     def overlap_top_norm(self) -> float:
-        """Share of the picks that are among as many largest gradient norms of their pool."""
-        return self.num_in_top_norm / max(self.num_selected, 1)
+        """Share of the picks that are among as many largest gradient norms of their pool, of those with norms."""
+        return self.num_in_top_norm / max(self.num_selected - self.num_without_norms, 1)
 
     @property
     def mean_label_tokens_selected(self) -> float:

@@ -69,6 +69,22 @@ def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
         if proxy.data_collator is None:
             check_is_labelled(proxy.dataset, "The proxy's dataset", "ProxyModel(..., data_collator=...)")
         return TargetRows(proxy.dataset, proxy.data_collator or _pad_right(proxy.processing_class))
+    return shared_rows(proxy, target)
+
+
+def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
+    """Rows of the target as a proxy reads them that has no copy of them.
+
+    Args:
+        proxy ([`ProxyModel`]): The proxy.
+        target ([`TargetRows`]): The rows as the target reads them.
+
+    Returns:
+        [`TargetRows`]
+
+    Raises:
+        ValueError: If it has another vocabulary and nothing to read.
+    """
     if has_same_vocabulary(proxy, target):
         return TargetRows(target.dataset, proxy.data_collator or target.collate)
     if proxy.processing_class is None:

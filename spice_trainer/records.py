@@ -5,14 +5,16 @@
     transfer.jsonl     one line a pool that a proxy and the target both scored
     ledger.json        what the run cost, at its end
 
-All open with `datasets.load_dataset("json")`. The first three hold no clock readings, so a resumed run's are the
-uninterrupted run's byte for byte. Every step's lines are flushed before the step trains. A checkpoint keeps its own
-copy of them, so that resuming does not depend on what became of the output directory.
+All open with `datasets.load_dataset("json")`; what the strategy does not compute is null. The first three hold no
+clock readings, so a resumed run's are the uninterrupted run's byte for byte. Every step's lines are flushed before the
+step trains. A checkpoint keeps its own copy of them, so that resuming does not depend on what became of the output
+directory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -195,9 +197,9 @@ def _pick_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
                 "pool": position,
                 "order": order,
                 "index": index,
-                "gain": picks.gains[order],
-                "conflict": picks.conflicts[order],
-                "score": picks.scores[order],
+                "gain": _known(picks.gains[order]),
+                "conflict": _known(picks.conflicts[order]),
+                "score": _known(picks.scores[order]),
                 "gradient_norm": pool.gradient_norms[order],
                 "label_tokens": pool.label_tokens[order],
             }
@@ -211,9 +213,9 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "pool": position,
             "candidates": pool.candidates,
             "num_selected": len(picks.indices),
-            "gain_first": picks.gains[0] if picks.gains else None,
-            "gain_last": picks.gains[-1] if picks.gains else None,
-            "information": picks.information,
+            "gain_first": _known(picks.gains[0]) if picks.gains else None,
+            "gain_last": _known(picks.gains[-1]) if picks.gains else None,
+            "information": pool.information,
             "information_top_norm": pool.information_top_norm,
             "overlap_top_norm": pool.overlap_top_norm,
             "changed_by_conflict": pool.changed_by_conflict,
@@ -226,6 +228,11 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "filtered": pool.filtered,
             "stopped_early": picks.stopped_early,
         }
+
+
+def _known(number: float) -> float | None:
+    """`None` for a number that the strategy did not compute."""
+    return None if math.isnan(number) else number
 
 
 def _numbered(name: str, number: int) -> str:

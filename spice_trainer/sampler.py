@@ -109,6 +109,7 @@ class SpiceSampler(Sampler[int]):
         drop_last: bool = False,
         seed: int = 42,
         processing_class: Any = None,
+        validation_dataset: Any = None,
     ) -> DataLoader[Any]:
         """Binds the sampler by hand and returns the loader to train from.
 
@@ -132,6 +133,8 @@ class SpiceSampler(Sampler[int]):
                 Seed of the pools, unless the configuration sets `pool_seed`.
             processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of `dataset`, to tell whether a
                 proxy shares it.
+            validation_dataset (`datasets.Dataset`, *optional*): Rows like those of `dataset`, which the strategy
+                `less` compares candidates with.
 
         Returns:
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
@@ -151,6 +154,7 @@ class SpiceSampler(Sampler[int]):
             drop_last=drop_last,
             seed=seed,
             processing_class=processing_class,
+            validation_dataset=validation_dataset,
         )
 
     @property

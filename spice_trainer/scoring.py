@@ -187,11 +187,12 @@ class GradientScorer:
     def share(self, pools: dict[int, tuple[int, ...]]) -> SharedCandidates:
         """Collates the candidates of some pools and deals them to the processes. A collective."""
         return share_candidates(
-            pools,
-            self._collate,
-            tokens_per_batch=1 if rows_influence_each_other(self.get_model()) else self.tokens_per_batch,
-            processes=self.processes,
+            pools, self.collate_rows, tokens_per_batch=self.plan_tokens(), processes=self.processes
         )
+
+    def plan_tokens(self) -> int:
+        """Tokens of a micro-batch as it is planned: where rows influence each other each is alone."""
+        return 1 if rows_influence_each_other(self.get_model()) else self.tokens_per_batch
 
     def compute(self, shared: SharedCandidates, report: Callable[[float], None] | None = None) -> FeatureBuffer:
         """Features of what falls to this process; see [`~spice_trainer.passes.ScoringPasses.compute_features`]."""
@@ -199,8 +200,11 @@ class GradientScorer:
 
     def compute_losses(self, shared: SharedCandidates) -> dict[int, float | None]:
         """Losses of all candidates that have label tokens, by position. A collective."""
-        found = self.processes.gather(self.passes.compute_losses(shared))
-        return {position: loss for part in found for position, loss in part.items()}
+        return self.gather(self.passes.compute_losses(shared))
+
+    def gather(self, losses: dict[int, float | None]) -> dict[int, float | None]:
+        """Everyone's losses by position. A collective."""
+        return {position: loss for part in self.processes.gather(losses) for position, loss in part.items()}
 
     def _filter(self, shared: SharedCandidates) -> tuple[dict[int, WholePool], SharedCandidates]:
         """Drops candidates by their loss, if that is asked for, and shares the others anew. A collective then."""
@@ -261,9 +265,10 @@ class GradientScorer:
     def collate_alone(self, indices: Sequence[int]) -> list[CandidateRow]:
         """Rows as the model that scores reads them, each collated alone, without a trace in the random states."""
         with preserved_random_state(self.device):
-            return self._collate(indices)
+            return self.collate_rows(indices)
 
-    def _collate(self, indices: Sequence[int]) -> list[CandidateRow]:
+    def collate_rows(self, indices: Sequence[int]) -> list[CandidateRow]:
+        """Fetches and collates rows, each alone, and keeps what of them is scored."""
         rows = fetch_rows(self.dataset, indices)
         collated = [collate_row(index, row, self.collate) for index, row in zip(indices, rows, strict=True)]
         check_token_ids(collated, self.vocabulary)

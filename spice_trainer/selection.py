@@ -2,9 +2,9 @@
 
     s(x|S) = Δ(x|S) − λ c(x|S),    c(x|S) = max(0, −cos(g_x, ḡ)),    cos = g·ḡ / (‖g‖‖ḡ‖ + 1e-8)
 
-Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of
-the candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure. Nothing here knows about
-models or trainers.
+Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of the
+candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure. Nothing here
+knows about models or trainers.
 
 Axes: N candidates, K picked, D gradient dimension.
 """

@@ -5,11 +5,15 @@ Axes: T pools of a step, K picks of a pool.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from spice_trainer.picks import PoolSelection
 from spice_trainer.transfer import PoolTransfer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,21 @@ def too_few_picks(step: int, num_slots: int) -> RuntimeError:
 
 
 def _drop_last_pick(pool: PoolSelection) -> PoolSelection:
-    # A greedy selection of K − 1 is the first K − 1 picks of one of K, so nothing is computed anew.
+    # Whatever the strategy, a selection of K − 1 is the first K − 1 picks of one of K, so nothing is computed anew.
     selection = pool.selection
     kept = len(selection.indices) - 1
+
+    def keep(values: tuple[T, ...] | None) -> tuple[T, ...] | None:
+        return None if values is None else values[:kept]
+
+    gains = keep(pool.information_gains)
     shorter = replace(
         selection,
         indices=selection.indices[:kept],
         gains=selection.gains[:kept],
         conflicts=selection.conflicts[:kept],
         scores=selection.scores[:kept],
-        information=sum(selection.gains[:kept]),
+        information=math.nan if gains is None else sum(gains),
     )
     return replace(
         pool,
@@ -100,7 +109,8 @@ def _drop_last_pick(pool: PoolSelection) -> PoolSelection:
         gradient_norms=pool.gradient_norms[:kept],
         label_tokens=pool.label_tokens[:kept],
         num_tokens=pool.num_tokens[:kept],
-        top_norm=pool.top_norm[:kept],
-        top_norm_gains=pool.top_norm_gains[:kept],
-        without_conflict=pool.without_conflict[:kept],
+        information_gains=gains,
+        top_norm=keep(pool.top_norm),
+        top_norm_gains=keep(pool.top_norm_gains),
+        without_conflict=keep(pool.without_conflict),
     )

@@ -24,11 +24,14 @@ from spice_trainer.out_of_memory import MemoryReport
 from spice_trainer.picks import PoolSelection, select_pool
 from spice_trainer.pool_scores import PoolScores
 from spice_trainer.pools import StepPools
+from spice_trainer.row_scores import RowScores
 from spice_trainer.saved_values import saved_whole_number
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection, round_down_picks
 from spice_trainer.step_shape import StepShape
+from spice_trainer.strategy_scoring import score_for_strategy
 from spice_trainer.transfer import PoolTransfer, compare_pools
+from spice_trainer.validation import ValidationRows
 
 
 class StepSelector:
@@ -45,6 +48,8 @@ class StepSelector:
             Trains the proxy on its picks.
         update_every (`int`, *optional*, defaults to `1`):
             Steps between its updates.
+        validation ([`~spice_trainer.validation.ValidationRows`], *optional*):
+            What the strategy `less` compares candidates with.
         target_scorer ([`~spice_trainer.scoring.GradientScorer`], *optional*):
             The target's scorer, with which a proxy's first `config.proxy_check_pools` pools are compared.
     """
@@ -57,6 +62,7 @@ class StepSelector:
         shape: StepShape,
         learner: AdapterLearner | None = None,
         update_every: int = 1,
+        validation: ValidationRows | None = None,
         target_scorer: GradientScorer | None = None,
     ) -> None:
         self.scorer = scorer
@@ -64,6 +70,7 @@ class StepSelector:
         self.shape = shape
         self.learner = learner
         self.update_every = update_every
+        self.validation = validation
         self.target_scorer = target_scorer
         self._num_checked = 0
         self._ahead: ScoringAhead | None = None
@@ -104,8 +111,10 @@ class StepSelector:
             scores_of_pools, seconds_ahead = self._score(plan, progress)
             for scores in scores_of_pools:
                 pool_started = time.perf_counter()
-                decided[scores.pool] = select_pool(scores, plan.budgets[scores.pool], self.config)
-                if scores.pool < num_checked:
+                decided[scores.pool] = select_pool(
+                    scores, plan.budgets[scores.pool], self.config, seed=self.scorer.seed, step=step
+                )
+                if scores.pool < num_checked and isinstance(scores, PoolScores):
                     checked[scores.pool] = scores
                 seconds_selecting += time.perf_counter() - pool_started
                 # It may hold the features, which must be gone before those of the next pools come.
@@ -138,12 +147,15 @@ class StepSelector:
 
     def _score(
         self, plan: StepPools, progress: Callable[[int, int], None] | None
-    ) -> tuple[Iterator[PoolScores], float]:
+    ) -> tuple[Iterator[PoolScores | RowScores], float]:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead.pools != tuple(map(tuple, plan.pools)):
             if ahead is not None:
                 ahead.join()
-            return self.scorer.score(plan.pools, progress=progress), 0.0
+            scores = score_for_strategy(
+                self.scorer, self.config, plan.pools, validation=self.validation, progress=progress
+            )
+            return scores, 0.0
         with self.scorer.processes.failing_together("scoring candidates"):
             shared, buffer = ahead.take()
         return self.scorer.measure(shared, buffer), ahead.seconds
@@ -151,7 +163,9 @@ class StepSelector:
     def _learn(self, selection: StepSelection, next_plan: StepPools | None) -> StepSelection:
         """The proxy's own update on the picks, and the start of the next step's scoring."""
         started = time.perf_counter()
-        if self.learner is not None and (selection.step + 1) % self.update_every == 0:
+        # Where nothing is scored there is nothing to learn for.
+        is_due = self.config.strategy != "random" and (selection.step + 1) % self.update_every == 0
+        if self.learner is not None and is_due:
             self.learner.learn(self.scorer.collate_alone(selection.indices))
             selection = replace(selection, seconds_learning=time.perf_counter() - started)
         if self.config.overlap_scoring and next_plan is not None:

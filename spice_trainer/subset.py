@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def select_subset(
     *,
     output_dir: str | os.PathLike[str],
     processing_class: Any = None,
+    validation_dataset: Any = None,
     data_collator: Any = None,
     samples_per_step: int | None = None,
     max_length: int | None = 1024,
@@ -79,6 +81,9 @@ def select_subset(
             Where the subset, its manifest, the records and the states go.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The selector's tokenizer. Needed for raw rows.
+        validation_dataset (`datasets.Dataset` or sequence, *optional*):
+            Rows like those of `dataset`, of whose first `config.validation_rows` the strategy `"less"` takes the mean
+            gradient.
         data_collator (`Callable`, *optional*):
             Collates tokenised rows. Defaults to right padding.
         samples_per_step (`int`, *optional*):
@@ -145,15 +150,17 @@ def select_subset(
     proxy = model if isinstance(model, ProxyModel) else _as_proxy(model, config)
     _move(proxy.model, accelerator.device)
     with processes.failing_together("preparing the selection"):
-        rows = read_rows(
-            dataset,
-            proxy,
-            processing_class,
-            data_collator,
+        read = partial(
+            read_rows,
+            proxy=proxy,
+            processing_class=processing_class,
+            data_collator=data_collator,
             max_length=max_length,
             completion_only=completion_only_loss,
             assistant_only=assistant_only_loss,
         )
+        rows = read(dataset)
+        validation = read(validation_dataset) if validation_dataset is not None else None
         if samples_per_step is None:
             samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
         schedule = build_schedule(
@@ -171,10 +178,13 @@ def select_subset(
             get_model=lambda: proxy.model,
             rows=rows,
             proxy=proxy,
+            validation=validation,
             autocast=accelerator.autocast,
             processes=processes,
         )
         identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
+        if validation is not None:
+            identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
     check_agreement(processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed})
     sampler = SpiceSampler(config, proxy)
     sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)

@@ -89,6 +89,6 @@ def check_selection(
         device=scorer.device,
         config=config,
     )
-    if verify:
+    if verify and config.takes_gradients:
         shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
         verify_gradients(scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=autocast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from spice_trainer.config import SpiceConfig
@@ -11,6 +12,7 @@ from spice_trainer.ledger import CostLedger, cost_rows
 from spice_trainer.memory import MemoryPlan
 from spice_trainer.metrics import RunTotals
 from spice_trainer.pools import PoolSchedule
+from spice_trainer.strategy_options import BY_INFORMATION
 
 WARN_AFTER_POOLS = 5
 _ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")
@@ -56,6 +58,13 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         if plan.num_features == plan.dimension
         else f"{plan.num_features:,} numbers a sample, a sketch of {plan.dimension:,}"
     )
+    how = {
+        "top_norm": f"the norms of {plan.dimension:,} gradient numbers a sample; {_describe_memory(plan, config)}",
+        "loss": "a forward a row and no backward",
+        "perplexity": "a forward a row and no backward",
+        "ifd": "two forwards a row and no backward",
+    }.get(config.strategy, f"{kept}; {_describe_memory(plan, config)}")
+    num_scored = 0 if config.strategy == "random" else candidates
     shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
     at_most = "at most " if config.is_adaptive else ""
     scorer = (
@@ -66,11 +75,13 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
     lines = [
         f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
         f"{schedule.steps_per_epoch:,}).",
-        f"Each step scores {shape.pools_per_step} pool{'s' if shape.pools_per_step > 1 else ''} of "
+        f"Each step {'reads' if config.strategy == 'random' else 'scores'} {shape.pools_per_step} "
+        f"pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
-        f"{scorer} scores, {shared}with {kept}; {_describe_memory(plan, config)}.",
-        f"Per step about {candidates * plan.mean_candidate_tokens:,.0f} tokens are scored and "
+        f'Rows are picked by strategy="{config.strategy}".',
+        *([] if config.strategy == "random" else [f"{scorer} scores, {shared}with {how}."]),
+        f"Per step about {num_scored * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]
     if config.selection_epochs is not None:
@@ -111,7 +122,10 @@ def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
 
 def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
     """Warnings after the first pools, naming the setting that changes what was seen."""
-    warnings = []
+    warnings: list[str] = []
+    if config.strategy not in BY_INFORMATION:
+        # The settings that they name change nothing for the others.
+        return warnings
     better = next(
         (name for name in ("sqrt_tokens", "unit") if name != config.gradient_normalization),
         config.gradient_normalization,
@@ -153,23 +167,12 @@ def summarize_run(
             f"{totals.num_selected:,} ({share(totals.num_selected, totals.num_candidates)} of the candidates)",
         ),
         ("Samples trained", f"{totals.num_trained:,}, {totals.tokens_trained:,} tokens"),
-        (
-            "Picks that are not of the largest norms",
-            share(totals.num_selected - totals.num_in_top_norm, totals.num_selected),
-        ),
-        (
-            "Picks changed by the conflict penalty",
-            f"{totals.num_changed_by_conflict:,} ({share(totals.num_changed_by_conflict, totals.num_selected)})",
-        ),
+        *_describe_gradients(totals, share),
         (
             "Label tokens of a pick / of a candidate",
             f"{totals.mean_label_tokens_selected:.1f} / {totals.mean_label_tokens_pool:.1f}",
         ),
-        (
-            "Information, picks / largest norms",
-            f"{totals.information / max(totals.num_pools, 1):.4g} / "
-            f"{totals.information_top_norm / max(totals.num_pools, 1):.4g} a pool",
-        ),
+        *_describe_information(totals),
         *cost_rows(totals, ledger),
     ]
     if totals.num_replayed_steps:
@@ -186,6 +189,27 @@ def summarize_run(
     if not trains:
         rows = [("Steps", f"{totals.num_steps:,}"), *(row for row in rows if row[0] not in _ROWS_OF_TRAINING)]
     return rows
+
+
+def _describe_gradients(totals: RunTotals, share: Callable[[float, float], str]) -> Iterator[tuple[str, str]]:
+    """Rows on the picks' norms and conflicts, as far as the strategy computed them."""
+    with_norms = totals.num_selected - totals.num_without_norms
+    if with_norms or not totals.num_selected:
+        value = share(with_norms - totals.num_in_top_norm, with_norms)
+        yield ("Picks that are not of the largest norms", value)
+    with_conflict = totals.num_selected - totals.num_without_conflict
+    if with_conflict or not totals.num_selected:
+        changed = totals.num_changed_by_conflict
+        yield ("Picks changed by the conflict penalty", f"{changed:,} ({share(changed, with_conflict)})")
+
+
+def _describe_information(totals: RunTotals) -> Iterator[tuple[str, str]]:
+    num_pools = totals.num_pools - totals.num_pools_without_information
+    if num_pools or not totals.num_pools:
+        information, of_top_norm = (
+            value / max(num_pools, 1) for value in (totals.information, totals.information_top_norm)
+        )
+        yield ("Information, picks / largest norms", f"{information:.4g} / {of_top_norm:.4g} a pool")
 
 
 def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None, *, trains: bool = True) -> None:

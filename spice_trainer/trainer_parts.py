@@ -21,6 +21,7 @@ from spice_trainer.memory import MemoryPlan, plan_memory
 from spice_trainer.pools import PoolSchedule, build_schedule
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
+from spice_trainer.proxy_data import TargetRows
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.rows import sample_rows
 from spice_trainer.scoring import GradientScorer
@@ -28,12 +29,15 @@ from spice_trainer.steps import StepSelector
 from spice_trainer.summary import RunPlan
 
 
-def training_rows(trainer: Any, get_loader: Callable[[], DataLoader[Any]]) -> tuple[Any, Callable[..., Any]]:
+def training_rows(
+    trainer: Any, get_loader: Callable[[], DataLoader[Any]], *, name: str = "get_train_dataloader"
+) -> tuple[Any, Callable[..., Any]]:
     """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected.
 
     Args:
         trainer (`transformers.Trainer`): The trainer.
-        get_loader (`Callable`): Its own `get_train_dataloader`.
+        get_loader (`Callable`): Its own `get_train_dataloader`, or `get_eval_dataloader`.
+        name (`str`, *optional*, defaults to `"get_train_dataloader"`): Which of them, for the message.
 
     Returns:
         `tuple`: The dataset, and the collator.
@@ -55,7 +59,7 @@ def training_rows(trainer: Any, get_loader: Callable[[], DataLoader[Any]]) -> tu
     dataset = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not hasattr(loader, "collate_fn"):
         raise ValueError(
-            f"The trainer's get_train_dataloader gave a {type(loader).__name__} over a {type(dataset).__name__}, "
+            f"The trainer's {name} gave a {type(loader).__name__} over a {type(dataset).__name__}, "
             "which has no rows by number for SPICE to choose from. Return a torch.utils.data.DataLoader over a "
             "dataset with a length and random access."
         )
@@ -128,11 +132,37 @@ def build_trainer_selector(
         config,
         schedule,
         get_model=get_model,
-        rows=describe_rows(trainer, dataset, collate),
+        rows=describe_rows(trainer, dataset, collate, trainer.train_dataset),
         proxy=proxy,
+        validation=validation_rows(trainer) if config.strategy == "less" else None,
         autocast=trainer.accelerator.autocast,
         processes=Processes.of(trainer.accelerator),
     )
+
+
+def validation_rows(trainer: Any) -> TargetRows | None:
+    """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        [`~spice_trainer.proxy_data.TargetRows`], *optional*
+
+    Raises:
+        ValueError: If it has several, or one without rows by number.
+    """
+    given = trainer.eval_dataset
+    if given is None:
+        return None
+    if isinstance(given, dict):
+        raise ValueError(
+            f"SpiceConfig: strategy='less' compares candidates with one validation set, and the Trainer's "
+            f"eval_dataset holds {len(given)}: {', '.join(map(str, given))}. Fix: give it one dataset, such as "
+            "datasets.concatenate_datasets(list(eval_dataset.values())), or choose another strategy."
+        )
+    dataset, collate = training_rows(trainer, trainer.get_eval_dataloader, name="get_eval_dataloader")
+    return describe_rows(trainer, dataset, collate, given)
 
 
 def plan_run(

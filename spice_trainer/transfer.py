@@ -117,8 +117,9 @@ def compare_pools(
         )
     selection, proxy_selection = select_pool(target, budget, config), select_pool(proxy, budget, config)
     ours, theirs = selection.selection.indices, proxy_selection.selection.indices
-    information = _PoolInformation(target, selection.alpha, config)
-    proxy_information = _PoolInformation(proxy, proxy_selection.alpha, config)
+    # Pools that have a Gram matrix have an α.
+    information = _PoolInformation(target, selection.alpha or config.fisher_alpha, config)
+    proxy_information = _PoolInformation(proxy, proxy_selection.alpha or config.fisher_alpha, config)
     both = information.sound & proxy_information.sound
     by_length: tuple[int, ...] = ()
     if config.information == "exact":

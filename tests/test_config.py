@@ -14,12 +14,14 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from spice_trainer.config import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, SpiceConfig
 from spice_trainer.proxy_options import ProxyOptions
 from spice_trainer.scoring_options import ScoringOptions
+from spice_trainer.strategy_options import NEEDS, StrategyName, StrategyOptions
 
 # SFTConfig sets gradient_checkpointing itself, which newer transformers deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
 FIELDS = {field.name: field for field in dataclasses.fields(SpiceConfig)}
 TYPES = typing.get_type_hints(SpiceConfig)
+STRATEGY_NAMES = typing.get_args(StrategyName)
 NEIGHBOURS = (ScriptArguments, SFTConfig, ModelConfig)
 
 # field: legal values, and what else must be set for them.
@@ -31,13 +33,16 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "fisher_alpha": ([1e-30, 1e-6, 0.5, 1.0, 3.0, 1e30], {}),
     "alpha_scaling": (["fixed", "pool"], {}),
     "conflict_penalty": ([0.0, 1e-9, 0.1, 1.0, 1000.0], {}),
-    "conflict_reference": (["selected", "candidates"], {}),
+    "conflict_reference": (["selected", "candidates", "pool"], {}),
     "information": (["exact", "diagonal", "adafisher"], {}),
     "gradient_normalization": (["none", "sqrt_tokens", "tokens", "unit"], {}),
     "stop_ratio": ([None, 1e-9, 0.5, 0.999], {"pools_per_step": 10}),
     "min_gain": ([None, 0.0, 1e-9, 0.5, 2.0], {"pools_per_step": 10}),
     "selection_epochs": ([None, 1, 2, 1000], {}),
     "tie_tolerance": ([0.0, 1e-12, 1e-6, 0.5], {}),
+    "strategy": (list(STRATEGY_NAMES), {}),
+    "gradient_centering": ([True, False], {}),
+    "validation_rows": ([1, 32, 1000], {}),
     "sketch_dim": ([None, -1, 0, 16, 65536, 10**9], {}),
     "scoring_tokens_per_batch": ([1, 2048, 10**6], {}),
     "scoring_layers": ([None, 1, 10, 1000], {}),
@@ -194,7 +199,7 @@ def test_help_page(trl_parser):
 
 
 def test_docstring_names_every_field_and_its_default():
-    text = "\n".join(part.__doc__ for part in (SpiceConfig, ScoringOptions, ProxyOptions))
+    text = "\n".join(part.__doc__ for part in (SpiceConfig, StrategyOptions, ScoringOptions, ProxyOptions))
     text = "\n".join(line.strip() for line in text.splitlines())
     for name, field in FIELDS.items():
         default = f", defaults to `{json.dumps(field.default)}`" if field.default is not None else ""
@@ -220,6 +225,9 @@ def test_defaults():
         "min_gain": None,
         "selection_epochs": None,
         "tie_tolerance": 1e-6,
+        "strategy": "spice",
+        "gradient_centering": False,
+        "validation_rows": 32,
         "sketch_dim": -1,
         "scoring_tokens_per_batch": 2048,
         "scoring_layers": None,
@@ -248,6 +256,8 @@ def test_paper():
         "stop_ratio": None,
         "min_gain": None,
         "selection_epochs": 1,
+        "strategy": "spice",
+        "gradient_centering": False,
         "sketch_dim": 0,
     }
     config = SpiceConfig.paper()
@@ -306,6 +316,7 @@ INTEGERS = {
     "scoring_tokens_per_batch": (1, 0, "a scoring pass needs at least one token"),
     "scoring_layers": (1, 0, "scoring needs at least one layer"),
     "scoring_max_tokens": (1, 0, "a row without label tokens has no gradient"),
+    "validation_rows": (1, 0, "a mean gradient needs at least one row"),
     "proxy_update_every": (1, 0, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": (0, -1, "it counts pools"),
 }
@@ -322,7 +333,7 @@ REALS = {
     ),
     "proxy_learning_rate": ("at least 0", "a negative rate would unlearn the picks", [-1e-6, -1]),
 }
-OTHERS = {"proxy_model_name_or_path", "overlap_scoring", "scoring_target_modules"}
+OTHERS = {"proxy_model_name_or_path", "overlap_scoring", "scoring_target_modules", "gradient_centering"}
 
 
 def error_of(**values: object) -> str:
@@ -374,11 +385,67 @@ def test_prefilter_that_leaves_too_few():
     SpiceConfig(scoring_prefilter=0.1), SpiceConfig(scoring_prefilter=0.092, pool_size=120)
 
 
+@pytest.mark.parametrize("name", ["overlap_scoring", "gradient_centering"])
 @pytest.mark.parametrize("value", ["yes", 1, None])
-def test_overlap_of_wrong_type(value):
-    assert error_of(overlap_scoring=value) == (
-        f"SpiceConfig: overlap_scoring={value!r} is neither True nor False. Fix: set overlap_scoring to one of them."
+def test_switch_of_wrong_type(name, value):
+    assert error_of(**{name: value}) == (
+        f"SpiceConfig: {name}={value!r} is neither True nor False. Fix: set {name} to one of them."
     )
+
+
+# A setting, what is wrong with it, and the strategies that it means something to.
+BY_INFORMATION = ("spice", "fisher")
+WITH_GRAM = ("spice", "fisher", "dpp", "matching", "facility_location")
+WITH_GRADIENTS = ("spice", "fisher", "top_norm", "dpp", "matching", "facility_location", "less")
+LIMITED = [
+    ("stop_ratio", 0.5, "it is a share of a gain of information, which this strategy has none of", BY_INFORMATION),
+    ("min_gain", 0.0, "it is a gain of information, which this strategy has none of", BY_INFORMATION),
+    ("information", "diagonal", "this strategy picks by something else than information", BY_INFORMATION),
+    ("gradient_centering", True, "this strategy picks by something else than information", BY_INFORMATION),
+    ("scoring_prefilter", 0.5, "this strategy takes no gradients, which the filter would save", WITH_GRADIENTS),
+    ("proxy_check_pools", 2, "the comparison is of gains that come from a pool's Gram matrix", WITH_GRAM),
+    ("overlap_scoring", True, "beside the training nothing but the Gram matrix's gradients is computed", WITH_GRAM),
+    (
+        "proxy_model_name_or_path",
+        "org/model",
+        "this strategy scores nothing, so a proxy would have no work",
+        tuple(name for name in STRATEGY_NAMES if name != "random"),
+    ),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize(("name", "value", "reason", "strategies"), LIMITED, ids=[case[0] for case in LIMITED])
+def test_settings_that_mean_nothing_to_a_strategy(name, value, reason, strategies, strategy):
+    values = {"strategy": strategy, "pools_per_step": 10, name: value}
+    if strategy in strategies:
+        assert getattr(SpiceConfig(**values), name) == value
+        return
+    listed = ", ".join(map(repr, STRATEGY_NAMES if name.startswith("proxy_model") else strategies))
+    listed = listed.replace("'random', ", "") if name.startswith("proxy_model") else listed
+    assert error_of(**values) == (
+        f"SpiceConfig: {name}={value!r} with strategy={strategy!r}: {reason}. Fix: leave {name} out, or set strategy "
+        f"to one of {listed}."
+    )
+
+
+@pytest.mark.parametrize("information", ["diagonal", "adafisher"])
+def test_centred_coordinates(information):
+    assert error_of(gradient_centering=True, information=information) == (
+        f"SpiceConfig: gradient_centering=True with information='{information}': gradients are centred in their Gram "
+        "matrix, and this measure sums over their coordinates. Fix: leave gradient_centering out, or set "
+        "information='exact'."
+    )
+
+
+def test_strategies_that_need_no_features_keep_the_fewest():
+    assert tuple(NEEDS) == STRATEGY_NAMES
+    for strategy in STRATEGY_NAMES:
+        kept = {SpiceConfig(strategy=strategy, sketch_dim=dim).resolve_sketch_dim() for dim in (-1, 0, 512)}
+        needs_features = strategy in (*WITH_GRAM, "less")
+        assert kept == ({DEFAULT_SKETCH_DIM, 0, 512} if needs_features else {MIN_SKETCH_DIM})
+        config = SpiceConfig(strategy=strategy)
+        assert config.takes_gradients == (strategy in WITH_GRADIENTS) and config.takes_gram == (strategy in WITH_GRAM)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -435,7 +502,8 @@ def test_none_where_a_value_is_needed(name):
     ("name", "choices"),
     [
         ("alpha_scaling", "'fixed', 'pool'"),
-        ("conflict_reference", "'selected', 'candidates'"),
+        ("conflict_reference", "'selected', 'candidates', 'pool'"),
+        ("strategy", ", ".join(map(repr, STRATEGY_NAMES))),
         ("information", "'exact', 'diagonal', 'adafisher'"),
         ("gradient_normalization", "'none', 'sqrt_tokens', 'tokens', 'unit'"),
     ],

@@ -91,8 +91,8 @@ def test_the_first_line_says_what_will_happen(tmp_path: Path, caplog: pytest.Log
     mean = _mean(len(rows[position * 55 // 32]["input_ids"]) for position in range(32))
     assert _messages(caplog, logging.INFO)[0] == (
         "SPICE: 55 samples, 12 optimizer steps (2 epochs of 6). Each step scores 1 pool of 10 and trains on 4 picks: "
-        "40.0% of the candidates (asked for: 40.0%). The model itself scores, with all 3,712 gradient numbers a "
-        "sample (exact); scoring holds 148 KB of gradient features. "
+        '40.0% of the candidates (asked for: 40.0%). Rows are picked by strategy="spice". The model itself '
+        "scores, with all 3,712 gradient numbers a sample (exact); scoring holds 148 KB of gradient features. "
         f"Per step about {10 * mean:,.0f} tokens are scored and {4 * mean:,.0f} trained."
     )
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spice_trainer.selection import Selection, select, select_from_gradients
+from spice_trainer.strategies import pool_mean, select_against_reference
 from tests.greedy_oracle import conflict, greedy_oracle
 
 
@@ -55,6 +56,26 @@ def test_candidates_reference_ignores_unsound_rows():
     picked, _ = greedy_oracle(rows, 3, conflict_reference="candidates", conflict_penalty=1.0)
     assert selection.indices == tuple(option[0] for option in picked)
     assert selection.conflicts == pytest.approx([option[2] for option in picked], abs=1e-12)
+
+
+def test_conflict_against_the_pool_is_against_its_mean_throughout():
+    rows = random_rows(9, 3, seed=4)
+    rows[7] = math.nan
+    rows[8] = 0.0
+    sound = torch.tensor([True] * 7 + [False] * 2)
+    selection = select(rows @ rows.T, 7, conflict_reference="pool", conflict_penalty=3.0)
+    expected = [conflict(rows[:7], list(range(7)), index) for index in selection.indices]
+    assert selection.conflicts == pytest.approx(expected, abs=1e-9) and max(expected) > 0.1
+    alignment, norm = pool_mean(rows @ rows.T, sound)
+    slow = select_against_reference(
+        rows @ rows.T, sound, 7, alignment=alignment, reference_norm=norm, conflict_penalty=3.0
+    )
+    assert selection.indices == slow.indices and selection.scores == pytest.approx(slow.scores)
+    others = [
+        select(rows @ rows.T, 7, conflict_reference=name, conflict_penalty=3.0).indices
+        for name in ("selected", "candidates")
+    ]
+    assert selection.indices not in others
 
 
 def test_penalty_turns_opposed_samples_away():
@@ -218,7 +239,7 @@ def test_copies_are_picked_last():
         ({"fisher_alpha": math.inf}, "fisher_alpha"),
         ({"conflict_penalty": -0.1}, "conflict_penalty must be finite and >= 0"),
         ({"conflict_penalty": math.nan}, "conflict_penalty"),
-        ({"conflict_reference": "pool"}, "conflict_reference must be one of 'selected', 'candidates', got 'pool'"),
+        ({"conflict_reference": "all"}, "must be one of 'selected', 'candidates', 'pool', got 'all'"),
         ({"stop_ratio": 0.0}, "stop_ratio .* strictly between 0 and 1, got 0.0"),
         ({"stop_ratio": 1.0}, "stop_ratio"),
         ({"min_gain": -1.0}, "min_gain"),

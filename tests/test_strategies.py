@@ -557,7 +557,7 @@ def test_inputs_are_checked(change, message):
         ({"tie_tolerance": 1.0}, "tie_tolerance must lie in"),
         ({"fisher_alpha": 0.0}, "fisher_alpha scales"),
         ({"conflict_penalty": -1.0}, "conflict_penalty must be finite"),
-        ({"conflict_reference": "pool"}, "conflict_reference must be one of"),
+        ({"conflict_reference": "all"}, "conflict_reference must be one of"),
         ({"stop_ratio": 0.5}, 'stop_ratio is about gains of Fisher information, which strategy="dpp" does not'),
         ({"min_gain": 0.5}, 'min_gain is about .* Set min_gain=None, or use strategy="spice"'),
         ({"measure": ExactInformation(torch.eye(4), fisher_alpha=1.0)}, "measure is about"),

@@ -31,13 +31,21 @@ Three published rules are not here:
   largest values are trained on next. A pool's losses are measured at the current weights, so its estimate would be
   of what is known: `loss` and `perplexity`. The bandit replaces the schedule, and its clusters are made beforehand.
 
+Two variants of the objective are not here either:
+
+- Gradients preconditioned by Adam's second moment, as in LESS: its state is partitioned under FSDP and ZeRO, kept by
+  each optimizer in a way of its own, and empty before the first step, whose pools are scored too.
+- Conflict with the optimizer's momentum needs that state too; [`select_against_reference`] is the rule for those who
+  have its products with the gradients.
+
 Axes: N candidates of a pool, K picked.
 """
 
 from spice_trainer.strategies.inputs import StrategyInputs
 from spice_trainer.strategies.matching import WeightedSelection, match_with_weights
-from spice_trainer.strategies.registry import STRATEGIES, Strategy, StrategyName, select_by_strategy
+from spice_trainer.strategies.registry import STRATEGIES, Strategy, select_by_strategy
 from spice_trainer.strategies.variants import centred_gram, pool_mean, select_against_reference
+from spice_trainer.strategy_options import StrategyName
 
 __all__ = [
     "STRATEGIES",

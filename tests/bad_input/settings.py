@@ -109,10 +109,10 @@ ROWS = (
     _value("negative_penalty", "`conflict_penalty=-0.1`", "a negative penalty would reward", conflict_penalty=-0.1),
     _value(
         "unknown_reference",
-        '`conflict_reference="pool"`',
-        "conflict_reference='pool' is unknown",
-        "'selected', 'candidates'",
-        conflict_reference="pool",
+        '`conflict_reference="all"`',
+        "conflict_reference='all' is unknown",
+        "'selected', 'candidates', 'pool'",
+        conflict_reference="all",
     ),
     _value(
         "unknown_information",
