@@ -60,6 +60,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 ARCHITECTURES = tuple(_CONFIGS)
+# Models that scale their logits behind the head.
+_CONFIGS["granite"] = _LLAMA_LIKE | {"logits_scaling": 4.0}
+_CONFIGS["cohere"] = _LLAMA_LIKE | {"logit_scale": 0.25}
 # A mixture of experts: its attention can be scored, its experts cannot.
 _CONFIGS["mixtral"] = _LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 4}
 

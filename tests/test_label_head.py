@@ -13,7 +13,14 @@ from spice_trainer.gradients import SampleGradients
 from spice_trainer.label_head import LabelHead
 from spice_trainer.label_losses import sample_losses
 
-from .gradient_loop import CollectingSink, collate, example_rows
+from .gradient_loop import (
+    CollectingSink,
+    batched_gradients,
+    collate,
+    example_rows,
+    looped_gradients,
+    relative_error,
+)
 from .models import ARCHITECTURES, PlainLanguageModel, tiny_lora_model, tiny_model
 
 
@@ -68,6 +75,17 @@ def test_a_models_own_head(architecture: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     # Without the hooks the head is its own again.
     torch.testing.assert_close(logits_of(model(input_ids=input_ids))[:, :-1], logits)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
+def test_caps_and_scales_behind_the_head_are_scored_in_full(architecture: str) -> None:
+    """What a cap or a scale does to the gradients is in them: against one row at a time."""
+    model = tiny_lora_model(architecture)
+    assert (
+        relative_error(batched_gradients(model, example_rows())[1], looped_gradients(model, example_rows())[1]) < 1e-5
+    )
+    head = LabelHead.of(model)
+    assert head is not None and head.is_plain is False
 
 
 def changed(model: nn.Module, change: Any) -> None:
