@@ -77,6 +77,25 @@ def test_scoring_less(config: str, tmp_path: Path) -> None:
     assert heard == picks
 
 
+@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "ifd"])
+def test_strategies(strategy: str, tmp_path: Path) -> None:
+    spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
+    heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ["ifd", "less"])
+def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
+    # Every process runs as many forwards as the others: two a row, or those of the validation rows first.
+    spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
+    heard = train_on_two("fsdp2", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one")
+
+
 def test_a_fresh_adapter(tmp_path: Path) -> None:
     # B is zero, so the gradients of A are too until the first update.
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0, randomize=False)

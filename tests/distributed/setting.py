@@ -24,6 +24,8 @@ from ..trainers import collate, tiny_rows, training_options
 
 NUM_ROWS = 41
 LONG_ROW = 7
+# Fewer than two processes can share evenly.
+NUM_VALIDATION = 5
 STEPS_PER_EPOCH = 3
 NUM_STEPS = 2 * STEPS_PER_EPOCH
 # Within an epoch, before its short last step.
@@ -97,7 +99,12 @@ def make_trainer(
 ) -> Trainer:
     """A Trainer with SPICE attached; `spice` goes over [`SETTINGS`]."""
     trainer = Trainer(
-        model=model, args=args, train_dataset=dataset(), data_collator=data_collator, callbacks=callbacks
+        model=model,
+        args=args,
+        train_dataset=dataset(),
+        eval_dataset=Dataset.from_list(tiny_rows(NUM_VALIDATION + 2, seed=9)),
+        data_collator=data_collator,
+        callbacks=callbacks,
     )
     attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))), proxy=proxy)
     return trainer
