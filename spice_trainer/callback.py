@@ -232,9 +232,9 @@ class SpiceCallback(TrainerCallback):
         return describe_schedule(self.sampler.schedule, dataset_fingerprint=self.dataset_fingerprint)
 
     def _ledger(self) -> CostLedger:
-        # A proxy counts the candidates' tokens with its own tokenizer.
-        # So does nobody where nothing is scored.
-        is_counted = self.sampler.proxy is None and self.sampler.config.strategy != "random"
+        # A proxy counts the candidates' tokens with its own tokenizer, rows may be scored in part, or not at all.
+        config = self.sampler.config
+        is_counted = self.sampler.proxy is None and config.strategy != "random" and config.scoring_max_tokens is None
         mean_row_tokens = None if is_counted or self.plan is None else self.plan.mean_row_tokens
         schedule = self.sampler.schedule
         return CostLedger.from_totals(

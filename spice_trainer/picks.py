@@ -180,7 +180,7 @@ def select_pool(
         top_norm_gains=top_norm_gains,
         without_conflict=without_conflict,
         tokens_pool=sum(scores.label_tokens) / len(scores.label_tokens),
-        num_tokens_pool=sum(scores.num_tokens) if config.strategy != "random" else 0,
+        num_tokens_pool=sum(scores.num_tokens) - scores.num_dropped_tokens if config.strategy != "random" else 0,
         nonfinite=_rows(scores, ~scores.finite & ~scores.out_of_memory),
         zero=_rows(scores, scores.finite & ~scores.nonzero),
         out_of_memory=_rows(scores, scores.out_of_memory),

@@ -34,13 +34,14 @@ class PoolScores:
         nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite and not zero.
         losses (`torch.Tensor` of shape `(N,)`): Mean negative log-likelihood of each row's label tokens.
         label_tokens (`tuple[int, ...]`): Label tokens per row.
-        num_tokens (`tuple[int, ...]`): Tokens per row.
+        num_tokens (`tuple[int, ...]`): Tokens per row, as it trains.
         out_of_memory (`torch.Tensor` of shape `(N,)`): Whether the row did not fit into memory, so that nothing is
             known of its gradient.
         gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
             that need coordinates.
         row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
             gradients.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
         whole ([`~spice_trainer.prefilter.WholePool`], *optional*): The pool that these candidates were left of, if
             others were dropped before.
     """
@@ -57,6 +58,7 @@ class PoolScores:
     out_of_memory: Bool[Tensor, "N"]
     gradients: Float[Tensor, "N D"] | None = None
     row_weights: Float64[Tensor, "N"] | None = None
+    num_dropped_tokens: int = 0
     whole: WholePool | None = None
 
 
@@ -113,7 +115,8 @@ def measure_pool(
         nonzero=nonzero,
         losses=losses,
         label_tokens=label_tokens,
-        num_tokens=tuple(shape.num_tokens for shape in shapes),
+        num_tokens=tuple(shape.num_tokens + shape.num_dropped_tokens for shape in shapes),
+        num_dropped_tokens=sum(shape.num_dropped_tokens for shape in shapes),
         out_of_memory=out_of_memory,
         gradients=features if keep_gradients else None,
         row_weights=weights * geometry.scales.cpu() if keep_gradients else None,

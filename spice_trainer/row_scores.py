@@ -26,7 +26,7 @@ class RowScores:
         pool (`int`): Which of the step's pools, from 0.
         candidates (`tuple[int, ...]`): Dataset rows in pool order.
         label_tokens (`tuple[int, ...]`): Label tokens per row.
-        num_tokens (`tuple[int, ...]`): Tokens per row.
+        num_tokens (`tuple[int, ...]`): Tokens per row, as it trains.
         finite (`torch.Tensor` of shape `(N,)`): Whether the row fitted into memory, and what was computed is finite.
         nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite, and has label tokens and, if that is known, a
             gradient.
@@ -36,6 +36,7 @@ class RowScores:
         losses_without_instruction (`torch.Tensor` of shape `(N,)`, *optional*): The same of the answer alone.
         alignment (`torch.Tensor` of shape `(N,)`, *optional*): Inner products of the gradients with a reference.
         reference_norm (`float`, *optional*): Its norm.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
         whole ([`~spice_trainer.prefilter.WholePool`], *optional*): The pool that these candidates were left of, if
             others were dropped before.
     """
@@ -52,6 +53,7 @@ class RowScores:
     losses_without_instruction: Float64[Tensor, "N"] | None = None
     alignment: Float64[Tensor, "N"] | None = None
     reference_norm: float | None = None
+    num_dropped_tokens: int = 0
     whole: WholePool | None = None
 
 
@@ -71,7 +73,8 @@ def from_shapes(pool: int, candidates: Sequence[int], shapes: Sequence[RowShape]
         pool=pool,
         candidates=tuple(candidates),
         label_tokens=label_tokens,
-        num_tokens=tuple(shape.num_tokens for shape in shapes),
+        num_tokens=tuple(shape.num_tokens + shape.num_dropped_tokens for shape in shapes),
+        num_dropped_tokens=sum(shape.num_dropped_tokens for shape in shapes),
         finite=torch.ones(len(shapes), dtype=torch.bool),
         nonzero=torch.tensor(label_tokens) > 0,
         out_of_memory=torch.zeros(len(shapes), dtype=torch.bool),
@@ -110,6 +113,7 @@ def from_losses(
         candidates=known.candidates,
         label_tokens=known.label_tokens,
         num_tokens=known.num_tokens,
+        num_dropped_tokens=known.num_dropped_tokens,
         finite=finite,
         nonzero=known.nonzero & finite & alone.isfinite(),
         out_of_memory=missing,
@@ -151,6 +155,7 @@ def from_gradients(
         candidates=known.candidates,
         label_tokens=known.label_tokens,
         num_tokens=known.num_tokens,
+        num_dropped_tokens=known.num_dropped_tokens,
         finite=finite,
         nonzero=finite & (found.norms > 0),
         out_of_memory=found.out_of_memory,

@@ -35,12 +35,14 @@ class RowShape:
         num_label_tokens (`int`): Labels that are not −100, after the causal shift.
         can_be_padded (`bool`): Whether the row may share a micro-batch.
         keys (`tuple[str, ...]`): Names of the model's inputs. Rows with different ones never share a micro-batch.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of the row that are not scored.
     """
 
     num_tokens: int
     num_label_tokens: int
     can_be_padded: bool
     keys: tuple[str, ...]
+    num_dropped_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class CandidateRow:
         num_label_tokens (`int`): Labels that are not −100, after the causal shift.
         can_be_padded (`bool`): Whether the row may share a micro-batch. Packed rows and rows with inputs other than
             token sequences are scored alone, as the collator made them.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens that were cut off: they train, and are not
+            scored.
     """
 
     index: int
@@ -63,12 +67,13 @@ class CandidateRow:
     num_tokens: int
     num_label_tokens: int
     can_be_padded: bool
+    num_dropped_tokens: int = 0
 
     @property
     def shape(self) -> RowShape:
         """What planning needs to know of the row."""
         keys = tuple(sorted(key for key in self.inputs if key != "attention_mask"))
-        return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys)
+        return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys, self.num_dropped_tokens)
 
 
 def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
@@ -161,6 +166,7 @@ def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:
         inputs={key: value[:, :stop] for key, value in row.inputs.items()},
         labels=row.labels[:, :stop],
         num_tokens=stop,
+        num_dropped_tokens=row.num_tokens - stop,
     )
 
 

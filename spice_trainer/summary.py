@@ -80,7 +80,7 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
         f'Rows are picked by strategy="{config.strategy}".',
-        *([] if config.strategy == "random" else [f"{scorer} scores, {shared}with {how}."]),
+        *([] if config.strategy == "random" else [f"{scorer} scores, {shared}with {how}.", *_describe_part(config)]),
         f"Per step about {num_scored * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]
@@ -92,6 +92,21 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
             f"{shape.num_slots} micro-batches of a step."
         )
     return " ".join(lines)
+
+
+def _describe_part(config: SpiceConfig) -> list[str]:
+    """What of a gradient is computed, where that is not all of it."""
+    parts = []
+    if config.scoring_layers is not None:
+        last = "layer" if config.scoring_layers == 1 else f"{config.scoring_layers} layers"
+        parts.append(f"by the last {last}")
+    if config.scoring_target_modules is not None:
+        parts.append(f"by {', '.join(config.scoring_target_modules)}")
+    if config.scoring_max_tokens is not None:
+        parts.append(f"on the first {config.scoring_max_tokens:,} label tokens of a row")
+    if config.scoring_prefilter is not None:
+        parts.append(f"among the {config.scoring_prefilter:.3g} of a pool with the largest loss")
+    return [f"Rows are scored {', '.join(parts)} alone."] if parts else []
 
 
 def _describe_memory(plan: RunPlan, config: SpiceConfig) -> str:

@@ -198,7 +198,7 @@ def plan_run(
         memory=MemoryPlan(scorer.feature_bytes(num_pools, num_pools * pool_size)),
         num_processes=scorer.processes.world_size,
         mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
-        mean_candidate_tokens=sum(row.num_tokens for row in candidates) / len(candidates),
+        mean_candidate_tokens=sum(scorer.shorten(row).num_tokens for row in candidates) / len(candidates),
         num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
         token_normalized=not schedule.shape.equal_slots,
     )

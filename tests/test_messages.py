@@ -103,6 +103,17 @@ def test_the_first_line_says_what_will_happen(tmp_path: Path, caplog: pytest.Log
         ({"sketch_dim": 64}, {}, "with 64 numbers a sample, a sketch of 3,712; scoring holds 2.56 KB of gradient"),
         ({"num_selected": 2}, {}, "scores 2 pools of 10 and trains on 4 picks: 20.0% of the candidates"),
         ({"stop_ratio": 0.5, "pools_per_step": 1}, {}, "trains on at most 4 picks"),
+        (
+            {
+                "scoring_layers": 1,
+                "scoring_target_modules": ["q_proj", "v_proj"],
+                "scoring_max_tokens": 4,
+                "scoring_prefilter": 0.5,
+            },
+            {},
+            "Rows are scored by the last layer, by q_proj, v_proj, on the first 4 label tokens of a row, among the "
+            "0.5 of a pool with the largest loss alone.",
+        ),
         ({"selection_epochs": 1}, {}, "After 1 epoch(s) the picks are replayed without scoring."),
         (
             {},
@@ -110,7 +121,7 @@ def test_the_first_line_says_what_will_happen(tmp_path: Path, caplog: pytest.Log
             "rounded down to a multiple of the 2 micro-batches of a step.",
         ),
     ],
-    ids=["sketch", "pools", "adaptive", "replay", "mean_loss"],
+    ids=["sketch", "pools", "adaptive", "part", "replay", "mean_loss"],
 )
 def test_the_first_line_of_other_runs(
     settings: dict[str, Any], arguments: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

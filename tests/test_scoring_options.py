@@ -147,11 +147,27 @@ def test_a_row_is_cut_behind_its_first_labels() -> None:
     assert row.num_label_tokens == 3
     cut = keep_first_labels(row, 2)
     assert cut.inputs["input_ids"].tolist() == [[5, 6, 7, 8]] and cut.labels.tolist() == [[-100, 6, -100, 8]]
-    assert (cut.num_tokens, cut.num_label_tokens, cut.index) == (4, 3, 4)
+    assert (cut.num_tokens, cut.num_dropped_tokens, cut.num_label_tokens, cut.index) == (4, 2, 3, 4)
     assert keep_first_labels(row, 3) is row and keep_first_labels(row, 9) is row
     # What predicts nothing is no label: the first token.
     first = collate_row(4, {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [5, 6, 7]}, collate)
     assert keep_first_labels(first, 1).inputs["input_ids"].tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize("strategy", ["spice", "top_norm", "loss"])
+def test_the_ledger_counts_what_was_scored_and_what_was_trained(tmp_path: Path, strategy: str) -> None:
+    trainer = make_trainer(tmp_path, spice={"scoring_max_tokens": 2, "strategy": strategy})
+    trainer.train()
+    rows = [collate_row(index, row, collate) for index, row in enumerate(tiny_rows())]
+    ledger = json.loads((tmp_path / "spice" / "ledger.json").read_text())
+    assert ledger["tokens_scored"] == sum(keep_first_labels(row, 2).num_tokens for row in rows)
+    assert ledger["tokens_trained"] == sum(
+        rows[index].num_tokens for step in trained_indices(tmp_path) for index in step
+    )
+    per_token = ledger["seconds_training"] / ledger["tokens_trained"]
+    # From the 32 rows that were looked at before, whole.
+    mean = sum(rows[position * 55 // 32].num_tokens for position in range(32)) / 32
+    assert ledger["estimated_seconds_on_all_data"] == pytest.approx(per_token * 55 * mean)
 
 
 def test_packed_rows_lose_labels_alone() -> None:
