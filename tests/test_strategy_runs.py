@@ -190,6 +190,22 @@ def test_first_picks_are_the_oracles(strategy: str, spice: dict[str, Any], tmp_p
     assert set(pool["zero"]) >= {index for index in pool["candidates"] if set(ROWS[index]["labels"]) == {-100}}
 
 
+def test_random_picks_follow_seed_step_and_pool(tmp_path: Path) -> None:
+    """Of each pool of a step, with the trainer's data seed or the pools' own."""
+    for seed, settings in ((42, {}), (7, {"pool_seed": 7})):
+        folder = tmp_path / str(seed)
+        build(folder, "random", spice={"num_selected": 2, **settings}, max_steps=2).train()
+        picks = read_records(folder, "selections")
+        lines = read_records(folder, "pools")
+        assert [(line["step"], line["pool"]) for line in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        for line in lines:
+            where = {name: line[name] for name in ("step", "pool")}
+            pool = line["candidates"]
+            sound = [place for place, index in enumerate(pool) if set(ROWS[index]["labels"][1:]) != {-100}]
+            found = [pick["index"] for pick in picks if where.items() <= pick.items()]
+            assert found == [pool[place] for place in random_order(sound, seed=seed, **where)[:2]]
+
+
 def test_strategies_pick_otherwise(tmp_path: Path) -> None:
     """So that the oracles' agreement says something."""
     cases = [(name, {}) for name in NAMES if name != "fisher"]
