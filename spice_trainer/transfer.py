@@ -25,6 +25,7 @@ from spice_trainer.fisher import InformationMeasure, build_information
 from spice_trainer.gram import normalization_weights
 from spice_trainer.picks import select_pool
 from spice_trainer.pool_scores import PoolScores
+from spice_trainer.spearman import spearman
 
 NUM_RANDOM_SUBSETS = 200
 
@@ -132,7 +133,9 @@ def compare_pools(
         num_selected=len(ours),
         num_selected_proxy=len(theirs),
         num_shared=len(set(ours) & set(theirs)),
-        rank_correlation=rank_correlation(information.first_gains()[both], proxy_information.first_gains()[both]),
+        rank_correlation=spearman(
+            information.first_gains()[both], proxy_information.first_gains()[both], equal_share=_EQUAL_GAINS
+        ),
         retained=retained,
         retained_by_length=retained_by_length,
     )
@@ -155,27 +158,6 @@ def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
     weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
     gram = torch.diag((weights * norms).square())
     return replace(scores, gram=gram, gradient_norms=norms, gradients=None, row_weights=None)
-
-
-def rank_correlation(first: Float64[Tensor, " M"], second: Float64[Tensor, " M"]) -> float | None:
-    """Spearman's rank correlation, ties by their mean rank.
-
-    Args:
-        first (`torch.Tensor` of shape `(M,)`): Gains, none negative.
-        second (`torch.Tensor` of shape `(M,)`): Gains of the same candidates.
-
-    Returns:
-        `float` or `None`: In [−1, 1]; `None` for fewer than 3 candidates, or where all gains of one are equal but for
-        rounding (1e-6 of the largest).
-    """
-    if first.numel() < 3:
-        return None
-    if any(float(gains.max() - gains.min()) <= _EQUAL_GAINS * float(gains.max()) for gains in (first, second)):
-        return None
-    ranks = [_mean_ranks(gains) for gains in (first, second)]
-    one, other = (rank - rank.mean() for rank in ranks)
-    correlation = float(one @ other / ((one @ one) * (other @ other)).sqrt())
-    return min(max(correlation, -1.0), 1.0)
 
 
 class _PoolInformation:
@@ -250,13 +232,6 @@ def _shuffles(candidates: Sequence[int], positions: Sequence[int], num_shuffles:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     orders = (torch.randperm(len(by_row), generator=generator).tolist() for _ in range(num_shuffles))
     return [[by_row[place] for place in order] for order in orders]
-
-
-def _mean_ranks(values: Float64[Tensor, " M"]) -> Float64[Tensor, " M"]:
-    _, places, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(torch.float64)
-    ranks: Tensor = last - (counts - 1) / 2
-    return ranks[places]
 
 
 def _shown(rows: Sequence[int]) -> str:

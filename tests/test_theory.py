@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spice_trainer import select
-from spice_trainer.theory import check_bounds, conflict_groups, correlate, decompose, spearman
+from spice_trainer.spearman import spearman
+from spice_trainer.theory import check_bounds, conflict_groups, correlate, decompose
 
 from .theory_oracle import (
     gain,

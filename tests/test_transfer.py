@@ -18,7 +18,8 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.picks import select_pool
 from spice_trainer.pool_scores import PoolScores, measure_pool
 from spice_trainer.rows import RowShape
-from spice_trainer.transfer import PoolTransfer, _shuffles, compare_pools, rank_correlation, scores_by_length
+from spice_trainer.spearman import spearman
+from spice_trainer.transfer import PoolTransfer, _shuffles, compare_pools, scores_by_length
 from spice_trainer.transfer_totals import TransferTotals, describe_transfer
 from tests.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain
 
@@ -150,7 +151,7 @@ def test_chance_is_the_mean_over_all_subsets() -> None:
 @settings(max_examples=60, deadline=None)
 def test_rank_correlation_is_spearmans_with_mean_ranks(first: list[int], data: st.DataObject) -> None:
     second = data.draw(st.lists(st.integers(0, 4), min_size=len(first), max_size=len(first)))
-    found = rank_correlation(*(torch.tensor(values, dtype=torch.float64) for values in (first, second)))
+    found = spearman(*(torch.tensor(values, dtype=torch.float64) for values in (first, second)))
     if len(set(first)) == 1 or len(set(second)) == 1:
         assert found is None
     else:
@@ -162,15 +163,15 @@ def test_what_cannot_be_ranked() -> None:
         return torch.tensor(numbers, dtype=torch.float64)
 
     rising = values(1.0, 2.0, 3.0)
-    assert rank_correlation(rising, rising) == 1.0
-    assert rank_correlation(rising, rising.flip(0)) == -1.0
+    assert spearman(rising, rising) == 1.0
+    assert spearman(rising, rising.flip(0)) == -1.0
     # Only the order counts.
-    assert rank_correlation(rising, rising.pow(7)) == 1.0
-    assert rank_correlation(values(1.0, 2.0), values(1.0, 2.0)) is None
-    assert rank_correlation(rising, values(0.0, 0.0, 0.0)) is None
+    assert spearman(rising, rising.pow(7)) == 1.0
+    assert spearman(values(1.0, 2.0), values(1.0, 2.0)) is None
+    assert spearman(rising, values(0.0, 0.0, 0.0)) is None
     # Rounding is no order, but a small difference that gains really have is one, at any scale.
-    assert rank_correlation(rising, 0.7 + 1e-9 * rising) is None
-    assert rank_correlation(rising, 1e-20 * (0.7 + 1e-3 * rising)) == 1.0
+    assert spearman(rising, 0.7 + 1e-9 * rising, equal_share=1e-6) is None
+    assert spearman(rising, 1e-20 * (0.7 + 1e-3 * rising)) == 1.0
 
 
 POOLS = st.tuples(st.integers(5, 14), st.integers(2, 10), st.integers(0, 2**31))

@@ -7,7 +7,7 @@
 """
 
 from spice_trainer.theory.bounds import BoundCheck, check_bounds
-from spice_trainer.theory.correlations import ConflictCorrelations, ConflictGroup, conflict_groups, correlate, spearman
+from spice_trainer.theory.correlations import ConflictCorrelations, ConflictGroup, conflict_groups, correlate
 from spice_trainer.theory.decay import GroupDecay, aumg, group_decays, half_life
 from spice_trainer.theory.decomposition import Decomposition, decompose
 from spice_trainer.theory.guarantees import (
@@ -41,7 +41,6 @@ __all__ = [
     "half_life",
     "leave_one_out_gains",
     "measure_guarantees",
-    "spearman",
     "summarise",
     "total_curvature",
 ]

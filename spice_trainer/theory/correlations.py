@@ -13,14 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
+from spice_trainer.spearman import all_equal, spearman
 from spice_trainer.theory.decay import GROUP_NAMES, GroupName
 from spice_trainer.theory.decomposition import Decomposition
-
-# Values that differ by less than this share of the largest are equal but for rounding.
-_EQUAL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -73,22 +70,6 @@ class ConflictGroup:
     mean_decay: float
 
 
-def spearman(first: Float64[Tensor, " M"], second: Float64[Tensor, " M"]) -> float | None:
-    """Returns Spearman's rank correlation, ties by their mean rank.
-
-    Args:
-        first (`Tensor`): Values, shape (M,).
-        second (`Tensor`): Values of the same candidates, shape (M,).
-
-    Returns:
-        `float` or `None`: In [−1, 1]; `None` with fewer than 3 values, or where all of one side are equal.
-    """
-    if first.numel() < 3 or any(_all_equal(values) for values in (first, second)):
-        return None
-    one, other = (ranks - ranks.mean() for ranks in (_mean_ranks(first), _mean_ranks(second)))
-    return min(max(float(one @ other / ((one @ one) * (other @ other)).sqrt()), -1.0), 1.0)
-
-
 def correlate(decomposition: Decomposition) -> ConflictCorrelations:
     """Correlates conflict with gain and ε over the candidates of each step.
 
@@ -109,7 +90,7 @@ def correlate(decomposition: Decomposition) -> ConflictCorrelations:
 
     return ConflictCorrelations(
         num_steps=len(steps),
-        num_steps_with_conflict=sum(not _all_equal(conflicts[step]) for step in steps),
+        num_steps_with_conflict=sum(not all_equal(conflicts[step]) for step in steps),
         conflict_gain=mean(conflicts, gains),
         conflict_epsilon=mean(conflicts, epsilons),
         opposition_gain=mean(-cosines, gains),
@@ -152,14 +133,3 @@ def conflict_groups(decomposition: Decomposition) -> tuple[ConflictGroup, ...]:
 def _steps(decomposition: Decomposition) -> Iterator[Tensor]:
     for num_picks in decomposition.pair_picks.unique().tolist():
         yield (decomposition.pair_picks == num_picks).nonzero().flatten()
-
-
-def _all_equal(values: Float64[Tensor, " M"]) -> bool:
-    return values.numel() == 0 or float(values.max() - values.min()) <= _EQUAL * float(values.abs().max())
-
-
-def _mean_ranks(values: Float64[Tensor, " M"]) -> Float64[Tensor, " M"]:
-    _, places, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(torch.float64)
-    ranks: Tensor = last - (counts - 1) / 2
-    return ranks[places]
