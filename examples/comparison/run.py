@@ -25,7 +25,7 @@ from comparison.model import build_model
 from comparison.plan import Run
 from comparison.prepared import PreparedData, TokenRow
 from comparison.settings import Settings
-from comparison.trainers import build_trainer, row_order, selects_from_pools
+from comparison.trainers import build_trainer, row_order
 from spice_trainer.checkpoint import last_complete_checkpoint
 
 
@@ -146,9 +146,9 @@ def train_run(
 def trained_rows(settings: Settings, run: Run, data: PreparedData, folder: Path, num_steps: int) -> list[list[int]]:
     """The training rows of each step."""
     arm = settings.arm(run.arm)
-    if selects_from_pools(arm):
+    if arm.kind != "full":
         return [line["indices"] for line in read_lines(folder / "spice" / "trained.jsonl")]
-    order = row_order(settings, arm, len(data.train), run.seed)
+    order = row_order(len(data.train), run.seed)
     size = settings.batch_size
     return [order[step * size : (step + 1) * size] for step in range(num_steps)]
 

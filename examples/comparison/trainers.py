@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,11 @@ class OrderedTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def selects_from_pools(arm: Arm) -> bool:
-    """Whether [`attach_spice`] decides what the arm trains on, rather than an order known beforehand."""
-    has_strategies = any(one.name == "strategy" for one in fields(SpiceConfig))
-    return arm.kind == "spice" or (arm.kind == "random" and has_strategies)
-
-
 def arm_config(settings: Settings, arm: Arm) -> SpiceConfig:
     """The settings of an arm that selects; `random` is the strategy of that name."""
     config = settings.spice_config(arm)
     if arm.kind == "random":
-        config.strategy = "random"  # type: ignore[attr-defined]
+        config.strategy = "random"
     return config
 
 
@@ -74,29 +67,15 @@ def check_arms(settings: Settings, num_rows: int, num_steps: int) -> None:
             )
 
 
-def row_order(settings: Settings, arm: Arm, num_rows: int, seed: int) -> list[int]:
-    """Rows that an arm without selection trains on, in their order.
+def row_order(num_rows: int, seed: int) -> list[int]:
+    """The order in which the arm `full` trains on all rows.
 
     Args:
-        settings ([`Settings`]): The comparison.
-        arm ([`Arm`]): Of kind `full` (a permutation of all rows) or `random` (of each pool that a selecting arm would
-            see, as many as it would pick).
         num_rows (`int`): Training rows.
         seed (`int`): The run's seed.
-
-    Returns:
-        `list[int]`
     """
-    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{arm.kind} {seed}".encode()).hexdigest()[:15], 16))
-    if arm.kind == "full":
-        return list(torch.randperm(num_rows, generator=generator).tolist())
-    schedule = pools_of(settings, arm, num_rows, seed)
-    order: list[int] = []
-    for step in range(schedule.steps_per_epoch):
-        drawn = schedule.pools(0, step)
-        for pool, budget in zip(drawn.pools, drawn.budgets, strict=True):
-            order += [pool[place] for place in torch.randperm(len(pool), generator=generator)[:budget].tolist()]
-    return order
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"full {seed}".encode()).hexdigest()[:15], 16))
+    return list(torch.randperm(num_rows, generator=generator).tolist())
 
 
 def build_trainer(
@@ -135,9 +114,9 @@ def build_trainer(
         ValueError: If the run would use several GPUs or processes, or if SPICE cannot be attached.
     """
     dataset = Dataset.from_list([row.features() for row in rows])
-    selects = selects_from_pools(arm)
+    selects = arm.kind != "full"
     if not selects:
-        dataset = dataset.select(row_order(settings, arm, len(rows), seed))
+        dataset = dataset.select(row_order(len(rows), seed))
     args = TrainingArguments(
         **{
             "output_dir": str(folder),
