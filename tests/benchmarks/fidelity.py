@@ -54,9 +54,15 @@ def random_subsets(size: int, num_selected: int, seed: int) -> list[np.ndarray]:
 
 
 def retained(reference: np.ndarray, picks: np.ndarray, best: np.ndarray, subsets: list[np.ndarray]) -> float:
-    """Share of the information beyond chance; `reference` is the exact normalised Gram, `best` what it picks."""
+    """Share of the information beyond chance; `reference` is the exact normalised Gram, `best` what it picks.
+
+    1 where the best picks add nothing to chance, as a single one under unit norm: there is nothing to lose.
+    """
     chance = float(np.mean([information(reference, subset) for subset in subsets]))
-    return (information(reference, picks) - chance) / (information(reference, best) - chance)
+    most = information(reference, best)
+    if abs(most - chance) <= 1e-9 * abs(most):
+        return 1.0
+    return (information(reference, picks) - chance) / (most - chance)
 
 
 def compare_pool(pool: dict[str, np.ndarray], num_selected: int, seed: int) -> list[dict[str, Any]]:

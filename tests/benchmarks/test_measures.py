@@ -151,6 +151,9 @@ def test_retained_is_1_for_the_best_and_0_for_chance() -> None:
     assert retained(gram, other, best, subsets) == pytest.approx(
         (information(gram, other) - chance) / (information(gram, best) - chance)
     )
+    # One pick of length 1 is as good as any other.
+    unit = gram / np.sqrt(np.outer(np.diag(gram), np.diag(gram)))
+    assert retained(unit, np.array([3]), np.array([0]), random_subsets(20, 1, seed=1)) == 1.0
 
 
 # --- options ------------------------------------------------------------------------------------------------------
