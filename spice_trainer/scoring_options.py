@@ -38,7 +38,8 @@ class ScoringOptions:
         scoring_prefilter (`float`, *optional*):
             Share of a pool's candidates, above 0 and below 1, whose gradients are computed: those of largest loss
             (times the factor that `gradient_normalization` gives the gradient), after a forward of all of them. A
-            forward is half of the work, so a half saves nothing. `None`: all of them.
+            forward is half of the work, so a half saves nothing, and where lengths are divided out the loss says
+            little of the gradient. `None`: all of them.
     """
 
     sketch_dim: int | None = field(
