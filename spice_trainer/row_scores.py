@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float64
@@ -108,12 +108,8 @@ def from_losses(
     alone = torch.tensor([math.nan if loss is None else loss for loss in others], dtype=torch.float64)
     # A loss alone of nan says that there is none, not that the row is broken.
     finite = found.isfinite() & ~alone.isinf() & ~missing
-    return RowScores(
-        pool=pool,
-        candidates=known.candidates,
-        label_tokens=known.label_tokens,
-        num_tokens=known.num_tokens,
-        num_dropped_tokens=known.num_dropped_tokens,
+    return replace(
+        known,
         finite=finite,
         nonzero=known.nonzero & finite & alone.isfinite(),
         out_of_memory=missing,
@@ -150,12 +146,8 @@ def from_gradients(
     finite = found.norms.isfinite() & found.losses.isfinite() & ~found.out_of_memory
     if alignment is not None:
         finite &= alignment.isfinite()
-    return RowScores(
-        pool=pool,
-        candidates=known.candidates,
-        label_tokens=known.label_tokens,
-        num_tokens=known.num_tokens,
-        num_dropped_tokens=known.num_dropped_tokens,
+    return replace(
+        known,
         finite=finite,
         nonzero=finite & (found.norms > 0),
         out_of_memory=found.out_of_memory,

@@ -174,11 +174,8 @@ class GradientScorer:
                     progress(done + int(share * num_rows), total)
 
             with preserved_random_state(self.device):
-                shared = self.share(group)
-                # With sharded weights the others are inside a forward's collective: only the launcher can end them.
-                together = nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
-                with together:
-                    whole, shared = self._filter(shared)
+                whole, shared = self._filter(self.share(group))
+                with self.failing_together():
                     buffer = self.compute(shared, report)
             yield whole, shared, buffer
             del whole, shared, buffer
@@ -198,9 +195,20 @@ class GradientScorer:
         """Features of what falls to this process; see [`~spice_trainer.passes.ScoringPasses.compute_features`]."""
         return self.passes.compute_features(shared, report)
 
-    def compute_losses(self, shared: SharedCandidates) -> dict[int, float | None]:
+    def failing_together(self) -> AbstractContextManager[object]:
+        """Context of this process's passes, whose errors reach all others. No collective may stand in it.
+
+        With sharded weights the others are inside a forward's collective: only the launcher can end them.
+        """
+        return nullcontext() if self.processes.lockstep else self.processes.failing_together(_SCORING)
+
+    def compute_losses(
+        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+    ) -> dict[int, float | None]:
         """Losses of all candidates that have label tokens, by position. A collective."""
-        return self.gather(self.passes.compute_losses(shared))
+        with self.failing_together():
+            losses = self.passes.compute_losses(shared, report)
+        return self.gather(losses)
 
     def gather(self, losses: dict[int, float | None]) -> dict[int, float | None]:
         """Everyone's losses by position. A collective."""

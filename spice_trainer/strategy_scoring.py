@@ -13,7 +13,6 @@ Each is a collective of the scorer's processes, and each pool comes out on the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from spice_trainer.answers import bos_tokens, split_answer
@@ -92,11 +91,10 @@ def _score_losses(
     with preserved_random_state(scorer.device):
         shared = scorer.share({number: tuple(pool) for number, pool in enumerate(pools)})
         alone: Mapping[int, float | None] | None = None
-        with _together(scorer):
-            if with_answers_alone:
-                losses, alone = _losses_of_answers(scorer, shared, report)
-            else:
-                losses = scorer.gather(scorer.passes.compute_losses(shared, report))
+        if with_answers_alone:
+            losses, alone = _losses_of_answers(scorer, shared, report)
+        else:
+            losses = scorer.compute_losses(shared, report)
     for pool, candidates, shapes, positions in _owned(scorer, shared.pools, shared.shapes):
         yield from_losses(
             pool,
@@ -112,17 +110,18 @@ def _losses_of_answers(
 ) -> tuple[dict[int, float | None], dict[int, float | None]]:
     """Losses of the candidates' answers with and without what precedes them; nan where nothing is left of one."""
     bos = bos_tokens(scorer.get_model())
-    halves = {position: split_answer(row, bos) for position, row in shared.rows.items()}
     whole: dict[int, CandidateRow] = {}
     alone: dict[int, CandidateRow] = {}
-    for position, row in shared.rows.items():
-        # One of which nothing is left runs as it is: with sharded weights all processes run the same batches.
-        whole[position], alone[position] = halves[position] or (row, row)
-    losses = scorer.passes.compute_losses(replace(shared, rows=whole), lambda share: report(share / 2))
-    without = scorer.passes.compute_losses(replace(shared, rows=alone), lambda share: report((1 + share) / 2))
-    for position in without:
-        if halves[position] is None:
-            without[position] = float("nan")
+    with scorer.failing_together():
+        halves = {position: split_answer(row, bos) for position, row in shared.rows.items()}
+        for position, row in shared.rows.items():
+            # One of which nothing is left runs as it is: with sharded weights all processes run the same batches.
+            whole[position], alone[position] = halves[position] or (row, row)
+        losses = scorer.passes.compute_losses(replace(shared, rows=whole), lambda share: report(share / 2))
+        without = scorer.passes.compute_losses(replace(shared, rows=alone), lambda share: report((1 + share) / 2))
+        for position in without:
+            if halves[position] is None:
+                without[position] = float("nan")
     return scorer.gather(losses), scorer.gather(without)
 
 
@@ -145,8 +144,3 @@ def _owned(
         start = positions.stop
         if scorer.processes.owner(pool) == scorer.processes.rank:
             yield pool, candidates, shapes[positions.start : positions.stop], positions
-
-
-def _together(scorer: GradientScorer) -> AbstractContextManager[object]:
-    """Errors of one process reach all, but with sharded weights, where the others wait inside a forward."""
-    return nullcontext() if scorer.processes.lockstep else scorer.processes.failing_together("scoring candidates")

@@ -80,7 +80,8 @@ class ValidationRows:
                 tokens_per_batch=scorer.plan_tokens(),
                 processes=processes,
             )
-            buffer = scorer.compute(shared)
+            with scorer.failing_together():
+                buffer = scorer.compute(shared)
         units, lengths = unit_rows(buffer.features)
         sound = (lengths > 0) & lengths.isfinite() & buffer.norms.cpu().isfinite() & buffer.losses.cpu().isfinite()
         total = torch.zeros(units.shape[1], dtype=torch.float64)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
 from spice_trainer.adapters import forward_parameters
 from spice_trainer.gradients import SampleGradients
-from spice_trainer.kernels import rows_influence_each_other, training_flag_for_scoring, uncompiled
+from spice_trainer.kernels import needs_whole_graph, rows_influence_each_other, training_flag_for_scoring, uncompiled
 from spice_trainer.label_losses import sample_losses
 from spice_trainer.layer_gradients import trainable_bias
 from spice_trainer.random_states import preserved_random_state
@@ -157,10 +157,7 @@ def has_whole_weights(model: nn.Module) -> bool:
     They are once FSDP wrapped the model, and as soon as a model is loaded under ZeRO-3. Only the main process asks
     with meaning: FSDP's efficient loading leaves the others without weights until it wraps the model.
     """
-    if any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules()):
-        return False
-    # ZeRO-3 numbers the parameters that it partitioned.
-    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return not (needs_whole_graph(model) or any(isinstance(module, FSDPModule) for module in model.modules()))
 
 
 @contextmanager

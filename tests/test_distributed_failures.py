@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return setting.save_model(tmp_path_factory.mktemp("model"))
 
 
-def fail(config: str, folder: Path, *, place: str, way: str, model_folder: Path) -> Launched:
+def fail(config: str, folder: Path, *options: str, place: str, way: str, model_folder: Path) -> Launched:
     """A launch whose last process fails while scoring; ended by its launcher soon, with an error."""
-    launched = launch(config, folder, "fail", f"model={model_folder}", f"place={place}", f"way={way}", timeout=150)
+    places = (f"model={model_folder}", f"place={place}", f"way={way}")
+    launched = launch(config, folder, "fail", *places, *options, timeout=150)
     ended = time.time()
     assert not launched.timed_out and launched.returncode != 0, launched.stdout
     # The launcher gives processes half a minute to end; the collective time-out is 30 minutes.
@@ -36,6 +39,19 @@ def test_an_error_while_scoring_ends_every_process(model_folder: Path, tmp_path:
     stderr = fail("multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder).stderr
     assert "ValueError: the user's own error" in stderr
     assert "SPICE: process 1 of 2 failed while reading candidates, so this one stops too" in stderr
+
+
+@pytest.mark.parametrize(
+    "spice",
+    [{}, {"scoring_prefilter": 0.6}, {"strategy": "loss"}, {"strategy": "ifd"}, {"strategy": "less"}],
+    ids=lambda spice: "-".join(map(str, spice.values())) or "spice",
+)
+def test_an_error_in_a_forward_reaches_the_others(spice: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    """Whichever forward it is: none may leave the others waiting for what this one found."""
+    options = f"spice={json.dumps(spice)}"
+    stderr = fail("multi_gpu", tmp_path, options, place="forward", way="raise", model_folder=model_folder).stderr
+    assert "ValueError: the user's own error" in stderr
+    assert "SPICE: process 1 of 2 failed while scoring candidates, so this one stops too" in stderr
 
 
 def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_folder: Path, tmp_path: Path) -> None:

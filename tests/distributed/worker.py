@@ -30,6 +30,7 @@ from spice_trainer import ProxyModel, SpiceConfig, select_subset
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.step_selection import StepSelection
+from spice_trainer.steps import StepSelector
 
 from ..trainers import checkpointing_options, collate
 from . import cpu_shims, setting
@@ -200,20 +201,21 @@ def select() -> dict[str, Any]:
 
 def fail() -> dict[str, Any]:
     """Trains until the last process fails, while it scores the first step after the checkpoint."""
-    trainer, _ = build("failing")
-    score = GradientScorer.score
+    trainer, _ = build("failing", spice=json.loads(OPTIONS.get("spice", "{}")))
+    select_step = StepSelector.select
 
-    def failing_score(self: GradientScorer, *args: Any, **kwargs: Any) -> Any:
+    def failing_select(self: StepSelector, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step > setting.SAVED_STEP and RANK == WORLD_SIZE - 1:
             if OPTIONS["place"] == "collator":
-                self.collate = die
+                self.scorer.collate = die
             else:
                 # Within the forward, where sharded weights are gathered from every process.
-                layer = next(m for n, m in self.get_model().named_modules() if n.endswith("layers.1.mlp.act_fn"))
+                model = self.scorer.get_model()
+                layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.act_fn"))
                 layer.forward = die
-        return score(self, *args, **kwargs)
+        return select_step(self, *args, **kwargs)
 
-    GradientScorer.score = failing_score
+    StepSelector.select = failing_select
     trainer.train()
     return {"steps": trainer.state.global_step}
 
