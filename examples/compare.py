@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", help="model, in place of the YAML file's")
     parser.add_argument("--output_dir", help="where results go, in place of the YAML file's")
     parser.add_argument("--arms", nargs="+", help="run these arms only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run these seeds only, beside another that runs others")
     options = parser.parse_args()
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -38,7 +39,7 @@ def main() -> None:
     overrides = {name: getattr(options, name) for name in ("data", "model", "output_dir")}
     settings = load_settings(options.config, overrides)
     if options.command == "run":
-        run_comparison(settings, options.arms)
+        run_comparison(settings, options.arms, options.seeds)
     else:
         write_report(settings)
 

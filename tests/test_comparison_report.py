@@ -13,6 +13,7 @@ from spice_trainer import SpiceConfig
 
 from .comparisons import EXAMPLES, tiny_comparison
 
+from comparison.driver import run_comparison  # isort: skip
 from comparison.json_lines import append_line, keep_lines, read_lines  # isort: skip
 from comparison.plan import Run, chosen_rate, missing_runs  # isort: skip
 from comparison.report import build_tables, write_report  # isort: skip
@@ -191,6 +192,14 @@ def test_a_grid_of_whole_runs_is_not_repeated(tmp_path: Path) -> None:
         lines.append(make_line(run.arm, run.seed, run.learning_rate, rate=run.learning_rate))
     # Both rates with the first seed, the better one with the second.
     assert len(lines) == 3 * 3
+
+
+def test_two_processes_share_the_seeds(tmp_path: Path) -> None:
+    settings = load_settings(tiny_comparison(tmp_path))
+    runs = [set(missing_runs(settings, [], STEPS, seeds=seeds)) for seeds in ([0], [1], None)]
+    assert runs[0] and runs[1] and not runs[0] & runs[1] and runs[0] | runs[1] == runs[2]
+    with pytest.raises(ValueError, match=r"7 is not among the seeds \[0, 1\]"):
+        run_comparison(settings, seeds=[1, 7])
 
 
 def test_a_learning_rate_can_be_shared(tmp_path: Path) -> None:

@@ -30,19 +30,25 @@ console = Console()
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
-def run_comparison(settings: Settings, arms: Sequence[str] | None = None) -> None:
+def run_comparison(settings: Settings, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
     """Do every run that has no result yet. Interrupted at any time, it goes on when called again.
+
+    Processes may share an output directory while none has runs of another's: split by arms or seeds, once the grid
+    of learning rates is done.
 
     Args:
         settings ([`Settings`]): The comparison.
         arms (`Sequence[str]`, *optional*): Only these arms, and the grids that they need.
+        seeds (`Sequence[int]`, *optional*): Only these seeds.
 
     Raises:
-        ValueError: If an arm is unknown, or the output directory holds results of another comparison.
+        ValueError: If an arm or seed is unknown, or the output directory holds results of another comparison.
     """
     unknown = sorted(set(arms or ()) - {arm.name for arm in settings.arms})
     if unknown:
         raise ValueError(f"No arm is named {unknown[0]!r}. There are {', '.join(arm.name for arm in settings.arms)}.")
+    if strangers := sorted(set(seeds or ()) - set(settings.seeds)):
+        raise ValueError(f"{strangers[0]} is not among the seeds {list(settings.seeds)}.")
     output_dir = Path(settings.output_dir)
     path = model_path(settings)
     tokenizer = load_tokenizer(path)
@@ -59,7 +65,7 @@ def run_comparison(settings: Settings, arms: Sequence[str] | None = None) -> Non
     for line in read_lines(results):
         clean_up(output_dir / "runs" / Run.of(line).folder)
         check_fields(settings, line)
-    while (run := next(missing_runs(settings, read_lines(results), num_steps, arms), None)) is not None:
+    while (run := next(missing_runs(settings, read_lines(results), num_steps, arms, seeds), None)) is not None:
         console.print(f"[bold]{run}[/bold]")
         started = now()
         folder = output_dir / "runs" / run.folder

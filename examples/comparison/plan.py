@@ -82,7 +82,11 @@ def final_runs(settings: Settings, arm: Arm, lines: Sequence[dict[str, Any]], nu
 
 
 def missing_runs(
-    settings: Settings, lines: Sequence[dict[str, Any]], num_steps: int, arms: Sequence[str] | None = None
+    settings: Settings,
+    lines: Sequence[dict[str, Any]],
+    num_steps: int,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[Run]:
     """Runs that can be started now and are not finished, the next one first.
 
@@ -91,6 +95,7 @@ def missing_runs(
         lines (`Sequence[dict]`): Results so far.
         num_steps (`int`): Steps of a whole run.
         arms (`Sequence[str]`, *optional*): Only these arms, and the grids that they need.
+        seeds (`Sequence[int]`, *optional*): Only these seeds; a grid that is missing is run whole.
 
     Yields:
         [`Run`]: Grids first; then seed by seed, so that results so far are always of as many seeds for every arm.
@@ -99,7 +104,7 @@ def missing_runs(
     wanted = [arm for arm in settings.arms if arms is None or arm.name in arms]
     grids = dict.fromkeys(run for arm in wanted for run in grid_runs(settings, arm, num_steps))
     yield from (run for run in grids if run not in done)
-    for seed in settings.seeds:
+    for seed in settings.seeds if seeds is None else seeds:
         for arm in wanted:
             runs = final_runs(settings, arm, lines, num_steps)
             yield from (run for run in runs if run.seed == seed and run not in done)
