@@ -4,7 +4,7 @@
 
 ℓ_x is the mean negative log-likelihood of x's label tokens. A row that the model predicts well has a small gradient,
 so what is dropped is what would add little information. Losses take a forward of all candidates, which is about half
-of the work: a share of a half saves nothing, a tenth saves 40 %.
+of the work: by that count a share of a half saves nothing, and one of a tenth 40 %.
 
 Axes: N candidates of a pool.
 """
