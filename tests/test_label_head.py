@@ -88,6 +88,17 @@ def test_caps_and_scales_behind_the_head_are_scored_in_full(architecture: str) -
     assert head is not None and head.is_plain is False
 
 
+def test_what_the_head_still_multiplies_is_no_view() -> None:
+    """Of a view torch multiplies each sample by a copy of a frozen weight, in bfloat16 on the CPU."""
+    model, input_ids = tiny_model().bfloat16().requires_grad_(False), torch.randint(3, 60, (4, 6))
+    head = observe(model, input_ids)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        forward_with_head(model, head, input_ids, input_ids.clone())
+    weight = list(model.get_output_embeddings().weight.shape)
+    products = [event.input_shapes[1] for event in profile.events() if event.name in ("aten::mm", "aten::bmm")]
+    assert weight[::-1] in products and [4, *weight[::-1]] not in products
+
+
 def changed(model: nn.Module, change: Any) -> None:
     """The model's logits go through `change` behind its head."""
     forward = model.forward
