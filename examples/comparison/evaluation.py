@@ -73,7 +73,8 @@ def _batch_losses(model: nn.Module, rows: Sequence[TokenRow], device: torch.devi
     input_ids, attention_mask, is_label = (one.to(device) for one in (input_ids, attention_mask, is_label))
     # The head, a fifth of a small model's work, where some row has a label next.
     first = int(is_label.any(0).nonzero()[0]) - 1
-    options: dict[str, Any] = {"logits_to_keep": length - first} if keeps else {}
+    # As an index: of the view that a number gives, torch copies a frozen head for each row (bfloat16, CPU, 2.13).
+    options: dict[str, Any] = {"logits_to_keep": torch.arange(first, length)} if keeps else {}
     output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
     logits = output.logits if keeps else output.logits[:, first:]
     targets, mask = input_ids[:, first + 1 :], is_label[:, first + 1 :]
