@@ -92,8 +92,9 @@ def write_results(folder: Path, **overrides: Any) -> Any:
 
 def test_tables_by_hand(tmp_path: Path) -> None:
     settings = write_results(tmp_path)
-    base = {"test": make_line("", 0, 3.0)["test"], "choices": {}}
-    losses, by_token, by_row, accuracy, seconds, rates = build_tables(
+    before = make_line("", 0, 3.0)
+    base = {"validation": before["validation"], "test": before["test"], "choices": {}}
+    losses, validation, by_token, by_row, accuracy, seconds, rates = build_tables(
         settings, read_lines(Path(settings.output_dir) / "results.jsonl"), STEPS, base
     )
     assert losses.columns[2:4] == ("loss per token", "loss per token − random")
@@ -116,6 +117,10 @@ def test_tables_by_hand(tmp_path: Path) -> None:
         "+0.2000 ± 0.4000 (1/2)",
     )
     assert losses.rows[3] == ("before training", "", "3.0000", "", "6.0000", "")
+    # Those of all rows shifted alike, and so the same differences.
+    shift = before["validation"]["all"]["loss_per_token"] - before["test"]["all"]["loss_per_token"]
+    assert validation.rows[3][2] == f"{3 + shift:.4f}" and validation.rows[2][2] == f"{2.3 + shift:.4f} ± 0.4000"
+    assert validation.rows[2][3] == losses.rows[2][3]
     assert by_token.columns[2::2] == ("code", "math") and by_token.rows[2][2] == "2.5500 ± 0.4000"
     assert by_row.rows[0][4] == "1.2000 ± 0.2000"
     # Accuracies 0.95 and 1.35 against 1.0 and 1.2: higher is better here.

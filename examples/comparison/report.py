@@ -105,13 +105,22 @@ def build_tables(
         base (`dict`, *optional*): The model before training.
 
     Returns:
-        `list[ReportTable]`: Losses; losses by domain; accuracy; seconds; learning rates.
+        `list[ReportTable]`: Losses on the test rows and on the validation rows; losses by domain; accuracy; seconds;
+        learning rates.
     """
     runs = finished_runs(settings, lines, num_steps)
     domains = sorted({name for group in runs.values() for line in group for name in line["test"]["domains"]})
     kinds = sorted({name for group in runs.values() for line in group for name in line["choices"] or {}})
     tables = [
         _metric_table("Held-out loss (test)", settings, runs, base, ORDERED_LOSSES),
+        _metric_table(
+            "Held-out loss (validation: what choices go by)",
+            settings,
+            runs,
+            base,
+            ORDERED_LOSSES,
+            "validation",
+        ),
         *(
             _metric_table(f"Held-out loss by domain, {name.replace('_', ' ')} (test)", settings, runs, base, group)
             for name in ORDERED_LOSSES
@@ -119,7 +128,7 @@ def build_tables(
         ),
         _metric_table("Multiple-choice accuracy (test)", settings, runs, base, [f"accuracy/{kind}" for kind in kinds]),
         _seconds_table(runs),
-        _rates_table(settings, lines, num_steps),
+        _rates_table(settings, lines, num_steps, runs),
     ]
     return [table for table in tables if len(table.columns) > 2 and table.rows]
 
@@ -130,6 +139,7 @@ def _metric_table(
     runs: dict[str, list[dict[str, Any]]],
     base: dict[str, Any] | None,
     metrics: Sequence[str],
+    split: str = "test",
 ) -> ReportTable:
     reference = settings.reference
     against = runs.get(reference.name, []) if reference else []
@@ -141,17 +151,17 @@ def _metric_table(
     for name, lines in runs.items():
         cells = [name, str(len(lines))]
         for metric in metrics:
-            values = by_seed(lines, metric)
+            values = by_seed(lines, metric, split)
             cells.append(format_estimate(estimate(list(values.values())) if values else None))
             if reference:
                 is_accuracy = metric.startswith("accuracy")
-                found = difference(values, by_seed(against, metric), higher_is_better=is_accuracy)
+                found = difference(values, by_seed(against, metric, split), higher_is_better=is_accuracy)
                 cells.append("" if name == reference.name else format_difference(found))
         rows.append(tuple(cells))
     if base is not None:
         cells = [BASE, ""]
         for metric in metrics:
-            values = by_seed([{"seed": 0, **base}], metric)
+            values = by_seed([{"seed": 0, **base}], metric, split)
             cells += [
                 format_estimate(estimate(list(values.values())) if values else None),
                 *([""] if reference else []),
@@ -182,11 +192,13 @@ def _seconds_table(runs: dict[str, list[dict[str, Any]]]) -> ReportTable:
     return ReportTable("Seconds of a run (mean over seeds)", columns, rows)
 
 
-def _rates_table(settings: Settings, lines: Sequence[dict[str, Any]], num_steps: int) -> ReportTable:
+def _rates_table(
+    settings: Settings, lines: Sequence[dict[str, Any]], num_steps: int, runs: dict[str, list[dict[str, Any]]]
+) -> ReportTable:
     rows = []
     for arm in settings.arms:
         rate = chosen_rate(settings, arm, lines, num_steps)
-        if rate is not None:
+        if rate is not None and arm.name in runs:
             grid = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in rate.grid.items()) or "one value, no grid"
             rows.append((arm.name, f"{rate.value:g}", "own" if rate.source == arm.name else rate.source, grid))
     name = settings.evaluation.metric.replace("_", " ")

@@ -55,12 +55,13 @@ def difference(
     return Difference(estimate(gaps), sum(gap > 0 if higher_is_better else gap < 0 for gap in gaps))
 
 
-def measured(line: Mapping[str, Any], metric: str) -> float | None:
+def measured(line: Mapping[str, Any], metric: str, split: str = "test") -> float | None:
     """A value of a line of results.
 
     Args:
         line (`Mapping[str, Any]`): A run of all steps.
         metric (`str`): `"loss_per_token"`, `"loss_per_row"`, either with `"/domain"` behind it, or `"accuracy/kind"`.
+        split (`str`, *optional*, defaults to `"test"`): Held-out rows of a loss, `"test"` or `"validation"`.
 
     Returns:
         `float`, *optional*: `None` where the run has no such value.
@@ -69,13 +70,13 @@ def measured(line: Mapping[str, Any], metric: str) -> float | None:
     if name == "accuracy":
         found: Any = (line["choices"] or {}).get(group)
     else:
-        found = line["test"]["domains"].get(group) if group else line["test"]["all"]
+        found = line[split]["domains"].get(group) if group else line[split]["all"]
     return None if found is None else found[name]
 
 
-def by_seed(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+def by_seed(lines: Sequence[Mapping[str, Any]], metric: str, split: str = "test") -> dict[int, float]:
     """Values of an arm's runs by their seed."""
-    found = {line["seed"]: measured(line, metric) for line in lines}
+    found = {line["seed"]: measured(line, metric, split) for line in lines}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
