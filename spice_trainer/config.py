@@ -65,9 +65,10 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
         information (`str`, *optional*, defaults to `"exact"`):
             Measure of information [F]: the log-determinant (`"exact"`), its diagonal approximation (`"diagonal"`), or
             the gain of the released code (`"adafisher"`), which ranks almost as the gradient norm does.
-        gradient_normalization (`str`, *optional*, defaults to `"none"`):
+        gradient_normalization (`str`, *optional*, defaults to `"sqrt_tokens"`):
             Rescaling of each sample gradient [g]: not at all, as in the paper (`"none"`), times the square root of
             its number of label tokens (`"sqrt_tokens"`), times that number (`"tokens"`), or to length 1 (`"unit"`).
+            The gradient of a mean over few tokens is long, so without it the shortest answers are picked.
         stop_ratio (`float`, *optional*):
             Adaptive stopping [ω]: a pool is done at the first pick whose gain is at most this share of the pool's
             first gain. Between 0 and 1.
@@ -109,7 +110,7 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
     )
     information: Information = field(default="exact", metadata={"help": "Measure of information [F]."})
     gradient_normalization: GradientNormalization = field(
-        default="none", metadata={"help": "Rescaling of each sample gradient before anything else."}
+        default="sqrt_tokens", metadata={"help": "Rescaling of each sample gradient before anything else."}
     )
     stop_ratio: float | None = field(
         default=None,

@@ -220,7 +220,7 @@ def test_defaults():
         "conflict_penalty": 0.1,
         "conflict_reference": "selected",
         "information": "exact",
-        "gradient_normalization": "none",
+        "gradient_normalization": "sqrt_tokens",
         "stop_ratio": None,
         "min_gain": None,
         "selection_epochs": None,
