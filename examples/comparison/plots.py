@@ -18,6 +18,9 @@ AXES = {
     "seconds": ("seconds", "seconds (scoring, selecting, training)"),
 }
 
+# Where one arm's curve is so many times as long as another's, the axis is logarithmic behind the shorter one.
+_LONG = 4
+
 
 def mean_curve(
     lines: Sequence[dict[str, Any]], axis: str, metric: str = "loss_per_token", base: dict[str, Any] | None = None
@@ -54,6 +57,8 @@ def write_plots(output_dir: Path, runs: dict[str, list[dict[str, Any]]], base: d
     """
     names = []
     for name, (axis, label) in AXES.items():
+        ends = [mean_curve(lines, axis)[0][-1] for lines in runs.values()]
+        shortest, longest = min(ends), max(ends)
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
         for panel, metric in zip(panels, ("loss_per_token", "loss_per_row"), strict=True):
             for number, (arm, lines) in enumerate(runs.items()):
@@ -62,14 +67,11 @@ def write_plots(output_dir: Path, runs: dict[str, list[dict[str, Any]]], base: d
                 panel.plot(places, losses, style, marker=".", label=arm)
             panel.set_xlabel(label)
             panel.set_ylabel(f"validation {metric.replace('_', ' ')}")
-            # The arm `full` would press the others together.
-            panel.set_xscale("symlog", linthresh=_smallest_end(runs, axis))
+            if longest > _LONG * shortest:
+                # An arm that goes on for long, as `full` does, would press the others together.
+                panel.set_xscale("symlog", linthresh=max(1e-9, shortest))
         panels[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         names.append(f"loss_{name}.png")
         figure.savefig(output_dir / names[-1], dpi=120)
         pyplot.close(figure)
     return names
-
-
-def _smallest_end(runs: dict[str, list[dict[str, Any]]], axis: str) -> float:
-    return max(1e-9, min(mean_curve(lines, axis)[0][-1] for lines in runs.values()))
