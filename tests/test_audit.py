@@ -144,8 +144,16 @@ CASES: dict[str, tuple[dict[str, Any], int, list[dict[str, Any]]]] = {
         4,
         [{"information": "exact"}, {"information": "diagonal"}],
     ),
-    "stop_ratio": ({"stop_ratio": 0.6, "pools_per_step": 2, "num_selected": 6}, 6, [{"stop_ratio": None}]),
-    "min_gain": ({"min_gain": 3.0, "pools_per_step": 2, "num_selected": 6}, 6, [{"min_gain": None}]),
+    "stop_ratio": (
+        {"gradient_normalization": "none", "stop_ratio": 0.6, "pools_per_step": 2, "num_selected": 6},
+        6,
+        [{"stop_ratio": None}],
+    ),
+    "min_gain": (
+        {"gradient_normalization": "none", "min_gain": 3.0, "pools_per_step": 2, "num_selected": 6},
+        6,
+        [{"min_gain": None}],
+    ),
     "explicit_pools": ({"pool_size": 7, "num_selected": 2, "pools_per_step": 2}, 3, []),
     "uneven_budgets": ({"pool_size": 6, "num_selected": 3}, 4, []),
     "strict_ties": ({"tie_tolerance": 0.0}, 2, []),

@@ -27,6 +27,11 @@ GAINS = {"exact": log_det_gain, "diagonal": diagonal_gain, "adafisher": adafishe
 NORMALIZATIONS = ["none", "sqrt_tokens", "tokens", "unit"]
 
 
+def raw_config(**changes: Any) -> SpiceConfig:
+    """Settings under which the Gram matrix is that of the gradients as they are, unless it is said otherwise."""
+    return SpiceConfig(**({"gradient_normalization": "none"} | changes))
+
+
 def gradients_of(num_candidates: int, dimension: int, seed: int = 0) -> Tensor:
     """Gradients of different lengths, in no special directions."""
     generator = torch.Generator().manual_seed(seed)
@@ -119,7 +124,7 @@ def slow_comparison(target: Tensor, proxy: Tensor, budget: int, config: SpiceCon
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_number_is_the_definitions(changes: dict[str, Any]) -> None:
-    config = SpiceConfig(**changes)
+    config = raw_config(**changes)
     target = gradients_of(9, 6)
     proxy = (0.7 * target + gradients_of(9, 6, seed=1))[:, [5, 0, 1, 2, 3]]
     found = compare_pools(scored(target, config), scored(proxy, config), 4, config)
@@ -137,7 +142,7 @@ def test_every_number_is_the_definitions(changes: dict[str, Any]) -> None:
 
 
 def test_chance_is_the_mean_over_all_subsets() -> None:
-    config = SpiceConfig(conflict_penalty=0.0)
+    config = raw_config(conflict_penalty=0.0)
     target, proxy = gradients_of(8, 5), gradients_of(8, 5, seed=2)
     found = compare_pools(scored(target, config), scored(proxy, config), 3, config, num_random_subsets=1500)
     subsets = list(itertools.combinations(range(8), 3))
@@ -183,7 +188,7 @@ KINDS = st.sampled_from(["exact", "diagonal", "adafisher"])
 def test_a_proxy_that_scores_as_the_target_is_as_good(
     pool: tuple[int, int, int], information: Any, normalization: Any, budget: int
 ) -> None:
-    config = SpiceConfig(information=information, gradient_normalization=normalization)
+    config = raw_config(information=information, gradient_normalization=normalization)
     scores = scored(gradients_of(*pool), config)
     found = compare_pools(scores, scores, budget, config, num_random_subsets=10)
     assert (found.num_selected, found.num_shared, found.overlap) == (budget, budget, 1.0)
@@ -197,7 +202,7 @@ def test_a_proxy_that_scores_as_the_target_is_as_good(
 @given(POOLS, st.sampled_from(["exact", "diagonal"]), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_the_order_of_the_candidates_does_not_matter(pool: tuple[int, int, int], information: Any, seed: int) -> None:
-    config = SpiceConfig(information=information, conflict_penalty=0.0)
+    config = raw_config(information=information, conflict_penalty=0.0)
     target, proxy = gradients_of(*pool), gradients_of(*pool[:2], seed=pool[2] + 1)
     rows = [7 + 3 * row for row in range(len(target))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -216,7 +221,7 @@ def test_the_order_of_the_candidates_does_not_matter(pool: tuple[int, int, int],
 def test_the_length_of_gradients_does_not_matter_under_unit_norm(
     pool: tuple[int, int, int], power: int, proxy_power: int
 ) -> None:
-    config = SpiceConfig(gradient_normalization="unit")
+    config = raw_config(gradient_normalization="unit")
     target, proxy = gradients_of(*pool), gradients_of(*pool[:2], seed=pool[2] + 1)
     first, second = (
         compare_pools(scored(target * 2.0**p, config), scored(proxy * 2.0**q, config), 3, config, num_random_subsets=5)
@@ -226,7 +231,7 @@ def test_the_length_of_gradients_does_not_matter_under_unit_norm(
 
 
 def test_rows_that_one_model_cannot_pick() -> None:
-    config = SpiceConfig(conflict_penalty=0.0)
+    config = raw_config(conflict_penalty=0.0)
     target, proxy = gradients_of(8, 5), gradients_of(8, 5, seed=3)
     target[1], target[2, 0], proxy[3] = 0.0, float("nan"), 0.0
     # What the proxy likes best is nothing to the target.
@@ -248,7 +253,7 @@ def test_rows_that_one_model_cannot_pick() -> None:
 
 @pytest.mark.parametrize("information", ["exact", "diagonal", "adafisher"])
 def test_a_row_marked_unsound_counts_as_one_without_a_gradient(information: Any) -> None:
-    config = SpiceConfig(information=information, conflict_penalty=0.0)
+    config = raw_config(information=information, conflict_penalty=0.0)
     target, proxy = gradients_of(8, 5), gradients_of(8, 5, seed=3)
     proxy[1] *= 100.0
     whole = scored(target, config)
@@ -262,7 +267,7 @@ def test_a_row_marked_unsound_counts_as_one_without_a_gradient(information: Any)
 
 @pytest.mark.parametrize("information", ["exact", "diagonal", "adafisher"])
 def test_where_there_is_nothing_to_retain(information: Any) -> None:
-    config = SpiceConfig(information=information)
+    config = raw_config(information=information)
     target, proxy = gradients_of(4, 6), gradients_of(4, 6, seed=1)
     # All are picked, whatever they are worth.
     everything = compare_pools(scored(target, config), scored(proxy, config), 4, config)
@@ -278,7 +283,7 @@ def test_where_there_is_nothing_to_retain(information: Any) -> None:
 
 
 def test_no_global_random_state_is_touched_and_chance_is_the_same_again() -> None:
-    config = SpiceConfig()
+    config = raw_config()
     target, proxy = scored(gradients_of(9, 5), config, pool=3), scored(gradients_of(9, 5, seed=1), config, pool=3)
     state = torch.get_rng_state()
     gram = target.gram.clone()
@@ -289,7 +294,7 @@ def test_no_global_random_state_is_touched_and_chance_is_the_same_again() -> Non
 
 
 def test_pools_of_other_candidates_are_refused() -> None:
-    config = SpiceConfig()
+    config = raw_config()
     target = scored(gradients_of(7, 5), config)
     message = (
         r"the target scored rows \[0, 1, 2, 3, 4\]… \(7 of them\) and the proxy rows \[1, 0\] \(2 of them\). Their "
@@ -370,7 +375,7 @@ def test_the_verdict_is_what_was_measured(retained: float, verdict: str | None) 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_length_alone_is_the_definitions(normalization: Any) -> None:
     """Orthogonal gradients of squared norm 1 / label tokens, through the same definition."""
-    config = SpiceConfig(gradient_normalization=normalization)
+    config = raw_config(gradient_normalization=normalization)
     target = gradients_of(9, 6)
     by_length = torch.diag(label_tokens_of(list(range(9))).rsqrt())
     expected = compare_pools(scored(target, config), scored(by_length, config), 4, config).retained
@@ -379,13 +384,13 @@ def test_length_alone_is_the_definitions(normalization: Any) -> None:
 
 
 def test_length_alone_is_not_asked_where_coordinates_count() -> None:
-    config = SpiceConfig(information="diagonal")
+    config = raw_config(information="diagonal")
     target = scored(gradients_of(9, 6), config)
     assert compare_pools(target, target, 4, config).retained_by_length is None
 
 
 def test_length_alone_never_picks_what_the_target_cannot() -> None:
-    config = SpiceConfig()
+    config = raw_config()
     target = gradients_of(9, 6)
     target[0] = 0.0  # its answer is as short as any
     scores = scores_by_length(scored(target, config), config)

@@ -21,7 +21,12 @@ from .trainers import collate, tiny_rows
 def score(rows: list[Any], **spice: Any) -> PoolScores:
     model = tiny_lora_model()
     scorer = GradientScorer(
-        lambda: model, find_lora_modules(model), dataset=rows, collate=collate, config=SpiceConfig(**spice), seed=0
+        lambda: model,
+        find_lora_modules(model),
+        dataset=rows,
+        collate=collate,
+        config=SpiceConfig(**({"gradient_normalization": "none"} | spice)),
+        seed=0,
     )
     return next(iter(scorer.score([range(len(rows))])))
 

@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    config = SpiceConfig(pool_size=arguments.pool_size, num_selected=arguments.num_selected)
+    config = SpiceConfig(
+        pool_size=arguments.pool_size, num_selected=arguments.num_selected, gradient_normalization="none"
+    )
     model, tokenizer = load_model(arguments.model)
     small, small_tokenizer = load_model(arguments.proxy)
     num_training, num_pools = 8 * arguments.steps, 2 * arguments.pools

@@ -123,7 +123,8 @@ class Workload:
     def make_scorer(self, model: nn.Module, *, rows: Sequence[Row] | None = None, **spice: Any) -> GradientScorer:
         """Ours, with these fields of `SpiceConfig`."""
         settings = {"scoring_tokens_per_batch": self.tokens_per_batch, "pool_size": self.pool_size}
-        settings |= {"num_selected": self.num_selected}
+        # Raw gradients: other normalisations are made of their Gram matrix.
+        settings |= {"num_selected": self.num_selected, "gradient_normalization": "none"}
         return GradientScorer(
             lambda: model,
             find_lora_modules(model),
