@@ -35,6 +35,7 @@ def build_selector(
     validation: TargetRows | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     processes: Processes | None = None,
+    get_optimizer: Callable[[], Any] = lambda: None,
 ) -> StepSelector:
     """Builds what selects for the steps of a run.
 
@@ -48,6 +49,7 @@ def build_selector(
             them, which the strategy `less` compares candidates with.
         autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`], *optional*): Those that share the work.
+        get_optimizer (`Callable`, *optional*): Gives the target's optimizer, for `gradient_preconditioning`.
 
     Returns:
         [`~spice_trainer.steps.StepSelector`]
@@ -70,7 +72,10 @@ def build_selector(
         return ValidationRows(read(validation), config.validation_rows)
 
     def score_with(
-        get_scoring_model: Callable[[], nn.Module], rows: TargetRows, processes: Processes
+        get_scoring_model: Callable[[], nn.Module],
+        rows: TargetRows,
+        processes: Processes,
+        get_optimizer: Callable[[], Any],
     ) -> GradientScorer:
         return GradientScorer(
             get_scoring_model,
@@ -81,6 +86,7 @@ def build_selector(
             seed=schedule.seed,
             autocast=autocast,
             processes=processes,
+            get_optimizer=get_optimizer if config.gradient_preconditioning == "adam" else None,
         )
 
     if proxy is None:
@@ -92,7 +98,7 @@ def build_selector(
                     "`proxy=ProxyModel(...)` to attach_spice, set proxy_model_name_or_path, or leave it out."
                 )
         return StepSelector(
-            score_with(get_model, rows, processes),
+            score_with(get_model, rows, processes, get_optimizer),
             config,
             shape=schedule.shape,
             validation=validation_of(lambda rows: rows),
@@ -100,7 +106,7 @@ def build_selector(
 
     def build_target_scorer() -> GradientScorer:
         try:
-            return score_with(get_model, rows, processes)
+            return score_with(get_model, rows, processes, get_optimizer)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"SpiceConfig: proxy_check_pools={config.proxy_check_pools} compares the proxy with the gradients of "
@@ -108,7 +114,7 @@ def build_selector(
             ) from error
 
     # Every process has the whole proxy, whatever becomes of the target.
-    scorer = score_with(lambda: proxy.model, rows_for_proxy(proxy, rows), replace(processes, lockstep=False))
+    alone = replace(processes, lockstep=False)
     learner = AdapterLearner(
         proxy.model,
         learning_rate=proxy.learning_rate,
@@ -117,8 +123,9 @@ def build_selector(
         tokens_per_batch=config.scoring_tokens_per_batch,
         seed=schedule.seed,
         autocast=autocast,
-        processes=scorer.processes,
+        processes=alone,
     )
+    scorer = score_with(lambda: proxy.model, rows_for_proxy(proxy, rows), alone, lambda: learner.optimizer)
     num_pools = schedule.shape.pools_per_step
     if config.overlap_scoring and scorer.pools_at_once(num_pools, schedule.pool_size) < num_pools:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from spice_trainer.assembly import build_selector
 from spice_trainer.loading import build_dataloader
 from spice_trainer.pools import build_schedule
+from spice_trainer.preconditioning import check_adam, unwrap_optimizer
 from spice_trainer.processes import Processes, without_wrapper
 from spice_trainer.proxy import resolve_proxy
 from spice_trainer.proxy_data import TargetRows, vocabulary_size
@@ -36,12 +37,15 @@ def bind_sampler(
     seed: int,
     processing_class: Any,
     validation_dataset: Any,
+    optimizer: Any,
 ) -> DataLoader[Any]:
     """Does what [`SpiceSampler.bind`] says; its arguments and errors are described there.
 
     Returns:
         `torch.utils.data.DataLoader`: An epoch an iteration.
     """
+    if sampler.config.gradient_preconditioning == "adam" and sampler.proxy is None:
+        check_adam(unwrap_optimizer(optimizer))
     processes = Processes() if accelerator is None else Processes.of(accelerator)
     model = without_wrapper(model)
     schedule = build_schedule(
@@ -66,6 +70,7 @@ def bind_sampler(
         validation=None if validation_dataset is None else replace(rows, dataset=validation_dataset),
         autocast=None if accelerator is None else accelerator.autocast,
         processes=processes,
+        get_optimizer=lambda: optimizer,
     )
     sampler.prepare(schedule, selector)
     return build_dataloader(

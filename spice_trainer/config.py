@@ -199,6 +199,7 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
             selection_epochs=1,
             strategy="spice",
             gradient_centering=False,
+            gradient_preconditioning="none",
             sketch_dim=0,
         )
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from spice_trainer.preconditioning import SecondMoment, precondition_
 from spice_trainer.processes import Processes
 from spice_trainer.sketch import GradientSketch
 
@@ -27,12 +28,20 @@ class FeatureBuffer:
         sizes (`Sequence[int]`): Gradient coordinates per module, D = Σ sizes.
         sketch ([`~spice_trainer.sketch.GradientSketch`], *optional*): Folds gradients; `None` keeps them exactly.
         device (`torch.device`): Where the features live.
+        moments (`Sequence[SecondMoment]`, *optional*): Adam's second moment of each module, with which gradients are
+            preconditioned before they are kept or folded.
     """
 
     def __init__(
-        self, num_rows: int, sizes: Sequence[int], sketch: GradientSketch | None, device: torch.device
+        self,
+        num_rows: int,
+        sizes: Sequence[int],
+        sketch: GradientSketch | None,
+        device: torch.device,
+        moments: Sequence[SecondMoment] | None = None,
     ) -> None:
         self._sketch = sketch
+        self._moments = moments
         self._ends = torch.tensor(sizes).cumsum(0).tolist()
         self._sizes = tuple(sizes)
         width = sketch.sketch_dim if sketch is not None else self._ends[-1]
@@ -40,10 +49,12 @@ class FeatureBuffer:
         self.losses = torch.zeros(num_rows, device=device)
         # Exact also when sketched: the sketch only has to carry directions.
         self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        self._squared_lengths = self._squared_norms if moments is None else self._squared_norms.clone()
         self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._batch = self._rows = torch.empty(0, dtype=torch.long, device=device)
         self._folded = torch.empty(0, device=device)
         self._norms_by_module: list[Tensor] = []
+        self._lengths_by_module: list[Tensor] = []
 
     def begin(self, rows: Sequence[int]) -> None:
         """Announces which rows of the buffer the next micro-batch fills, in its order.
@@ -60,7 +71,7 @@ class FeatureBuffer:
 
     def _start(self, rows: Tensor) -> None:
         self._rows = rows
-        self._norms_by_module = []
+        self._norms_by_module, self._lengths_by_module = [], []
         if self._sketch is not None:
             self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
 
@@ -70,6 +81,9 @@ class FeatureBuffer:
         # float64 sums of squares: gradients of 1e-30 would vanish, and of 1e+30 overflow, when squared in float32.
         # Put together at the end: on a GPU, launching small kernels for every module is what scoring could wait for.
         self._norms_by_module.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
+        if self._moments is not None:
+            precondition_(gradients, self._moments[module_index])
+            self._lengths_by_module.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
         if self._sketch is not None:
             self._sketch.fold_(self._folded, module_index, gradients)
         else:
@@ -84,19 +98,31 @@ class FeatureBuffer:
     def _store(self) -> None:
         if self._norms_by_module:
             self._squared_norms[self._rows] = torch.stack(self._norms_by_module).square_().sum(0)
+        if self._lengths_by_module:
+            self._squared_lengths[self._rows] = torch.stack(self._lengths_by_module).square_().sum(0)
         if self._sketch is not None:
             self.features[self._rows] = self._folded
 
     def leave_out(self, row: int) -> None:
         """Marks a row that does not fit into memory alone; nothing is known of its gradient."""
         self.features[row] = 0.0
-        self._squared_norms[row] = 0.0
+        self._squared_norms[row] = self._squared_lengths[row] = 0.0
         self.out_of_memory[row] = True
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether the features are of preconditioned gradients."""
+        return self._moments is not None
 
     @property
     def norms(self) -> Float64[Tensor, "N"]:
         """Exact norms of the raw gradients."""
         return self._squared_norms.sqrt()
+
+    @property
+    def lengths(self) -> Float64[Tensor, "N"]:
+        """Exact norms of what the features are of: of the raw gradients, or the preconditioned ones."""
+        return self._squared_lengths.sqrt()
 
 
 class DiscardedGradients:
@@ -117,6 +143,7 @@ class OwnedFeatures:
         rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
         features (`torch.Tensor` of shape `(n, m)`): Their features.
         norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
+        lengths (`torch.Tensor` of shape `(n,)`): The same of what the features are of, which may be preconditioned.
         losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
         out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU.
     """
@@ -124,6 +151,7 @@ class OwnedFeatures:
     rows: dict[int, int]
     features: Float[Tensor, "n m"]
     norms: Float64[Tensor, "n"]
+    lengths: Float64[Tensor, "n"]
     losses: Float[Tensor, "n"]
     out_of_memory: Bool[Tensor, "n"]
 
@@ -137,6 +165,7 @@ class OwnedFeatures:
             rows={position: place for place, position in enumerate(positions)},
             features=self.features[where],
             norms=self.norms[where],
+            lengths=self.lengths[where],
             losses=self.losses[where],
             out_of_memory=self.out_of_memory[where],
         )
@@ -171,13 +200,17 @@ def send_to_owners(
             receive_counts[holder] += 1
             arriving[holder].append(position)
     features = processes.exchange(buffer.features, send_counts, receive_counts)
-    measured = torch.stack([buffer.norms, buffer.losses.double(), buffer.out_of_memory.double()], dim=1)
-    norms, losses, out_of_memory = processes.exchange(measured, send_counts, receive_counts).cpu().unbind(1)
+    measured = [buffer.losses.double(), buffer.out_of_memory.double(), buffer.norms]
+    if buffer.is_preconditioned:
+        measured.append(buffer.lengths)
+    arrived = processes.exchange(torch.stack(measured, dim=1), send_counts, receive_counts).cpu().unbind(1)
+    losses, out_of_memory, norms, lengths = *arrived[:3], arrived[-1]
     order = [position for positions in arriving for position in positions]
     return OwnedFeatures(
         rows={position: row for row, position in enumerate(order)},
         features=features,
         norms=norms,
+        lengths=lengths,
         losses=losses.float(),
         out_of_memory=out_of_memory.bool(),
     )

@@ -86,6 +86,11 @@ class AdapterLearner:
                 parameter.data.copy_(weights)
 
     @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """What takes the steps."""
+        return self._optimizer
+
+    @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
         return next(iter(self._parameters.values())).device

@@ -23,6 +23,7 @@ from spice_trainer.features import DiscardedGradients, FeatureBuffer
 from spice_trainer.gradients import SampleGradients
 from spice_trainer.layer_gradients import trainable_size
 from spice_trainer.out_of_memory import TokenBudget, explained, features_error, lockstep_error
+from spice_trainer.preconditioning import AdamMoments
 from spice_trainer.processes import Processes
 from spice_trainer.row_checks import naming_rows
 from spice_trainer.rows import CandidateRow, pad_rows
@@ -44,6 +45,7 @@ class ScoringPasses:
         seed (`int`): Seed of the sketch.
         autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`]): Those that share the work.
+        moments ([`~spice_trainer.preconditioning.AdamMoments`], *optional*): What gradients are preconditioned with.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ScoringPasses:
         seed: int,
         autocast: Callable[[], AbstractContextManager[Any]] | None,
         processes: Processes,
+        moments: AdamMoments | None = None,
     ) -> None:
         self.get_model = get_model
         self.modules = dict(modules)
@@ -63,6 +66,7 @@ class ScoringPasses:
         # What fits may be less; that is this process's own affair, the shared plan stays as it is.
         self.budget = TokenBudget(tokens_per_batch)
         self._autocast = autocast
+        self._moments = moments
         self._sizes = [trainable_size(module) for module in self.modules.values()]
         self.dimension = sum(self._sizes)
         self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
@@ -86,22 +90,28 @@ class ScoringPasses:
         """The context in which passes run."""
         return SampleGradients(self.get_model(), self.modules, can_repeat=not self.processes.lockstep)
 
-    def new_buffer(self, num_rows: int) -> FeatureBuffer:
-        """Room for the features of some candidates."""
+    def new_buffer(self, num_rows: int, *, preconditioned: bool = True) -> FeatureBuffer:
+        """Room for the features of some candidates, of raw gradients if preconditioning is not wanted or asked for."""
         device = self.device
+        moments = self._moments.read() if self._moments is not None and preconditioned else None
         with explained(features_error(num_rows, self.num_features)):
             if self.sketch_dim and self._sketch is None:
                 self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
-            return FeatureBuffer(num_rows, self._sizes, self._sketch, device)
+            return FeatureBuffer(num_rows, self._sizes, self._sketch, device, moments)
 
     def compute_features(
-        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+        self,
+        shared: SharedCandidates,
+        report: Callable[[float], None] | None = None,
+        *,
+        preconditioned: bool = True,
     ) -> FeatureBuffer:
         """Runs forwards and backwards.
 
         Args:
             shared ([`~spice_trainer.sharing.SharedCandidates`]): The candidates.
             report (`Callable[[float], None]`, *optional*): Told the share that is done.
+            preconditioned (`bool`, *optional*, defaults to `True`): Whether gradients are, if that is asked for.
 
         Returns:
             [`~spice_trainer.features.FeatureBuffer`]: Features of what this process scored.
@@ -109,7 +119,7 @@ class ScoringPasses:
         Raises:
             RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
         """
-        buffer = self.new_buffer(len(shared.held))
+        buffer = self.new_buffer(len(shared.held), preconditioned=preconditioned)
 
         def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
             inputs, labels = pad_rows(rows)

@@ -2,6 +2,8 @@
 
     K_xy = c_x c_y ⟨g_x, g_y⟩,      c_x = normalisation of x's gradient
 
+where gradients may be preconditioned (module `preconditioning`).
+
 Axes: N candidates of a pool, D gradient dimension, m features kept per candidate.
 """
 
@@ -74,6 +76,7 @@ def measure_pool(
     keep_gradients: bool,
     gradient_centering: bool = False,
     out_of_memory: Bool[Tensor, "N"] | None = None,
+    lengths: Float64[Tensor, "N"] | None = None,
 ) -> PoolScores:
     """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
 
@@ -90,6 +93,8 @@ def measure_pool(
             gradients is taken off each. A pool of which that leaves nothing stays as it is.
         out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Candidates that did not fit into memory. Their
             features are zero.
+        lengths (`torch.Tensor` of shape `(N,)`, *optional*): Exact norms of what the features are of, where that is
+            not the raw gradients.
 
     Returns:
         [`PoolScores`]
@@ -100,9 +105,10 @@ def measure_pool(
     # A model may give a row an infinite loss and yet a finite gradient: a label that it masks out of the vocabulary.
     finite = geometry.finite.cpu() & norms.isfinite() & losses.cpu().isfinite() & ~out_of_memory
     nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
+    lengths = norms if lengths is None else lengths
     label_tokens = tuple(shape.num_label_tokens for shape in shapes)
-    weights = normalization_weights(norms, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
-    gram = normalized_gram(geometry.cosines.cpu(), norms, weights, unit=gradient_normalization == "unit")
+    weights = normalization_weights(lengths, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
+    gram = normalized_gram(geometry.cosines.cpu(), lengths, weights, unit=gradient_normalization == "unit")
     if gradient_centering:
         centred = centred_gram(gram, nonzero)
         gram = centred if bool(centred.diagonal().any()) else gram

@@ -110,6 +110,7 @@ class SpiceSampler(Sampler[int]):
         seed: int = 42,
         processing_class: Any = None,
         validation_dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> DataLoader[Any]:
         """Binds the sampler by hand and returns the loader to train from.
 
@@ -135,6 +136,8 @@ class SpiceSampler(Sampler[int]):
                 proxy shares it.
             validation_dataset (`datasets.Dataset`, *optional*): Rows like those of `dataset`, which the strategy
                 `less` compares candidates with.
+            optimizer (`torch.optim.Optimizer`, *optional*): The loop's Adam or AdamW, prepared or not, for
+                `gradient_preconditioning="adam"`.
 
         Returns:
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
@@ -155,6 +158,7 @@ class SpiceSampler(Sampler[int]):
             seed=seed,
             processing_class=processing_class,
             validation_dataset=validation_dataset,
+            optimizer=optimizer,
         )
 
     @property

@@ -28,6 +28,7 @@ from spice_trainer.kernels import rows_influence_each_other
 from spice_trainer.out_of_memory import TokenBudget
 from spice_trainer.passes import ScoringPasses
 from spice_trainer.pool_scores import PoolScores, measure_pool
+from spice_trainer.preconditioning import AdamMoments
 from spice_trainer.prefilter import WholePool, filter_by_loss
 from spice_trainer.processes import Processes
 from spice_trainer.random_states import preserved_random_state
@@ -47,20 +48,16 @@ class GradientScorer:
     Args:
         get_model (`Callable[[], torch.nn.Module]`):
             Gives the model to score with at the moment of scoring, unwrapped from DDP or DeepSpeed.
-        modules (`Mapping[str, torch.nn.Linear]`):
-            Its trainable LoRA layers, among which the settings may choose.
-        dataset (`Any`):
-            Training rows by index.
-        collate (`Callable`):
-            The trainer's collator.
-        config ([`SpiceConfig`]):
-            Normalisation, sketch and micro-batch size.
-        seed (`int`):
-            Seed of the sketch.
-        autocast (`Callable`, *optional*):
-            Makes the context of the training precision.
+        modules (`Mapping[str, torch.nn.Linear]`): Its trainable LoRA layers, among which the settings may choose.
+        dataset (`Any`): Training rows by index.
+        collate (`Callable`): The trainer's collator.
+        config ([`SpiceConfig`]): Normalisation, sketch and micro-batch size.
+        seed (`int`): Seed of the sketch.
+        autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`], *optional*):
             Those that share the work. Defaults to this one alone.
+        get_optimizer (`Callable`, *optional*):
+            Gives the optimizer of these layers when scoring; its second moment preconditions their gradients.
     """
 
     def __init__(
@@ -74,6 +71,7 @@ class GradientScorer:
         seed: int,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         processes: Processes | None = None,
+        get_optimizer: Callable[[], Any] | None = None,
     ) -> None:
         self.get_model = get_model
         self.modules = choose_modules(
@@ -99,6 +97,7 @@ class GradientScorer:
             seed=seed,
             autocast=autocast,
             processes=self.processes,
+            moments=None if get_optimizer is None else AdamMoments(get_optimizer, self.modules),
         )
         self.dimension = self.passes.dimension
         self.sketch_dim = self.passes.sketch_dim
@@ -252,6 +251,7 @@ class GradientScorer:
                 gradient_centering=self.gradient_centering,
                 keep_gradients=self.keep_gradients,
                 out_of_memory=found.out_of_memory,
+                lengths=found.lengths,
             )
 
     def send(

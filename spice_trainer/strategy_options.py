@@ -25,6 +25,8 @@ StrategyName = Literal[
     "less",
 ]
 
+GradientPreconditioning = Literal["none", "adam"]
+
 NEEDS: dict[StrategyName, tuple[str, ...]] = {
     "spice": ("gram",),
     "fisher": ("gram",),
@@ -49,6 +51,9 @@ WITH_GRAM = tuple(name for name, needs in NEEDS.items() if "gram" in needs)
 WITH_GRADIENTS = tuple(name for name, needs in NEEDS.items() if {"gram", "gradient_norms", "alignment"} & set(needs))
 """Rules that need a backward through the model."""
 
+WITH_FEATURES = tuple(name for name, needs in NEEDS.items() if {"gram", "alignment"} & set(needs))
+"""Rules that compare gradients with something, and not only their norms."""
+
 WITH_MODEL = tuple(name for name in NEEDS if name != "random")
 """Rules that need the model at all."""
 
@@ -58,6 +63,7 @@ _LIMITED = (
     ("min_gain", None, BY_INFORMATION, "it is a gain of information, which this strategy has none of"),
     ("information", "exact", BY_INFORMATION, "this strategy picks by something else than information"),
     ("gradient_centering", False, BY_INFORMATION, "this strategy picks by something else than information"),
+    ("gradient_preconditioning", "none", WITH_FEATURES, "this strategy compares no gradients with each other"),
     ("scoring_prefilter", None, WITH_GRADIENTS, "this strategy takes no gradients, which the filter would save"),
     ("proxy_check_pools", 0, WITH_GRAM, "the comparison is of gains that come from a pool's Gram matrix"),
     ("overlap_scoring", False, WITH_GRAM, "beside the training nothing but the Gram matrix's gradients is computed"),
@@ -83,6 +89,13 @@ class StrategyOptions:
         gradient_centering (`bool`, *optional*, defaults to `False`):
             Whether `"spice"` and `"fisher"` take the mean gradient of a pool off each of its gradients, as far as
             anything is left. For exact information.
+        gradient_preconditioning (`str`, *optional*, defaults to `"none"`):
+            `"adam"` takes gradients as Adam would apply them: divided by the root of its second moment, each
+            candidate's own square included, before they are normalised and compared, so that samples are told apart
+            by what they would do to the weights. For strategies that compare gradients, with PyTorch's Adam or AdamW
+            whole on every process (not FSDP or DeepSpeed; a proxy has its own). Preconditioned gradients are long, up
+            to the root of their dimension: set `alpha_scaling="pool"` with it. With `"less"` the validation set's
+            gradients stay as they are.
         validation_rows (`int`, *optional*, defaults to `32`):
             Number of first rows of the Trainer's `eval_dataset` whose mean gradient `"less"` compares with, taken
             anew at every step.
@@ -91,6 +104,9 @@ class StrategyOptions:
     strategy: StrategyName = field(default="spice", metadata={"help": "Rule that picks from a pool."})
     gradient_centering: bool = field(
         default=False, metadata={"help": "Take the pool's mean gradient off each gradient, for spice and fisher."}
+    )
+    gradient_preconditioning: GradientPreconditioning = field(
+        default="none", metadata={"help": "'adam' divides gradients by the root of the optimizer's second moment."}
     )
     validation_rows: int = field(
         default=32, metadata={"help": "Number of first rows of eval_dataset that the strategy less compares with."}
@@ -118,6 +134,7 @@ class StrategyOptions:
         owner = "SpiceConfig"
         one_of(owner, "strategy", self.strategy, get_args(StrategyName))
         truth_value(owner, "gradient_centering", self.gradient_centering)
+        one_of(owner, "gradient_preconditioning", self.gradient_preconditioning, get_args(GradientPreconditioning))
         self.validation_rows = whole_number(
             owner, "validation_rows", self.validation_rows, 1, "a mean gradient needs at least one row"
         )

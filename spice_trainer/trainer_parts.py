@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from spice_trainer.assembly import build_selector
 from spice_trainer.attachment import describe_rows, num_parameters
@@ -19,6 +21,7 @@ from spice_trainer.compatibility import is_token_normalized
 from spice_trainer.config import SpiceConfig
 from spice_trainer.memory import MemoryPlan, plan_memory
 from spice_trainer.pools import PoolSchedule, build_schedule
+from spice_trainer.preconditioning import check_adam, unwrap_optimizer
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows
@@ -128,6 +131,8 @@ def build_trainer_selector(
         model: nn.Module = trainer.model
         return model
 
+    if config.gradient_preconditioning == "adam" and (proxy is None or config.proxy_check_pools > 0):
+        check_optimizer(trainer)
     return build_selector(
         config,
         schedule,
@@ -137,7 +142,35 @@ def build_trainer_selector(
         validation=validation_rows(trainer) if config.strategy == "less" else None,
         autocast=trainer.accelerator.autocast,
         processes=Processes.of(trainer.accelerator),
+        get_optimizer=lambda: trainer.optimizer,
     )
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Refuses optimizers whose second moment cannot be read, as far as that can be known before training.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer; most make their optimizer when training begins.
+
+    Raises:
+        ValueError: If its state is partitioned, or it is not PyTorch's Adam.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "SpiceConfig: gradient_preconditioning='adam' needs the whole state of the optimizer on every process, "
+            f"and {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} partitions it. Fix: leave "
+            "gradient_preconditioning out, use DDP, or let a proxy score, which has an optimizer of its own."
+        )
+    if trainer.optimizer is not None:
+        check_adam(unwrap_optimizer(trainer.optimizer))
+        return
+    makes_its_own = type(trainer).create_optimizer is not Trainer.create_optimizer or trainer.optimizer_cls_and_kwargs
+    if not makes_its_own and trainer.args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+        raise ValueError(
+            "SpiceConfig: gradient_preconditioning='adam' divides gradients by the second moment of PyTorch's AdamW, "
+            f"and TrainingArguments has optim={OptimizerNames(trainer.args.optim).value!r}. Fix: set "
+            "optim='adamw_torch_fused' or 'adamw_torch', or leave gradient_preconditioning out."
+        )
 
 
 def validation_rows(trainer: Any) -> TargetRows | None:

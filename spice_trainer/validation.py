@@ -2,7 +2,8 @@
 
     v = (1/M) Σ_j h_j / ‖h_j‖,      alignment of a candidate: ⟨g_x, v⟩ = ‖g_x‖ ⟨f_x, v⟩ / ‖f_x‖
 
-h_j are the gradients of the M validation rows at the current weights. Both are seen through the same features f, exact
+h_j are the gradients of the M validation rows at the current weights, never preconditioned: they say where the loss
+falls, while a candidate's may say where Adam would go. Both are seen through the same features f, exact
 or sketched, as the Gram matrix is; the norms ‖g‖ are exact.
 
 Axes: M validation rows, N candidates, m features kept per row.
@@ -81,7 +82,7 @@ class ValidationRows:
                 processes=processes,
             )
             with scorer.failing_together():
-                buffer = scorer.compute(shared)
+                buffer = scorer.passes.compute_features(shared, preconditioned=False)
         units, lengths = unit_rows(buffer.features)
         sound = (lengths > 0) & lengths.isfinite() & buffer.norms.cpu().isfinite() & buffer.losses.cpu().isfinite()
         total = torch.zeros(units.shape[1], dtype=torch.float64)

@@ -52,14 +52,31 @@ CONFIGS = {
     "sketch": SpiceConfig(sketch_dim=256, scoring_tokens_per_batch=40),
     "diagonal": SpiceConfig(information="diagonal", gradient_normalization="tokens", scoring_tokens_per_batch=128),
     "unit": SpiceConfig(sketch_dim=0, gradient_normalization="unit", scoring_tokens_per_batch=4096),
+    "adam": SpiceConfig(
+        sketch_dim=256, gradient_preconditioning="adam", alpha_scaling="pool", scoring_tokens_per_batch=128
+    ),
 }
 
 
 def build_scorer(model: nn.Module, config: SpiceConfig, processes: Processes, **overrides: Any) -> GradientScorer:
     settings = {"dataset": ROWS, "collate": collate} | overrides
+    if config.gradient_preconditioning == "adam":
+        settings["get_optimizer"] = lambda: adam_of(model)
     return GradientScorer(
         lambda: model, find_lora_modules(model), config=config, seed=1, processes=processes, **settings
     )
+
+
+def adam_of(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer as one step of random gradients leaves it, alike on every process."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 def compare(found: PoolScores, expected: PoolScores) -> None:

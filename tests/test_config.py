@@ -42,6 +42,7 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "tie_tolerance": ([0.0, 1e-12, 1e-6, 0.5], {}),
     "strategy": (list(STRATEGY_NAMES), {}),
     "gradient_centering": ([True, False], {}),
+    "gradient_preconditioning": (["none", "adam"], {}),
     "validation_rows": ([1, 32, 1000], {}),
     "sketch_dim": ([None, -1, 0, 16, 65536, 10**9], {}),
     "scoring_tokens_per_batch": ([1, 2048, 10**6], {}),
@@ -227,6 +228,7 @@ def test_defaults():
         "tie_tolerance": 1e-6,
         "strategy": "spice",
         "gradient_centering": False,
+        "gradient_preconditioning": "none",
         "validation_rows": 32,
         "sketch_dim": -1,
         "scoring_tokens_per_batch": 2048,
@@ -258,6 +260,7 @@ def test_paper():
         "selection_epochs": 1,
         "strategy": "spice",
         "gradient_centering": False,
+        "gradient_preconditioning": "none",
         "sketch_dim": 0,
     }
     config = SpiceConfig.paper()

@@ -96,6 +96,15 @@ def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
     assert heard == trained_indices(tmp_path / "one")
 
 
+def test_preconditioned_gradients(tmp_path: Path) -> None:
+    # DDP leaves the whole optimizer on every process.
+    spice = {"gradient_preconditioning": "adam", "alpha_scaling": "pool"}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
+    heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one")
+
+
 def test_a_fresh_adapter(tmp_path: Path) -> None:
     # B is zero, so the gradients of A are too until the first update.
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0, randomize=False)

@@ -31,12 +31,10 @@ Three published rules are not here:
   largest values are trained on next. A pool's losses are measured at the current weights, so its estimate would be
   of what is known: `loss` and `perplexity`. The bandit replaces the schedule, and its clusters are made beforehand.
 
-Two variants of the objective are not here either:
-
-- Gradients preconditioned by Adam's second moment, as in LESS: its state is partitioned under FSDP and ZeRO, kept by
-  each optimizer in a way of its own, and empty before the first step, whose pools are scored too.
-- Conflict with the optimizer's momentum needs that state too; [`select_against_reference`] is the rule for those who
-  have its products with the gradients.
+Variants of the objective are settings beside the rule: what gradients are multiplied with (module `gram`), Adam's
+second moment (module `preconditioning`), centred gradients and what conflicts are with (module `variants`). Conflict
+with the optimizer's momentum is not among them, as penalties changed next to no pick where that was measured; for
+those who have its products with the gradients, [`select_against_reference`] is the rule.
 
 Axes: N candidates of a pool, K picked.
 """
