@@ -82,6 +82,7 @@ class SubsetManifest:
         config (`dict[str, Any]`): [`SpiceConfig.to_dict`] of the settings.
         samples_per_step (`int`): Number of rows of a selection step.
         seed (`int`): Seed of the pools.
+        validation_fingerprint (`str`, *optional*): The same of the validation set, for a strategy that reads one.
         versions (`dict[str, str | None]`, *optional*): Versions of the libraries. Defaults to the installed ones.
         format_version (`int`, *optional*): Version of the two files. Defaults to the one this package writes.
     """
@@ -93,6 +94,7 @@ class SubsetManifest:
     config: dict[str, Any]
     samples_per_step: int
     seed: int
+    validation_fingerprint: str | None = None
     versions: dict[str, str | None] = field(default_factory=installed_versions)
     format_version: int = FORMAT_VERSION
 

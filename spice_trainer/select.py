@@ -28,6 +28,9 @@ class SubsetArguments:
     Args:
         output_dir (`str`):
             Where the subset, its manifest, the records and the states go.
+        validation_dataset_name (`str`, *optional*):
+            Rows like those of `dataset_name`, with which the strategy `less` compares: a file, a folder, or a name on
+            the hub, of which `dataset_test_split` is read.
         samples_per_step (`int`, *optional*):
             Rows picked between two updates of the selector. Defaults to 10 pools of `num_selected`.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -47,6 +50,9 @@ class SubsetArguments:
     """
 
     output_dir: str = field(metadata={"help": "Where the subset, its manifest, records and states go."})
+    validation_dataset_name: str | None = field(
+        default=None, metadata={"help": "File, folder or name of the rows that the strategy less compares with."}
+    )
     samples_per_step: int | None = field(
         default=None, metadata={"help": "Rows picked between two updates of the selector. None: 10 pools' picks."}
     )
@@ -59,13 +65,22 @@ class SubsetArguments:
     overwrite: bool = field(default=False, metadata={"help": "Begin anew where there is another selection."})
 
 
-def open_dataset(name_or_path: str, split: str, dataset_config: str | None = None) -> Any:
+def open_dataset(
+    name_or_path: str,
+    split: str,
+    dataset_config: str | None = None,
+    *,
+    name_flag: str = "--dataset_name",
+    split_flag: str = "--dataset_train_split",
+) -> Any:
     """Opens a JSON or JSONL file, a folder of `Dataset.save_to_disk`, or a dataset on the hub.
 
     Args:
         name_or_path (`str`): The file, the folder or the name.
         split (`str`): The split, where there are several.
         dataset_config (`str`, *optional*): The dataset's configuration on the hub.
+        name_flag (`str`, *optional*, defaults to `"--dataset_name"`): Where the name came from, for messages.
+        split_flag (`str`, *optional*, defaults to `"--dataset_train_split"`): The same of the split.
 
     Returns:
         `datasets.Dataset`
@@ -80,17 +95,17 @@ def open_dataset(name_or_path: str, split: str, dataset_config: str | None = Non
     path = Path(name_or_path)
     if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
         if not path.is_file():
-            raise FileNotFoundError(f"--dataset_name {name_or_path}: there is no such file.")
+            raise FileNotFoundError(f"{name_flag} {name_or_path}: there is no such file.")
         try:
             return load_dataset("json", data_files=str(path), split="train")
         except (DatasetGenerationError, StopIteration) as error:
             raise ValueError(
-                f"--dataset_name {name_or_path}: the file holds no JSON rows that fit together "
+                f"{name_flag} {name_or_path}: the file holds no JSON rows that fit together "
                 f"({error.__cause__ or 'it is empty'}). It needs one object a line, each with the same columns."
             ) from error
     if path.is_file():
         raise ValueError(
-            f"--dataset_name {name_or_path} is a file of another kind. Give a .json or .jsonl file (also .gz), a "
+            f"{name_flag} {name_or_path} is a file of another kind. Give a .json or .jsonl file (also .gz), a "
             "folder of `Dataset.save_to_disk`, or a dataset on the hub."
         )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -99,7 +114,7 @@ def open_dataset(name_or_path: str, split: str, dataset_config: str | None = Non
             return dataset
         if split not in dataset:
             raise ValueError(
-                f"--dataset_name {name_or_path} has the splits {', '.join(dataset)}, and --dataset_train_split asks "
+                f"{name_flag} {name_or_path} has the splits {', '.join(dataset)}, and {split_flag} asks "
                 f"for {split!r}. Name one of them."
             )
         return dataset[split]
@@ -128,6 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     script, model, config, arguments = parser.parse_args_and_config(args=argv)
     if model.model_name_or_path is None or script.dataset_name is None:
         parser.error("--model_name_or_path and --dataset_name are needed")
+    validation = None
+    if config.strategy == "less":
+        if arguments.validation_dataset_name is None:
+            parser.error("--strategy less needs --validation_dataset_name, the rows to compare candidates with")
+        validation = open_dataset(
+            arguments.validation_dataset_name,
+            script.dataset_test_split,
+            name_flag="--validation_dataset_name",
+            split_flag="--dataset_test_split",
+        )
     accelerator = Accelerator()
     quantization = get_quantization_config(model)
     model_kwargs: dict[str, Any] = {
@@ -161,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config),
         config,
         output_dir=arguments.output_dir,
+        validation_dataset=validation,
         samples_per_step=arguments.samples_per_step,
         max_length=arguments.max_length,
         completion_only_loss=arguments.completion_only_loss,

@@ -183,7 +183,7 @@ def select_subset(
             processes=processes,
         )
         identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
-        if validation is not None:
+        if config.strategy == "less":
             identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
     check_agreement(processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed})
     sampler = SpiceSampler(config, proxy)
@@ -220,6 +220,7 @@ def select_subset(
                     config=config.to_dict(),
                     samples_per_step=samples_per_step,
                     seed=schedule.seed,
+                    validation_fingerprint=identity.get("validation_fingerprint"),
                 )
                 export_subset(dataset, manifest, output_dir, name=name, overwrite=overwrite)
                 # The embedding is as it was; looking for it would ask the hub.
@@ -277,7 +278,8 @@ def _is_done(output_dir: Path, config: SpiceConfig, identity: dict[str, Any]) ->
     found = SubsetManifest.load(output_dir)
     theirs = vars(found) | {"model": {key: value for key, value in found.model.items() if key != "fingerprint"}}
     ours = {"config": config.to_dict()} | {
-        key: identity[key] for key in ("dataset_fingerprint", "samples_per_step", "seed", "model")
+        key: identity.get(key)
+        for key in ("dataset_fingerprint", "validation_fingerprint", "samples_per_step", "seed", "model")
     }
     differing = [key for key, value in ours.items() if theirs[key] != value]
     if differing:

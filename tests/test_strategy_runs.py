@@ -377,6 +377,12 @@ def test_select_subset_by_strategy(tmp_path: Path) -> None:
     candidates = read_records(tmp_path / "less", "pools")[0]["candidates"]
     places, _ = expected_picks("less", candidates, 4)
     assert subset_picks(tmp_path / "less")[0] == [candidates[place] for place in places]
+    # Finished, it stays what it is: with another validation set it would be another subset.
+    config = {"strategy": "less", "validation_rows": NUM_VALIDATION}
+    select(tmp_path / "less", spice=config, **options)
+    options["validation_dataset"] = Dataset.from_list(VALIDATION[1:])
+    with pytest.raises(FileExistsError, match=r"a subset of another selection \(other validation_fingerprint\)"):
+        select(tmp_path / "less", spice=config, **options)
 
 
 def test_random_learns_nothing_for_a_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ from datasets import Dataset, load_from_disk
 
 import spice_trainer
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice, select_subset
+from spice_trainer.fingerprints import fingerprint_dataset
 from spice_trainer.manifest import SubsetManifest, rebuild_subset
 from spice_trainer.sampler import SpiceSampler
 from spice_trainer.steps import StepSelector
 
 from .models import add_lora, tiny_lora_model, tiny_model
+from .subsets import select_command
 from .test_proxy import LEARNING_RATE
 from .test_side_effects import random_state
 from .trainers import (
@@ -261,6 +263,26 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     rows = [json.loads(line) for line in (outputs[0] / "picked.jsonl").read_text().splitlines()]
     assert rows == [RAW[index] for index in manifest.indices]
     shutil.rmtree(outputs[0])
+
+
+def test_the_command_line_reads_a_validation_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, rows in (("rows", RAW), ("validation", RAW[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = select_command()
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    flags += ["--output_dir", str(tmp_path / "subset"), "--dtype", "float32", "--lora_r", "4", "--pool_size", "10"]
+    flags += ["--num_selected", "4", "--samples_per_step", "8", "--strategy", "less", "--validation_rows", "3"]
+    with pytest.raises(SystemExit):
+        command.main(flags)
+    assert "--strategy less needs --validation_dataset_name" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"--validation_dataset_name gone\.jsonl: there is no such file"):
+        command.main([*flags, "--validation_dataset_name", "gone.jsonl"])
+    command.main([*flags, "--validation_dataset_name", str(tmp_path / "validation.jsonl")])
+    manifest = SubsetManifest.load(tmp_path / "subset")
+    expected = fingerprint_dataset(command.open_dataset(str(tmp_path / "validation.jsonl"), "test"))
+    assert manifest.validation_fingerprint == expected and len(manifest.rows) == 16
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
