@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from spice_trainer.logs import logger
+
+if TYPE_CHECKING:
+    from spice_trainer.rows import CandidateRow
 
 # Rows named in the log; all of them are in the records.
 MAX_NAMED_ROWS = 10
@@ -60,6 +64,14 @@ def explained(explanation: RuntimeError) -> Iterator[None]:
         raise explanation from error
 
 
+class LeftOutRow(NamedTuple):
+    """A row that does not fit into memory alone: its number, its tokens, and of what it is a row."""
+
+    row: int
+    num_tokens: int
+    source: str
+
+
 @dataclass(frozen=True)
 class MemoryNotice:
     """What a process found out about its memory since it was last asked.
@@ -68,12 +80,12 @@ class MemoryNotice:
         failed (`tuple[int, int]`, *optional*): Rows and longest row of the smallest pass of several rows that did not
             fit.
         tokens_per_batch (`int`): Tokens of a pass from here on.
-        left_out (`tuple[tuple[int, int], ...]`): Dataset row and tokens of each row that did not fit alone.
+        left_out (`tuple[LeftOutRow, ...]`): Rows that did not fit alone.
     """
 
     failed: tuple[int, int] | None
     tokens_per_batch: int
-    left_out: tuple[tuple[int, int], ...]
+    left_out: tuple[LeftOutRow, ...]
 
 
 class TokenBudget:
@@ -86,7 +98,7 @@ class TokenBudget:
     def __init__(self, tokens_per_batch: int) -> None:
         self.tokens_per_batch = tokens_per_batch
         self._failed: tuple[int, int] | None = None
-        self._left_out: list[tuple[int, int]] = []
+        self._left_out: list[LeftOutRow] = []
 
     def split(self, lengths: Sequence[int]) -> list[range]:
         """Halves a pass until its parts keep the budget.
@@ -145,9 +157,9 @@ class TokenBudget:
                 alone.append(part[0])
         return alone
 
-    def leave_out(self, row: int, num_tokens: int) -> None:
-        """Notes a dataset row that does not fit alone."""
-        self._left_out.append((row, num_tokens))
+    def leave_out(self, row: CandidateRow) -> None:
+        """Notes a row that does not fit alone."""
+        self._left_out.append(LeftOutRow(row.index, row.num_tokens, row.source))
 
     def take_notice(self) -> MemoryNotice | None:
         """What happened since the last call, or `None` if all did fit."""
@@ -160,7 +172,7 @@ class MemoryReport:
     """Tells the log of memory that ran out: once for every budget, and once for every row that does not fit."""
 
     def __init__(self) -> None:
-        self._named: set[int] = set()
+        self._named: set[LeftOutRow] = set()
 
     def tell(self, notices: Sequence[MemoryNotice | None], *, doing: str = "scoring") -> None:
         """Logs what is new.
@@ -177,15 +189,15 @@ class MemoryReport:
                     f" on process {rank}" if len(notices) > 1 else "", doing,
                     notice.failed[0], f"{notice.failed[1]:,}", f"{notice.tokens_per_batch:,}", notice.tokens_per_batch,
                 )  # fmt: skip
-        for row, num_tokens in (row for notice in notices if notice is not None for row in notice.left_out):
-            if row in self._named or len(self._named) >= MAX_NAMED_ROWS:
+        for one in (one for notice in notices if notice is not None for one in notice.left_out):
+            if one in self._named or len(self._named) >= MAX_NAMED_ROWS:
                 continue
-            self._named.add(row)
+            self._named.add(one)
             last = " Further such rows are not named here." if len(self._named) == MAX_NAMED_ROWS else ""
             logger.warning(
-                "SPICE: row %d of the training dataset (%s tokens) does not fit into memory even alone, so it cannot "
-                "be scored and is left out of its pools. Lower `max_length`, or score with a smaller proxy.%s",
-                row, f"{num_tokens:,}", last,
+                "SPICE: row %d of the %s (%s tokens) does not fit into memory even alone, so it cannot be scored and "
+                "is left out. Lower `max_length`, or score with a smaller proxy.%s",
+                one.row, one.source, f"{one.num_tokens:,}", last,
             )  # fmt: skip
 
 

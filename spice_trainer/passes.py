@@ -200,7 +200,7 @@ class ScoringPasses:
                     where = [places[position] for position in batch]
                     for position in self._run_in_parts(sample_gradients, run, rows, where):
                         leave_out(where[position])
-                        self.budget.leave_out(rows[position].index, rows[position].num_tokens)
+                        self.budget.leave_out(rows[position])
                 else:
                     run(sample_gradients, rows, None)
                 done += len(batch)

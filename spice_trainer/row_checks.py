@@ -24,13 +24,13 @@ _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "token_ty
 _MAX_LISTED = 8
 
 
-def collate_alone(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> dict[str, Any]:
+def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, where: str) -> dict[str, Any]:
     """Collates one dataset row, and checks what comes out.
 
     Args:
-        index (`int`): Row of the training dataset, for the messages.
         row (`Any`): What the dataset holds there.
         collate (`Callable`): The trainer's collator.
+        where (`str`): Which row of what it is, for messages.
 
     Returns:
         `dict[str, Any]`: With `input_ids` and `labels` of shape `(1, S)`.
@@ -38,7 +38,6 @@ def collate_alone(index: int, row: Any, collate: Callable[[list[Any]], Mapping[s
     Raises:
         ValueError: If the collator fails, or gives something else.
     """
-    where = f"row {index} of the training dataset"
     try:
         made: Any = collate([row])
     except (MemoryError, torch.OutOfMemoryError):
@@ -118,11 +117,11 @@ def check_token_ids(rows: Iterable[CandidateRow], sizes: tuple[int | None, int |
     for row in rows:
         if set(row.inputs) - _TEXT_KEYS:
             continue
-        _check_ids(row.index, "input_ids", row.inputs["input_ids"], sizes[0])
-        _check_ids(row.index, "labels", row.labels[row.labels != -100], sizes[1])
+        _check_ids(row, "input_ids", row.inputs["input_ids"], sizes[0])
+        _check_ids(row, "labels", row.labels[row.labels != -100], sizes[1])
 
 
-def _check_ids(index: int, key: str, values: Tensor, size: int | None) -> None:
+def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) -> None:
     if size is None or values.numel() == 0:
         return
     lowest, highest = (int(value) for value in torch.aminmax(values))
@@ -138,7 +137,7 @@ def _check_ids(index: int, key: str, values: Tensor, size: int | None) -> None:
     else:
         cause = "padding with a negative number; it needs an id of the vocabulary and an attention_mask"
     raise ValueError(
-        f"Row {index} of the training dataset has {highest if highest >= size else lowest} in its {key}, and the "
+        f"Row {row.index} of the {row.source} has {highest if highest >= size else lowest} in its {key}, and the "
         f"model's vocabulary goes from 0 to {size - 1}. Likely cause: {cause}. Fix: tokenise it with this model's "
         "tokenizer, or leave the row out."
     )
@@ -196,7 +195,7 @@ def naming_rows(rows: Sequence[CandidateRow], model: nn.Module) -> Iterator[None
     except Exception as error:
         num_tokens = max(row.num_tokens for row in rows)
         listed = ", ".join(str(row.index) for row in rows[:_MAX_LISTED]) + (" ..." if len(rows) > _MAX_LISTED else "")
-        note = f"SPICE was scoring row(s) {listed} of the training dataset, the longest of {num_tokens:,} tokens."
+        note = f"SPICE was scoring row(s) {listed} of the {rows[0].source}, the longest of {num_tokens:,} tokens."
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if isinstance(limit, int) and num_tokens > limit:
             note += f" Likely cause: the model has {limit:,} positions. Fix: shorten the rows (`max_length={limit}`)."

@@ -22,6 +22,9 @@ from spice_trainer.row_checks import collate_alone
 # Looked at before a run starts.
 SAMPLE_ROWS = 32
 
+TRAINING = "training dataset"
+VALIDATION = "validation dataset"
+
 # What flattening collators tell variable-length attention kernels; meaningless once rows are padded into a batch.
 _FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
@@ -47,10 +50,10 @@ class RowShape:
 
 @dataclass(frozen=True)
 class CandidateRow:
-    """One row of the training set as the model reads it.
+    """One row of the training set, or the validation set, as the model reads it.
 
     Args:
-        index (`int`): Row of the training dataset.
+        index (`int`): Its number.
         inputs (`dict[str, Any]`): Model inputs of shape `(1, S)` without labels and padding.
         labels (`torch.Tensor` of shape `(1, S)`): Token labels, unshifted.
         num_tokens (`int`): S.
@@ -59,6 +62,7 @@ class CandidateRow:
             token sequences are scored alone, as the collator made them.
         num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens that were cut off: they train, and are not
             scored.
+        source (`str`, *optional*, defaults to `"training dataset"`): What `index` counts the rows of, for messages.
     """
 
     index: int
@@ -68,6 +72,7 @@ class CandidateRow:
     num_label_tokens: int
     can_be_padded: bool
     num_dropped_tokens: int = 0
+    source: str = TRAINING
 
     @property
     def shape(self) -> RowShape:
@@ -84,13 +89,16 @@ def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
     return [dataset[index] for index in indices]
 
 
-def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> CandidateRow:
+def collate_row(
+    index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str = TRAINING
+) -> CandidateRow:
     """Collates one dataset row alone.
 
     Args:
-        index (`int`): Row of the training dataset.
+        index (`int`): Its number.
         row (`Any`): What the dataset holds there.
         collate (`Callable`): The trainer's collator.
+        source (`str`, *optional*, defaults to `"training dataset"`): What it is a row of, for messages.
 
     Returns:
         [`CandidateRow`]
@@ -98,7 +106,7 @@ def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str
     Raises:
         ValueError: If the collator fails, or gives something else than token ids and labels of one row.
     """
-    batch = collate_alone(index, row, collate)
+    batch = collate_alone(row, collate, where=f"row {index} of the {source}")
     labels = batch.pop("labels")
     if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
         batch, labels = _strip_padding(batch, labels)
@@ -120,6 +128,7 @@ def collate_row(index: int, row: Any, collate: Callable[[list[Any]], Mapping[str
         num_tokens=length,
         num_label_tokens=int((labels[:, 1:] != -100).sum()),
         can_be_padded=can_be_padded,
+        source=source,
     )
 
 

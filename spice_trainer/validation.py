@@ -22,7 +22,7 @@ from spice_trainer.gram import float64_device
 from spice_trainer.proxy_data import TargetRows
 from spice_trainer.random_states import preserved_random_state
 from spice_trainer.row_checks import check_token_ids
-from spice_trainer.rows import CandidateRow, collate_row, fetch_rows
+from spice_trainer.rows import VALIDATION, CandidateRow, collate_row, fetch_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.sharing import share_candidates
 
@@ -56,7 +56,10 @@ class ValidationRows:
     def collate(self, scorer: GradientScorer, indices: Sequence[int]) -> list[CandidateRow]:
         """Fetches and collates some of the rows, each alone."""
         fetched = fetch_rows(self.rows.dataset, indices)
-        rows = [collate_row(index, row, self.rows.collate) for index, row in zip(indices, fetched, strict=True)]
+        rows = [
+            collate_row(index, row, self.rows.collate, source=VALIDATION)
+            for index, row in zip(indices, fetched, strict=True)
+        ]
         check_token_ids(rows, scorer.vocabulary)
         return [scorer.shorten(row) for row in rows]
 

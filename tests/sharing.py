@@ -260,7 +260,7 @@ def run_short(processes: Processes) -> None:
         ]
     notices = processes.gather(scorer.budget.take_notice())
     left_out = [row for notice in notices if notice is not None for row in notice.left_out]
-    assert left_out == [(7, 60)], left_out
+    assert left_out == [(7, 60, "training dataset")], left_out
     shape = plan_step(
         pool_size=20, num_selected=4, pools_per_step=3, samples_per_step=12, num_slots=processes.world_size
     )

@@ -103,4 +103,4 @@ def test_a_row_too_long_for_the_memory_is_left_out() -> None:
     assert found.out_of_memory.tolist() == [False, True, False, False]
     assert found.nonzero.tolist() == [True, False, True, True]
     notice = scorer.budget.take_notice()
-    assert notice is not None and notice.left_out == ((5, 512),)
+    assert notice is not None and notice.left_out == ((5, 512, "training dataset"),)

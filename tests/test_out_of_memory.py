@@ -101,7 +101,7 @@ def test_a_row_that_does_not_fit_alone_is_marked(error: Exception, in_backward: 
     others = [position for position in range(12) if position != 5]
     torch.testing.assert_close(found.gradient_norms[others], expected.gradient_norms[others], rtol=1e-5, atol=0)
     notice = scorer.budget.take_notice()
-    assert notice is not None and notice.left_out == ((5, 40),)
+    assert notice is not None and notice.left_out == ((5, 40, "training dataset"),)
 
 
 def test_other_errors_pass_and_leave_no_trace() -> None:
@@ -201,10 +201,10 @@ def test_a_row_that_does_not_fit_is_named_and_never_picked(tmp_path: Path, caplo
 
 
 def test_few_rows_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    from spice_trainer.out_of_memory import MemoryNotice, MemoryReport
+    from spice_trainer.out_of_memory import LeftOutRow, MemoryNotice, MemoryReport
 
     report = MemoryReport()
-    left_out = tuple((row, 100) for row in range(MAX_NAMED_ROWS + 5))
+    left_out = tuple(LeftOutRow(row, 100, "training dataset") for row in range(MAX_NAMED_ROWS + 5))
     for _ in range(3):
         report.tell([None, MemoryNotice(None, 10, left_out)])
     messages = _messages(caplog, "does not fit")

@@ -13,6 +13,7 @@ from datasets import Dataset
 from spice_trainer import SpiceConfig, attach_spice
 from spice_trainer.adapters import find_lora_modules
 from spice_trainer.answers import bos_tokens, split_answer
+from spice_trainer.out_of_memory import MemoryReport
 from spice_trainer.picks import select_pool
 from spice_trainer.proxy_data import TargetRows
 from spice_trainer.row_scores import RowScores
@@ -174,6 +175,35 @@ def test_less_without_validation_rows_is_refused_when_attached(tmp_path: Path) -
         attach(tmp_path, tiny_dataset(4).select([]))
     with pytest.raises(ValueError, match=r"get_eval_dataloader gave a DataLoader.* which has no rows by number"):
         attach(tmp_path, Dataset.from_list(tiny_rows(4)).to_iterable_dataset())
+
+
+def test_messages_name_the_validation_set(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the training set, whose row of that number is sound."""
+    monkeypatch.setattr("spice_trainer.out_of_memory.clear_device_cache", lambda **kwargs: None)
+    model, rows = tiny_lora_model(), tiny_rows(32)
+    config = SpiceConfig(sketch_dim=0, strategy="less")
+    scorer = GradientScorer(
+        lambda: model, find_lora_modules(model), dataset=rows, collate=collate, config=config, seed=1
+    )
+    broken = [dict(row) for row in tiny_rows(5)]
+    validation = ValidationRows(TargetRows(broken, collate), 32)
+    broken[3] = {"input_ids": [1, 2]}
+    with pytest.raises(ValueError, match="failed on row 3 of the validation dataset"):
+        validation.mean_gradient(scorer)
+    broken[3] = {**broken[4], "input_ids": [999] * len(broken[4]["input_ids"])}
+    with pytest.raises(ValueError, match="Row 3 of the validation dataset has 999 in its input_ids"):
+        validation.mean_gradient(scorer)
+    broken[3] = {"input_ids": [5] * 60, "attention_mask": [1] * 60, "labels": [5] * 60}
+    ShortMemory(model, 30)
+    validation.mean_gradient(scorer)
+    report = MemoryReport()
+    report.tell([scorer.budget.take_notice()])
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("row 3 of the validation dataset (60 tokens) does not fit into memory" in text for text in messages)
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        validation.mean_gradient(scorer)
+    assert "of the validation dataset, the longest of" in caught.value.__notes__[0]
 
 
 def test_validation_rows_without_a_gradient_are_an_error(tmp_path: Path) -> None:
