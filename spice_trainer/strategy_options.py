@@ -94,8 +94,9 @@ class StrategyOptions:
             candidate's own square included, before they are normalised and compared, so that samples are told apart
             by what they would do to the weights. For strategies that compare gradients, with PyTorch's Adam or AdamW
             whole on every process (not FSDP or DeepSpeed; a proxy has its own). Preconditioned gradients are long, up
-            to the root of their dimension: set `alpha_scaling="pool"` with it. With `"less"` the validation set's
-            gradients stay as they are.
+            to the root of their dimension: set `alpha_scaling="pool"` with it, or `gradient_normalization="unit"`
+            (where it was measured, `"none"` picked the shortest answers of a pool and `"sqrt_tokens"` the longest).
+            With `"less"` the validation set's gradients stay as they are.
         validation_rows (`int`, *optional*, defaults to `32`):
             Number of first rows of the Trainer's `eval_dataset` whose mean gradient `"less"` compares with, taken
             anew at every step.
