@@ -160,6 +160,14 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
             f'tokens is large. Set gradient_normalization="{better}" (now "{config.gradient_normalization}") if short '
             "answers are not what you want."
         )
+    if totals.mean_label_tokens_selected > 2.0 * totals.mean_label_tokens_pool:
+        shorter = "unit" if config.gradient_normalization == "sqrt_tokens" else "sqrt_tokens"
+        warnings.append(
+            f"SPICE: the picks of the first {totals.num_pools} pools are long: "
+            f"{totals.mean_label_tokens_selected:.1f} label tokens against {totals.mean_label_tokens_pool:.1f} in the "
+            "pool, so that short answers are hardly trained on. Set "
+            f'gradient_normalization="{shorter}" (now "{config.gradient_normalization}") if they matter to you.'
+        )
     return warnings
 
 

@@ -70,6 +70,10 @@ def test_no_warning_where_nothing_is_wrong(tmp_path: Path, caplog: pytest.LogCap
         ("none", 8, 50, []),
         ("sqrt_tokens", 10, 10, ["unit", "unit"]),
         ("unit", 10, 10, ["sqrt_tokens"]),
+        ("tokens", 0, 200, []),
+        ("tokens", 0, 201, ["sqrt_tokens"]),
+        ("sqrt_tokens", 0, 201, ["unit"]),
+        ("unit", 0, 201, ["sqrt_tokens"]),
     ],
 )
 def test_when_the_first_pools_are_warned_about(
@@ -83,6 +87,8 @@ def test_when_the_first_pools_are_warned_about(
     assert len(warnings) == len(suggestions)
     for warning, suggestion in zip(warnings, suggestions, strict=True):
         assert f'Set gradient_normalization="{suggestion}" (now "{normalization}")' in warning
+    if tokens > 200:
+        assert " are long: 20.1 label tokens against 10.0 in the pool, so that short answers are hardly" in warnings[0]
 
 
 def test_the_first_line_says_what_will_happen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
