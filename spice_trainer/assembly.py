@@ -16,13 +16,32 @@ from torch import nn
 from spice_trainer.adapters import UnsupportedModelError, find_lora_modules
 from spice_trainer.config import SpiceConfig
 from spice_trainer.learning import AdapterLearner
+from spice_trainer.momentum import check_momentum
+from spice_trainer.optimizer_state import unwrap_optimizer
 from spice_trainer.pools import PoolSchedule
+from spice_trainer.preconditioning import check_adam
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows, rows_for_proxy, shared_rows
 from spice_trainer.scoring import GradientScorer
 from spice_trainer.steps import StepSelector
 from spice_trainer.validation import ValidationRows
+
+
+def check_optimizer(optimizer: Any, config: SpiceConfig) -> None:
+    """Refuses an optimizer that the settings look into and that does not have what they need.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, or Accelerate's wrapper of it, or `None`.
+        config ([`SpiceConfig`]): The settings.
+
+    Raises:
+        ValueError: With the setting, the reason and the fix.
+    """
+    if config.gradient_preconditioning == "adam":
+        check_adam(unwrap_optimizer(optimizer))
+    if config.takes_momentum:
+        check_momentum(unwrap_optimizer(optimizer))
 
 
 def build_selector(
@@ -49,7 +68,7 @@ def build_selector(
             them, which the strategy `less` compares candidates with.
         autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`], *optional*): Those that share the work.
-        get_optimizer (`Callable`, *optional*): Gives the target's optimizer, for `gradient_preconditioning`.
+        get_optimizer (`Callable`, *optional*): Gives the target's optimizer, for settings that look into it.
 
     Returns:
         [`~spice_trainer.steps.StepSelector`]
@@ -86,7 +105,7 @@ def build_selector(
             seed=schedule.seed,
             autocast=autocast,
             processes=processes,
-            get_optimizer=get_optimizer if config.gradient_preconditioning == "adam" else None,
+            get_optimizer=get_optimizer,
         )
 
     if proxy is None:

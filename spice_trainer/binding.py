@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from spice_trainer.assembly import build_selector
+from spice_trainer.assembly import build_selector, check_optimizer
 from spice_trainer.loading import build_dataloader
 from spice_trainer.pools import build_schedule
-from spice_trainer.preconditioning import check_adam, unwrap_optimizer
 from spice_trainer.processes import Processes, without_wrapper
 from spice_trainer.proxy import resolve_proxy
 from spice_trainer.proxy_data import TargetRows, vocabulary_size
@@ -44,8 +43,6 @@ def bind_sampler(
     Returns:
         `torch.utils.data.DataLoader`: An epoch an iteration.
     """
-    if sampler.config.gradient_preconditioning == "adam" and sampler.proxy is None:
-        check_adam(unwrap_optimizer(optimizer))
     processes = Processes() if accelerator is None else Processes.of(accelerator)
     model = without_wrapper(model)
     schedule = build_schedule(
@@ -59,6 +56,8 @@ def bind_sampler(
     )
     device = next(model.parameters()).device if accelerator is None else accelerator.device
     sampler.proxy = resolve_proxy(sampler.proxy, sampler.config, device=device, seed=seed)
+    if sampler.proxy is None or sampler.config.proxy_check_pools > 0:
+        check_optimizer(optimizer, sampler.config)
     size = vocabulary_size(model)
     rows = TargetRows(dataset, collate, processing_class=processing_class, vocab_size=size)
     selector = build_selector(

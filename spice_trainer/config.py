@@ -17,10 +17,9 @@ from typing import Any, Literal, get_args
 from spice_trainer.field_checks import one_of, real_number, whole_number
 from spice_trainer.proxy_options import ProxyOptions
 from spice_trainer.scoring_options import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, ScoringOptions
-from spice_trainer.strategy_options import StrategyOptions
+from spice_trainer.strategy_options import BY_INFORMATION, ConflictReference, StrategyOptions
 
 AlphaScaling = Literal["fixed", "pool"]
-ConflictReference = Literal["selected", "candidates", "pool"]
 Information = Literal["exact", "diagonal", "adafisher"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 
@@ -60,8 +59,10 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
             Weight of the conflict in the score [λ]. 0 selects by Fisher information alone.
         conflict_reference (`str`, *optional*, defaults to `"selected"`):
             The mean gradient that a candidate may oppose [ḡ]: of the samples already picked from the pool
-            (`"selected"`), of the candidates not yet picked (`"candidates"`), or of all candidates (`"pool"`), which
-            training on the whole pool would follow.
+            (`"selected"`), of the candidates not yet picked (`"candidates"`), of all candidates (`"pool"`), which
+            training on the whole pool would follow, or of the last steps (`"momentum"`), so that a pick does not
+            undo what they did: the optimizer's own, of PyTorch's Adam, AdamW or SGD with a momentum, whole on every
+            process (not FSDP or DeepSpeed; a proxy has its own). Gradients are held against it uncentred.
         information (`str`, *optional*, defaults to `"exact"`):
             Measure of information [F]: the log-determinant (`"exact"`), its diagonal approximation (`"diagonal"`), or
             the gain of the released code (`"adafisher"`), which ranks almost as the gradient norm does.
@@ -106,7 +107,10 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
     conflict_penalty: float = field(default=0.1, metadata={"help": "Weight of the conflict in the score [lambda]."})
     conflict_reference: ConflictReference = field(
         default="selected",
-        metadata={"help": "Mean gradient a candidate may oppose: of picked samples, open candidates, or the pool."},
+        metadata={
+            "help": "Mean gradient a candidate may oppose: of picked samples, open candidates, the pool, or the "
+            "optimizer's momentum."
+        },
     )
     information: Information = field(default="exact", metadata={"help": "Measure of information [F]."})
     gradient_normalization: GradientNormalization = field(
@@ -207,6 +211,11 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
     def is_adaptive(self) -> bool:
         """Whether a pool may stop before `num_selected` picks."""
         return self.stop_ratio is not None or self.min_gain is not None
+
+    @property
+    def takes_momentum(self) -> bool:
+        """Whether candidates are held against the optimizer's momentum."""
+        return self.conflict_reference == "momentum" and self.strategy in BY_INFORMATION
 
     def resolve_sketch_dim(self) -> int:
         """Return how many numbers of each sample gradient are kept.

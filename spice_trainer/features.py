@@ -1,7 +1,8 @@
 """Features of candidates: where gradients go while scoring, exactly or as a sketch, and how they reach their owner.
 
 Each process fills a buffer with the features of the rows it scored, then sends every row to the process that measures
-its pool: m numbers a candidate, sent at most once, whatever the number of processes.
+its pool: m numbers a candidate, sent at most once, whatever the number of processes. The optimizer's momentum, which
+every process has, may be seen through the same features.
 
 Axes: N candidates, D gradient dimension, m features kept per candidate.
 """
@@ -30,6 +31,8 @@ class FeatureBuffer:
         device (`torch.device`): Where the features live.
         moments (`Sequence[SecondMoment]`, *optional*): Adam's second moment of each module, with which gradients are
             preconditioned before they are kept or folded.
+        momentum (`Sequence[torch.Tensor | None]`, *optional*): The optimizer's momentum of each module, `None` where
+            it has none yet. Left as it is.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class FeatureBuffer:
         sketch: GradientSketch | None,
         device: torch.device,
         moments: Sequence[SecondMoment] | None = None,
+        momentum: Sequence[Tensor | None] | None = None,
     ) -> None:
         self._sketch = sketch
         self._moments = moments
@@ -55,6 +59,21 @@ class FeatureBuffer:
         self._folded = torch.empty(0, device=device)
         self._norms_by_module: list[Tensor] = []
         self._lengths_by_module: list[Tensor] = []
+        self.momentum = None if momentum is None else self._features_of(momentum)
+
+    def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
+        """Features of one vector that is given by module."""
+        found = torch.zeros(1, self.features.shape[1], device=self.features.device)
+        for number, (vector, size, end) in enumerate(zip(vectors, self._sizes, self._ends, strict=True)):
+            if vector is None:
+                continue
+            values = vector.to(found, copy=True)[None]
+            if self._sketch is not None:
+                # It overwrites them.
+                self._sketch.fold_(found, number, values)
+            else:
+                found[:, end - size : end] = values
+        return found[0]
 
     def begin(self, rows: Sequence[int]) -> None:
         """Announces which rows of the buffer the next micro-batch fills, in its order.
@@ -146,6 +165,7 @@ class OwnedFeatures:
         lengths (`torch.Tensor` of shape `(n,)`): The same of what the features are of, which may be preconditioned.
         losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
         out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU.
+        momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
     """
 
     rows: dict[int, int]
@@ -154,6 +174,7 @@ class OwnedFeatures:
     lengths: Float64[Tensor, "n"]
     losses: Float[Tensor, "n"]
     out_of_memory: Bool[Tensor, "n"]
+    momentum: Float[Tensor, " m"] | None = None
 
     def take(self, positions: Sequence[int]) -> OwnedFeatures:
         """Those of some candidates, in their order; views where they lie together."""
@@ -168,6 +189,7 @@ class OwnedFeatures:
             lengths=self.lengths[where],
             losses=self.losses[where],
             out_of_memory=self.out_of_memory[where],
+            momentum=self.momentum,
         )
 
 
@@ -213,4 +235,5 @@ def send_to_owners(
         lengths=lengths,
         losses=losses.float(),
         out_of_memory=out_of_memory.bool(),
+        momentum=buffer.momentum,
     )

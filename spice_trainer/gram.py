@@ -160,6 +160,39 @@ def _equate_parallel_rows(cosines: Float64[Tensor, "N N"], chunks: list[Tensor])
             cosines[second, second] = 1.0
 
 
+@torch.no_grad()
+def cosines_with(
+    features: Float[Tensor, "N D"], reference: Float[Tensor, " D"], *, chunk_size: int = 2**18
+) -> Float64[Tensor, " N"]:
+    """Returns the cosine of each row with one more vector, such as the optimizer's momentum.
+
+    Args:
+        features (`Tensor`): Rows of shape (N, D), of magnitudes whose squares neither vanish nor overflow: as
+            [`measure_rows`] leaves them.
+        reference (`Tensor`): The vector, shape (D,), of any magnitude.
+        chunk_size (`int`, *optional*, defaults to 2**18): Columns that are converted to float64 at a time.
+
+    Returns:
+        `Tensor`: float64 of shape (N,), on the CPU; 0 for rows of zeros, and for a vector that is zero or not finite.
+    """
+    device = float64_device(features.device)
+    products = torch.zeros(features.shape[0], dtype=torch.float64, device=device)
+    squares, length = torch.zeros_like(products), 0.0
+    largest = float(reference.abs().max())
+    if not 0.0 < largest < math.inf:
+        return products.cpu()
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        for start in range(0, features.shape[1], chunk_size):
+            rows = features[:, start : start + chunk_size].to(device, torch.float64)
+            other = reference[start : start + chunk_size].to(device, torch.float64) / largest
+            products += rows @ other
+            squares += rows.square().sum(dim=1)
+            length += float(other.square().sum())
+    lengths = squares.sqrt() * math.sqrt(length)
+    cosines = torch.where(lengths > 0, products / lengths.masked_fill(lengths == 0, 1), 0.0)
+    return cosines.clamp(-1.0, 1.0).cpu()
+
+
 def normalization_weights(
     norms: Float64[Tensor, " N"],
     label_tokens: Int[Tensor, " N"],

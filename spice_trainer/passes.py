@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spice_trainer.features import DiscardedGradients, FeatureBuffer
 from spice_trainer.gradients import SampleGradients
 from spice_trainer.layer_gradients import trainable_size
+from spice_trainer.momentum import OptimizerMomentum
 from spice_trainer.out_of_memory import TokenBudget, explained, features_error, lockstep_error
 from spice_trainer.preconditioning import AdamMoments
 from spice_trainer.processes import Processes
@@ -46,6 +47,7 @@ class ScoringPasses:
         autocast (`Callable`, *optional*): Makes the context of the training precision.
         processes ([`~spice_trainer.processes.Processes`]): Those that share the work.
         moments ([`~spice_trainer.preconditioning.AdamMoments`], *optional*): What gradients are preconditioned with.
+        momentum ([`~spice_trainer.momentum.OptimizerMomentum`], *optional*): What they may be in conflict with.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ScoringPasses:
         autocast: Callable[[], AbstractContextManager[Any]] | None,
         processes: Processes,
         moments: AdamMoments | None = None,
+        momentum: OptimizerMomentum | None = None,
     ) -> None:
         self.get_model = get_model
         self.modules = dict(modules)
@@ -67,6 +70,7 @@ class ScoringPasses:
         self.budget = TokenBudget(tokens_per_batch)
         self._autocast = autocast
         self._moments = moments
+        self._momentum = momentum
         self._sizes = [trainable_size(module) for module in self.modules.values()]
         self.dimension = sum(self._sizes)
         self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
@@ -94,10 +98,11 @@ class ScoringPasses:
         """Room for the features of some candidates, of raw gradients if preconditioning is not wanted or asked for."""
         device = self.device
         moments = self._moments.read() if self._moments is not None and preconditioned else None
+        momentum = None if self._momentum is None else self._momentum.read(moments)
         with explained(features_error(num_rows, self.num_features)):
             if self.sketch_dim and self._sketch is None:
                 self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
-            return FeatureBuffer(num_rows, self._sizes, self._sketch, device, moments)
+            return FeatureBuffer(num_rows, self._sizes, self._sketch, device, moments, momentum)
 
     def compute_features(
         self,

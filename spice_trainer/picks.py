@@ -195,7 +195,7 @@ def _inputs_of(scores: PoolScores | RowScores, seed: int | None, step: int | Non
         "label_tokens": scores.label_tokens,
     }
     others: dict[str, Any] = (
-        {"gram": scores.gram}
+        {"gram": scores.gram, "momentum_cosines": scores.momentum_cosines}
         if isinstance(scores, PoolScores)
         else {name: getattr(scores, name) for name in ("losses_without_instruction", "alignment", "reference_norm")}
     )

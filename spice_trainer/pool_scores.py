@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from spice_trainer.gram import measure_rows, normalization_weights, normalized_gram
+from spice_trainer.gram import cosines_with, measure_rows, normalization_weights, normalized_gram
 from spice_trainer.prefilter import WholePool
 from spice_trainer.rows import RowShape
 from spice_trainer.strategies.variants import centred_gram
@@ -46,6 +46,8 @@ class PoolScores:
         num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
         whole ([`~spice_trainer.prefilter.WholePool`], *optional*): The pool that these candidates were left of, if
             others were dropped before.
+        momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
+            momentum, float64, on the CPU; never of centred gradients.
     """
 
     pool: int
@@ -62,6 +64,7 @@ class PoolScores:
     row_weights: Float64[Tensor, "N"] | None = None
     num_dropped_tokens: int = 0
     whole: WholePool | None = None
+    momentum_cosines: Float64[Tensor, "N"] | None = None
 
 
 def measure_pool(
@@ -77,6 +80,7 @@ def measure_pool(
     gradient_centering: bool = False,
     out_of_memory: Bool[Tensor, "N"] | None = None,
     lengths: Float64[Tensor, "N"] | None = None,
+    momentum: Float[Tensor, " m"] | None = None,
 ) -> PoolScores:
     """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
 
@@ -95,6 +99,7 @@ def measure_pool(
             features are zero.
         lengths (`torch.Tensor` of shape `(N,)`, *optional*): Exact norms of what the features are of, where that is
             not the raw gradients.
+        momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
 
     Returns:
         [`PoolScores`]
@@ -126,4 +131,5 @@ def measure_pool(
         out_of_memory=out_of_memory,
         gradients=features if keep_gradients else None,
         row_weights=weights * geometry.scales.cpu() if keep_gradients else None,
+        momentum_cosines=None if momentum is None else cosines_with(features, momentum),
     )

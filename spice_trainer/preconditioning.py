@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.layer_gradients import trainable_bias
+from spice_trainer.optimizer_state import LayerState, layer_states, unwrap_optimizer
+
+SETTING = "gradient_preconditioning='adam'"
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,7 @@ class AdamMoments:
         """
         optimizer = unwrap_optimizer(self.get_optimizer())
         check_adam(optimizer)
-        groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
-        return [_read(optimizer, groups, name, module) for name, module in self.modules.items()]
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer within Accelerate's wrapper."""
-    while not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+        return [_read(state) for state in layer_states(optimizer, self.modules, setting=SETTING)]
 
 
 def check_adam(optimizer: Any) -> None:
@@ -107,7 +101,7 @@ def check_adam(optimizer: Any) -> None:
     Raises:
         ValueError: With the reason.
     """
-    given = "SpiceConfig: gradient_preconditioning='adam' divides gradients by the optimizer's second moment"
+    given = f"SpiceConfig: {SETTING} divides gradients by the optimizer's second moment"
     if optimizer is None:
         raise ValueError(
             f"{given}, and there is no optimizer. Fix: pass `optimizer=` to SpiceSampler.bind, or leave "
@@ -126,19 +120,8 @@ def check_adam(optimizer: Any) -> None:
         )
 
 
-def _read(optimizer: Any, groups: Mapping[int, Any], name: str, module: nn.Linear) -> SecondMoment:
-    weights = [module.weight, module.bias] if trainable_bias(module) else [module.weight]
-    for weight in weights:
-        if id(weight) not in groups:
-            raise ValueError(
-                "SpiceConfig: gradient_preconditioning='adam' needs the optimizer's state of the LoRA layer "
-                f"{name!r}, and {type(optimizer).__name__} does not train it. Fix: give the optimizer all trainable "
-                "weights of the model that scores, or leave gradient_preconditioning out."
-            )
-    group = groups[id(module.weight)]
-    states = [optimizer.state.get(weight) or {} for weight in weights]
-    decay, epsilon = float(group["betas"][1]), float(group["eps"])
-    if not all("exp_avg_sq" in state for state in states):
-        return SecondMoment(None, 0, decay, epsilon)
-    values = torch.cat([state["exp_avg_sq"].detach().flatten() for state in states])
-    return SecondMoment(values, int(states[0]["step"]), decay, epsilon)
+def _read(state: LayerState) -> SecondMoment:
+    decay, epsilon = float(state.group["betas"][1]), float(state.group["eps"])
+    values = state.flat("exp_avg_sq")
+    num_updates = 0 if values is None else int(state.parameters[0]["step"])
+    return SecondMoment(values, num_updates, decay, epsilon)

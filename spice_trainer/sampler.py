@@ -136,8 +136,8 @@ class SpiceSampler(Sampler[int]):
                 proxy shares it.
             validation_dataset (`datasets.Dataset`, *optional*): Rows like those of `dataset`, which the strategy
                 `less` compares candidates with.
-            optimizer (`torch.optim.Optimizer`, *optional*): The loop's Adam or AdamW, prepared or not, for
-                `gradient_preconditioning="adam"`.
+            optimizer (`torch.optim.Optimizer`, *optional*): The loop's optimizer, prepared or not, for
+                `gradient_preconditioning="adam"` and `conflict_reference="momentum"`.
 
         Returns:
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.

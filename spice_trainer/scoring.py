@@ -25,6 +25,7 @@ from torch import nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.kernels import rows_influence_each_other
+from spice_trainer.momentum import OptimizerMomentum
 from spice_trainer.out_of_memory import TokenBudget
 from spice_trainer.passes import ScoringPasses
 from spice_trainer.pool_scores import PoolScores, measure_pool
@@ -57,7 +58,7 @@ class GradientScorer:
         processes ([`~spice_trainer.processes.Processes`], *optional*):
             Those that share the work. Defaults to this one alone.
         get_optimizer (`Callable`, *optional*):
-            Gives the optimizer of these layers when scoring; its second moment preconditions their gradients.
+            Gives the optimizer of these layers when scoring, for settings that look into it.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class GradientScorer:
         seed: int,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         processes: Processes | None = None,
-        get_optimizer: Callable[[], Any] | None = None,
+        get_optimizer: Callable[[], Any] = lambda: None,
     ) -> None:
         self.get_model = get_model
         self.modules = choose_modules(
@@ -97,7 +98,8 @@ class GradientScorer:
             seed=seed,
             autocast=autocast,
             processes=self.processes,
-            moments=None if get_optimizer is None else AdamMoments(get_optimizer, self.modules),
+            moments=AdamMoments(get_optimizer, self.modules) if config.gradient_preconditioning == "adam" else None,
+            momentum=OptimizerMomentum(get_optimizer, self.modules) if config.takes_momentum else None,
         )
         self.dimension = self.passes.dimension
         self.sketch_dim = self.passes.sketch_dim
@@ -252,6 +254,7 @@ class GradientScorer:
                 keep_gradients=self.keep_gradients,
                 out_of_memory=found.out_of_memory,
                 lengths=found.lengths,
+                momentum=found.momentum,
             )
 
     def send(

@@ -3,8 +3,8 @@
     s(x|S) = Δ(x|S) − λ c(x|S),    c(x|S) = max(0, −cos(g_x, ḡ)),    cos = g·ḡ / (‖g‖‖ḡ‖ + 1e-8)
 
 Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of the
-candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure. Nothing here
-knows about models or trainers.
+candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure, unless ḡ is a
+gradient that is no mean of candidates: then its cosines are given. Nothing here knows about models or trainers.
 
 Axes: N candidates, K picked, D gradient dimension.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.checks import check_alpha, check_choice, check_gram, check_matrix, check_rules, sound_rows
@@ -172,6 +172,7 @@ def greedy(
     *,
     conflict_penalty: float = 0.1,
     conflict_reference: ConflictReference = "selected",
+    reference_cosines: Float[Tensor, " N"] | None = None,
     stop_ratio: float | None = None,
     min_gain: float | None = None,
     tie_tolerance: float = 1e-6,
@@ -184,6 +185,9 @@ def greedy(
         num_selected (`int`): K, the most samples to pick.
         conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
         conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
+        reference_cosines (`Tensor`, *optional*): Cosine of each candidate's gradient with one that is no mean of
+            candidates, such as the optimizer's momentum, shape (N,). Conflicts are with that one then, whatever
+            `conflict_reference`: c(x) = max(0, −cos), the same after every pick.
         stop_ratio (`float`, *optional*): See [`select`].
         min_gain (`float`, *optional*): See [`select`].
         tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
@@ -202,7 +206,9 @@ def greedy(
     if measure.information != 0.0:
         raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
 
-    everyone: list[int] = sound_rows(gram).nonzero().flatten().tolist()
+    sound = sound_rows(gram)
+    fixed = None if reference_cosines is None else _fixed_conflicts(reference_cosines, sound)
+    everyone: list[int] = sound.nonzero().flatten().tolist()
     remaining = list(everyone)
     indices: list[int] = []
     gains: list[float] = []
@@ -210,7 +216,7 @@ def greedy(
     stopped_early = False
     while remaining and len(indices) < num_selected:
         references = {"selected": indices, "candidates": remaining, "pool": everyone}
-        current = _conflicts(gram, references[conflict_reference])
+        current = _conflicts(gram, references[conflict_reference]) if fixed is None else fixed
         first_gain = gains[0] if gains else None
         index, gain = _best(measure, remaining, current, conflict_penalty, first_gain, tie_tolerance)
         if min_gain is not None and gain < min_gain:
@@ -295,6 +301,24 @@ def _conflicts(gram: Float64[Tensor, "N N"], reference: list[int]) -> list[float
     products = gram[:, reference].mean(dim=1)
     mean_norm = products[reference].mean().clamp_min(0.0).sqrt()
     cosines = products / (gram.diagonal().sqrt() * mean_norm + _COSINE_EPSILON)
+    return _opposition(cosines)
+
+
+def _fixed_conflicts(cosines: Float[Tensor, " N"], sound: Bool[Tensor, " N"]) -> list[float]:
+    """Returns max(0, −cos) for cosines that were given, after checking them."""
+    if not isinstance(cosines, Tensor) or not cosines.is_floating_point() or cosines.shape != sound.shape:
+        got = f"{cosines.dtype} of shape {tuple(cosines.shape)}" if isinstance(cosines, Tensor) else type(cosines)
+        raise ValueError(
+            f"reference_cosines must be a floating point torch.Tensor with one cosine for each of the {len(sound)} "
+            f"candidates of gram, got {got}."
+        )
+    cosines = cosines.detach().to("cpu").to(torch.float64)
+    if not bool(cosines[sound].isfinite().all()):
+        raise ValueError("reference_cosines must be finite for every candidate whose row of gram is.")
+    return _opposition(cosines)
+
+
+def _opposition(cosines: Float64[Tensor, " N"]) -> list[float]:
     # Adding 0 turns -0.0 into 0.0.
     conflicts: list[float] = ((-cosines).clamp(0.0, 1.0) + 0.0).tolist()
     return conflicts

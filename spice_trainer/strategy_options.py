@@ -27,6 +27,8 @@ StrategyName = Literal[
 
 GradientPreconditioning = Literal["none", "adam"]
 
+ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
+
 NEEDS: dict[StrategyName, tuple[str, ...]] = {
     "spice": ("gram",),
     "fisher": ("gram",),

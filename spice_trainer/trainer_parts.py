@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-from spice_trainer.assembly import build_selector
+from spice_trainer.assembly import build_selector, check_optimizer
 from spice_trainer.attachment import describe_rows, num_parameters
 from spice_trainer.compatibility import is_token_normalized
 from spice_trainer.config import SpiceConfig
 from spice_trainer.memory import MemoryPlan, plan_memory
+from spice_trainer.momentum import SETTING as MOMENTUM
 from spice_trainer.pools import PoolSchedule, build_schedule
-from spice_trainer.preconditioning import check_adam, unwrap_optimizer
+from spice_trainer.preconditioning import SETTING as PRECONDITIONING
 from spice_trainer.processes import Processes
 from spice_trainer.proxy import ProxyModel
 from spice_trainer.proxy_data import TargetRows
@@ -131,8 +132,8 @@ def build_trainer_selector(
         model: nn.Module = trainer.model
         return model
 
-    if config.gradient_preconditioning == "adam" and (proxy is None or config.proxy_check_pools > 0):
-        check_optimizer(trainer)
+    if proxy is None or config.proxy_check_pools > 0:
+        check_trainer_optimizer(trainer, config)
     return build_selector(
         config,
         schedule,
@@ -146,30 +147,36 @@ def build_trainer_selector(
     )
 
 
-def check_optimizer(trainer: Any) -> None:
-    """Refuses optimizers whose second moment cannot be read, as far as that can be known before training.
+def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
+    """Refuses optimizers whose state the settings need and that cannot be read, as far as is known before training.
 
     Args:
         trainer (`transformers.Trainer`): The trainer; most make their optimizer when training begins.
+        config ([`SpiceConfig`]): The settings.
 
     Raises:
-        ValueError: If its state is partitioned, or it is not PyTorch's Adam.
+        ValueError: If its state is partitioned, or it is none of PyTorch's that keep what is needed.
     """
+    takes = ((PRECONDITIONING, config.gradient_preconditioning == "adam"), (MOMENTUM, config.takes_momentum))
+    setting = next((setting for setting, is_taken in takes if is_taken), None)
+    if setting is None:
+        return
+    name = setting.partition("=")[0]
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            "SpiceConfig: gradient_preconditioning='adam' needs the whole state of the optimizer on every process, "
+            f"SpiceConfig: {setting} needs the whole state of the optimizer on every process, "
             f"and {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} partitions it. Fix: leave "
-            "gradient_preconditioning out, use DDP, or let a proxy score, which has an optimizer of its own."
+            f"{name} out, use DDP, or let a proxy score, which has an optimizer of its own."
         )
     if trainer.optimizer is not None:
-        check_adam(unwrap_optimizer(trainer.optimizer))
+        check_optimizer(trainer.optimizer, config)
         return
     makes_its_own = type(trainer).create_optimizer is not Trainer.create_optimizer or trainer.optimizer_cls_and_kwargs
     if not makes_its_own and trainer.args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
         raise ValueError(
-            "SpiceConfig: gradient_preconditioning='adam' divides gradients by the second moment of PyTorch's AdamW, "
-            f"and TrainingArguments has optim={OptimizerNames(trainer.args.optim).value!r}. Fix: set "
-            "optim='adamw_torch_fused' or 'adamw_torch', or leave gradient_preconditioning out."
+            f"SpiceConfig: {setting} reads the state of PyTorch's AdamW, and TrainingArguments has "
+            f"optim={OptimizerNames(trainer.args.optim).value!r}. Fix: set optim='adamw_torch_fused' or "
+            f"'adamw_torch', or leave {name} out."
         )
 
 

@@ -144,7 +144,8 @@ def compare_pools(
 def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
     """What scoring would say of gradients at right angles to each other, of squared norm 1 / label tokens.
 
-    The gradient of a mean over n tokens that have nothing in common has such a norm. No model is asked.
+    The gradient of a mean over n tokens that have nothing in common has such a norm. No model is asked, and nothing is
+    in conflict with a momentum.
 
     Args:
         scores ([`~spice_trainer.pool_scores.PoolScores`]): Tells the rows, their label tokens, and which are sound.
@@ -157,7 +158,15 @@ def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
     norms = torch.where(scores.nonzero, label_tokens.clamp(min=1).rsqrt(), 0.0)
     weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
     gram = torch.diag((weights * norms).square())
-    return replace(scores, gram=gram, gradient_norms=norms, gradients=None, row_weights=None)
+    momentum_cosines = None if scores.momentum_cosines is None else torch.zeros_like(norms)
+    return replace(
+        scores,
+        gram=gram,
+        gradient_norms=norms,
+        gradients=None,
+        row_weights=None,
+        momentum_cosines=momentum_cosines,
+    )
 
 
 class _PoolInformation:

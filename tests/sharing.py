@@ -55,12 +55,15 @@ CONFIGS = {
     "adam": SpiceConfig(
         sketch_dim=256, gradient_preconditioning="adam", alpha_scaling="pool", scoring_tokens_per_batch=128
     ),
+    "momentum": SpiceConfig(
+        sketch_dim=256, conflict_reference="momentum", conflict_penalty=3.0, scoring_tokens_per_batch=128
+    ),
 }
 
 
 def build_scorer(model: nn.Module, config: SpiceConfig, processes: Processes, **overrides: Any) -> GradientScorer:
     settings = {"dataset": ROWS, "collate": collate} | overrides
-    if config.gradient_preconditioning == "adam":
+    if config.gradient_preconditioning == "adam" or config.takes_momentum:
         settings["get_optimizer"] = lambda: adam_of(model)
     return GradientScorer(
         lambda: model, find_lora_modules(model), config=config, seed=1, processes=processes, **settings
@@ -88,6 +91,9 @@ def compare(found: PoolScores, expected: PoolScores) -> None:
     torch.testing.assert_close(found.gradient_norms, expected.gradient_norms, rtol=1e-5, atol=0)
     scale = float(expected.gram.diagonal().max())
     torch.testing.assert_close(found.gram, expected.gram, rtol=0, atol=1e-5 * max(scale, 1e-30))
+    assert (found.momentum_cosines is None) == (expected.momentum_cosines is None)
+    if expected.momentum_cosines is not None:
+        torch.testing.assert_close(found.momentum_cosines, expected.momentum_cosines, rtol=0, atol=1e-5)
     if expected.gradients is not None:
         assert found.gradients is not None and found.row_weights is not None and expected.row_weights is not None
         ours = found.gradients.double() * found.row_weights[:, None]

@@ -33,7 +33,7 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "fisher_alpha": ([1e-30, 1e-6, 0.5, 1.0, 3.0, 1e30], {}),
     "alpha_scaling": (["fixed", "pool"], {}),
     "conflict_penalty": ([0.0, 1e-9, 0.1, 1.0, 1000.0], {}),
-    "conflict_reference": (["selected", "candidates", "pool"], {}),
+    "conflict_reference": (["selected", "candidates", "pool", "momentum"], {}),
     "information": (["exact", "diagonal", "adafisher"], {}),
     "gradient_normalization": (["none", "sqrt_tokens", "tokens", "unit"], {}),
     "stop_ratio": ([None, 1e-9, 0.5, 0.999], {"pools_per_step": 10}),
@@ -505,7 +505,7 @@ def test_none_where_a_value_is_needed(name):
     ("name", "choices"),
     [
         ("alpha_scaling", "'fixed', 'pool'"),
-        ("conflict_reference", "'selected', 'candidates', 'pool'"),
+        ("conflict_reference", "'selected', 'candidates', 'pool', 'momentum'"),
         ("strategy", ", ".join(map(repr, STRATEGY_NAMES))),
         ("information", "'exact', 'diagonal', 'adafisher'"),
         ("gradient_normalization", "'none', 'sqrt_tokens', 'tokens', 'unit'"),

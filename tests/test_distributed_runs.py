@@ -11,7 +11,7 @@ import pytest
 
 from .distributed import setting
 from .distributed.launch import launch
-from .trainers import trained_indices
+from .trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -103,6 +103,15 @@ def test_preconditioned_gradients(tmp_path: Path) -> None:
     setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
     heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
     assert heard == trained_indices(tmp_path / "one")
+
+
+def test_conflict_with_the_momentum(tmp_path: Path) -> None:
+    spice = {"conflict_reference": "momentum", "conflict_penalty": 3.0}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
+    heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one")
+    assert any(pick["conflict"] for pick in read_records(tmp_path / "one", "selections"))
 
 
 def test_a_fresh_adapter(tmp_path: Path) -> None:

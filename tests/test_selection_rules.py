@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from spice_trainer.selection import Selection, select, select_from_gradients
-from spice_trainer.strategies import pool_mean, select_against_reference
-from tests.greedy_oracle import conflict, greedy_oracle
+from spice_trainer.fisher import ExactInformation
+from spice_trainer.selection import Selection, greedy, select, select_from_gradients
+from tests.greedy_oracle import conflict, greedy_oracle, log_det_gain
+from tests.strategy_oracles import against_reference
 
 
 def random_rows(num_rows, dimension, seed=0):
@@ -62,20 +63,47 @@ def test_conflict_against_the_pool_is_against_its_mean_throughout():
     rows = random_rows(9, 3, seed=4)
     rows[7] = math.nan
     rows[8] = 0.0
-    sound = torch.tensor([True] * 7 + [False] * 2)
     selection = select(rows @ rows.T, 7, conflict_reference="pool", conflict_penalty=3.0)
     expected = [conflict(rows[:7], list(range(7)), index) for index in selection.indices]
     assert selection.conflicts == pytest.approx(expected, abs=1e-9) and max(expected) > 0.1
-    alignment, norm = pool_mean(rows @ rows.T, sound)
-    slow = select_against_reference(
-        rows @ rows.T, sound, 7, alignment=alignment, reference_norm=norm, conflict_penalty=3.0
+    picked = against_reference(
+        rows, rows[:7].mean(dim=0), 7, fisher_alpha=1.0, conflict_penalty=3.0, gain_of=log_det_gain
     )
-    assert selection.indices == slow.indices and selection.scores == pytest.approx(slow.scores)
+    assert selection.indices == tuple(option[0] for option in picked)
+    assert selection.scores == pytest.approx([option[3] for option in picked])
     others = [
         select(rows @ rows.T, 7, conflict_reference=name, conflict_penalty=3.0).indices
         for name in ("selected", "candidates")
     ]
     assert selection.indices not in others
+
+
+def test_conflict_with_a_gradient_that_is_no_mean_of_candidates():
+    rows = random_rows(9, 4, seed=6)
+    rows[5] = math.nan
+    reference = random_rows(1, 4, seed=7)[0]
+    cosines = rows @ reference / (rows.norm(dim=1) * reference.norm())
+    gram = rows @ rows.T
+    for penalty in (0.0, 0.5, 5.0):
+        # Whatever the other reference is.
+        for other in ("selected", "candidates", "pool"):
+            measure = ExactInformation(gram.nan_to_num(), fisher_alpha=1.0)
+            selection = greedy(
+                measure, gram, 8, conflict_penalty=penalty, conflict_reference=other, reference_cosines=cosines.float()
+            )
+            picked = against_reference(
+                rows, reference, 8, fisher_alpha=1.0, conflict_penalty=penalty, gain_of=log_det_gain
+            )
+            assert selection.indices == tuple(option[0] for option in picked)
+            assert selection.conflicts == pytest.approx([option[2] for option in picked], abs=1e-6)
+    for wrong, says in (
+        (cosines[:4], "one cosine for each of the 9 candidates of gram, got torch.float64 of shape \\(4,\\)"),
+        (torch.ones(9, dtype=torch.long), "got torch.int64 of shape"),
+        ([0.0] * 9, "got <class 'list'>"),
+        (torch.full((9,), math.inf), "reference_cosines must be finite for every candidate"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            greedy(ExactInformation(gram.nan_to_num(), fisher_alpha=1.0), gram, 2, reference_cosines=wrong)
 
 
 def test_penalty_turns_opposed_samples_away():

@@ -1,6 +1,7 @@
 """Every strategy against its definition written out on explicit gradients and plain numbers."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -17,8 +18,6 @@ from spice_trainer.strategies import (
     StrategyName,
     centred_gram,
     match_with_weights,
-    pool_mean,
-    select_against_reference,
     select_by_strategy,
 )
 from spice_trainer.strategies.matching import nonnegative_weights
@@ -412,50 +411,41 @@ def test_centred_gram_of_rows_that_are_the_mean_is_exactly_zero():
 
 
 @pytest.mark.parametrize("penalty", [0.1, 3.0])
-def test_conflict_against_a_fixed_gradient(penalty):
+def test_conflict_with_the_momentum(penalty):
     for seed in range(3):
         known = pool(12, 20, seed, unsound=UNSOUND)
         rows, reference = known["gradients"], known["reference"]
-        inputs = inputs_of(known)
+        cosines = rows @ reference / (rows.norm(dim=1) * reference.norm())
+        inputs = replace(inputs_of(known), momentum_cosines=cosines)
+        rules = {"fisher_alpha": 2.0, "conflict_penalty": penalty, "conflict_reference": "momentum"}
         expected = oracles.against_reference(
             rows, reference, 6, fisher_alpha=2.0, conflict_penalty=penalty, gain_of=log_det_gain
         )
-        rules = {"fisher_alpha": 2.0, "conflict_penalty": penalty}
-        selection = select_against_reference(
-            inputs.gram,
-            inputs.sound,
-            6,
-            alignment=rows @ reference,
-            reference_norm=float(reference.norm()),
-            **rules,
-        )
+        selection = select_by_strategy("spice", inputs, 6, **rules)
         assert selection.indices == tuple(option[0] for option in expected)
         assert selection.gains == pytest.approx([option[1] for option in expected])
         assert selection.conflicts == pytest.approx([option[2] for option in expected], abs=1e-7)
         assert selection.scores == pytest.approx([option[3] for option in expected], abs=1e-6)
         assert selection.information == pytest.approx(sum(selection.gains))
-        mean = rows[inputs.sound].mean(dim=0)
-        products, norm = pool_mean(inputs.gram, inputs.sound)
-        assert torch.allclose(products[inputs.sound], (rows @ mean)[inputs.sound])
-        assert norm == pytest.approx(float(mean.norm()))
-        no_momentum = select_against_reference(
-            inputs.gram, inputs.sound, 6, alignment=torch.zeros(12), reference_norm=0.0, **rules
-        )
-        fisher = select_by_strategy("fisher", inputs, 6, fisher_alpha=2.0)
+        # The Fisher rule knows the conflicts, and does not go by them.
+        fisher = select_by_strategy("fisher", inputs, 6, **rules)
+        assert fisher.indices == select_by_strategy("fisher", inputs, 6, fisher_alpha=2.0).indices
+        assert fisher.conflicts == pytest.approx([max(0.0, -float(cosines[place])) for place in fisher.indices])
+        before = replace(inputs, momentum_cosines=torch.zeros(12))
+        no_momentum = select_by_strategy("spice", before, 6, **rules)
         assert (no_momentum.indices, no_momentum.gains) == (fisher.indices, fisher.gains)
         assert no_momentum.conflicts == (0.0,) * 6
 
 
-def test_conflict_against_a_fixed_gradient_ties_go_to_the_lowest_position():
-    alignment = torch.tensor([-1.0, 0.5, 0.5, 0.0])
+def test_conflict_with_the_momentum_ties_go_to_the_lowest_position():
     # Later candidates are ahead by less than the tolerance.
     gram = torch.diag(1.0 + 1e-9 * torch.arange(4, dtype=torch.float64))
-    picked = select_against_reference(
-        gram, torch.ones(4, dtype=torch.bool), 4, alignment=alignment, reference_norm=1.0
+    inputs = StrategyInputs(
+        sound=torch.ones(4, dtype=torch.bool), gram=gram, momentum_cosines=torch.tensor([-1.0, 0.5, 0.5, 0.0])
     )
+    picked = select_by_strategy("spice", inputs, 4, conflict_reference="momentum")
     assert picked.indices == (1, 2, 3, 0)
-    assert picked.conflicts == pytest.approx((0.0, 0.0, 0.0, 1.0))
-    assert pool_mean(torch.eye(2), torch.zeros(2, dtype=torch.bool))[1] == 0.0
+    assert picked.conflicts == (0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -575,11 +565,11 @@ def test_arguments_of_variants_are_checked():
         StrategyInputs(sound=every).sound_gram()
     with pytest.raises(ValueError, match="num_selected"):
         match_with_weights(torch.eye(2), every, 0)
-    with pytest.raises(ValueError, match="reference_norm is a length"):
-        select_against_reference(torch.eye(2), every, 1, alignment=torch.ones(2), reference_norm=-1.0)
-    with pytest.raises(ValueError, match="alignment must be"):
-        select_against_reference(torch.eye(2), every, 1, alignment=torch.ones(3), reference_norm=1.0)
+    with pytest.raises(ValueError, match=r"momentum_cosines is None. Pass StrategyInputs\(momentum_cosines="):
+        select_by_strategy("spice", StrategyInputs(sound=every, gram=torch.eye(2)), 1, conflict_reference="momentum")
+    with pytest.raises(ValueError, match="momentum_cosines must be a floating point"):
+        StrategyInputs(sound=every, momentum_cosines=torch.ones(3))
     with pytest.raises(ValueError, match="candidates of sound, got shape"):
         centred_gram(torch.eye(3), every)
     with pytest.raises(ValueError, match="gram must be symmetric"):
-        pool_mean(torch.tensor([[1.0, 5.0], [0.0, 1.0]]), every)
+        centred_gram(torch.tensor([[1.0, 5.0], [0.0, 1.0]]), every)

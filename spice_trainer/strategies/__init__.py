@@ -32,9 +32,8 @@ Three published rules are not here:
   of what is known: `loss` and `perplexity`. The bandit replaces the schedule, and its clusters are made beforehand.
 
 Variants of the objective are settings beside the rule: what gradients are multiplied with (module `gram`), Adam's
-second moment (module `preconditioning`), centred gradients and what conflicts are with (module `variants`). Conflict
-with the optimizer's momentum is not among them, as penalties changed next to no pick where that was measured; for
-those who have its products with the gradients, [`select_against_reference`] is the rule.
+second moment (module `preconditioning`), centred gradients (module `variants`), and what conflicts are with: means of
+candidates (module `selection`) or the optimizer's momentum (module `momentum`).
 
 Axes: N candidates of a pool, K picked.
 """
@@ -42,7 +41,7 @@ Axes: N candidates of a pool, K picked.
 from spice_trainer.strategies.inputs import StrategyInputs
 from spice_trainer.strategies.matching import WeightedSelection, match_with_weights
 from spice_trainer.strategies.registry import STRATEGIES, Strategy, select_by_strategy
-from spice_trainer.strategies.variants import centred_gram, pool_mean, select_against_reference
+from spice_trainer.strategies.variants import centred_gram
 from spice_trainer.strategy_options import StrategyName
 
 __all__ = [
@@ -53,7 +52,5 @@ __all__ = [
     "WeightedSelection",
     "centred_gram",
     "match_with_weights",
-    "pool_mean",
-    "select_against_reference",
     "select_by_strategy",
 ]

@@ -18,7 +18,7 @@ from spice_trainer.checks import check_gram, check_matrix, sound_rows
 from spice_trainer.fisher import ExactInformation
 from spice_trainer.selection import Selection, information_of
 
-_VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment")
+_VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 _COSINE_EPSILON = 1e-8
 
 
@@ -39,6 +39,8 @@ class StrategyInputs:
         alignment (`torch.Tensor` of shape `(N,)`, *optional*): Inner products of the raw gradients with a reference
             gradient v, such as the mean gradient of a validation set.
         reference_norm (`float`, *optional*): ‖v‖.
+        momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
+            momentum, for conflicts with it.
         seed (`int`, *optional*): Seed of the run.
         step (`int`, *optional*): Optimizer step of the run, from 0.
         pool (`int`, *optional*): Pool of the step, from 0.
@@ -55,6 +57,7 @@ class StrategyInputs:
     label_tokens: Sequence[int] | None = None
     alignment: Float[Tensor, " N"] | None = None
     reference_norm: float | None = None
+    momentum_cosines: Float[Tensor, " N"] | None = None
     seed: int | None = None
     step: int | None = None
     pool: int | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from spice_trainer.checks import check_alpha, check_choice, check_rules
 from spice_trainer.fisher import ExactInformation, InformationMeasure
-from spice_trainer.selection import ConflictReference, Selection, greedy
+from spice_trainer.selection import Selection, greedy
 from spice_trainer.strategies.coverage import pick_dpp, pick_facility_location
 from spice_trainer.strategies.inputs import Picks, StrategyInputs, describe_picks
 from spice_trainer.strategies.matching import pick_matching
@@ -22,7 +22,7 @@ from spice_trainer.strategies.ranking import (
     pick_random,
     pick_top_norm,
 )
-from spice_trainer.strategy_options import NEEDS, StrategyName
+from spice_trainer.strategy_options import NEEDS, ConflictReference, StrategyName
 
 _WHAT = {
     "gram": "the Gram matrix of the candidates' gradients",
@@ -124,8 +124,8 @@ def select_by_strategy(
         fisher_alpha (`float`, *optional*, defaults to 1.0): α, for the picks of "spice" and "fisher", and for the
             information of everyone's.
         conflict_penalty (`float`, *optional*, defaults to 0.1): λ of "spice". The others have none.
-        conflict_reference (`str`, *optional*, defaults to "selected"): See [`~spice_trainer.selection.select`]; for
-            "spice" and "fisher".
+        conflict_reference (`str`, *optional*, defaults to "selected"): See [`~spice_trainer.selection.select`]; or
+            "momentum", the optimizer's. For "spice" and "fisher".
         stop_ratio (`float`, *optional*): See [`~spice_trainer.selection.select`]; for "spice" and "fisher" alone.
         min_gain (`float`, *optional*): Likewise.
         tie_tolerance (`float`, *optional*, defaults to 1e-6): How near scores are that go by pool position; relative
@@ -153,12 +153,19 @@ def select_by_strategy(
             )
     if strategy.pick is None:
         gram = inputs.sound_gram()
+        with_momentum = conflict_reference == "momentum"
+        if with_momentum and inputs.momentum_cosines is None:
+            raise ValueError(
+                "conflict_reference=\"momentum\" needs the cosines of the candidates' gradients with the optimizer's "
+                "momentum, but momentum_cosines is None. Pass StrategyInputs(momentum_cosines=...)."
+            )
         return greedy(
             measure or ExactInformation(gram, fisher_alpha=fisher_alpha),
             gram,
             num_selected,
             conflict_penalty=conflict_penalty if name == "spice" else 0.0,
-            conflict_reference=conflict_reference,
+            conflict_reference="selected" if conflict_reference == "momentum" else conflict_reference,
+            reference_cosines=inputs.momentum_cosines if with_momentum else None,
             stop_ratio=stop_ratio,
             min_gain=min_gain,
             tie_tolerance=tie_tolerance,

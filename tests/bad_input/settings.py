@@ -111,7 +111,7 @@ ROWS = (
         "unknown_reference",
         '`conflict_reference="all"`',
         "conflict_reference='all' is unknown",
-        "'selected', 'candidates', 'pool'",
+        "'selected', 'candidates', 'pool', 'momentum'",
         conflict_reference="all",
     ),
     _value(
@@ -151,6 +151,14 @@ ROWS = (
         ValueError,
         ("gradient_preconditioning='adam'", "has optim='sgd'", "Fix: set optim='adamw_torch_fused'"),
         lambda scene: scene.attach({"gradient_preconditioning": "adam"}, optim="sgd"),
+    ),
+    BadInput(
+        "momentum_without_momentum",
+        '`conflict_reference="momentum"` with an optimizer that keeps none',
+        ATTACHING,
+        ValueError,
+        ("conflict_reference='momentum'", "has optim='sgd'", "Fix: set optim='adamw_torch_fused'"),
+        lambda scene: scene.attach({"conflict_reference": "momentum"}, optim="sgd"),
     ),
     _value("ratio_of_one", "`stop_ratio=1`", "is not between 0 and 1", stop_ratio=1, pools_per_step=1),
     _value(
