@@ -128,10 +128,9 @@ def build_trainer(options: argparse.Namespace) -> Trainer:
     )
 
 
-def record(options: argparse.Namespace) -> list[tuple[int, PoolScores]]:
-    """Train, and return the pools that were looked at with the step they belong to."""
-    trainer = build_trainer(options)
-    config = SpiceConfig(
+def config_of(options: argparse.Namespace) -> SpiceConfig:
+    """How the run itself picks."""
+    return SpiceConfig(
         pool_size=options.pool_size,
         num_selected=options.num_selected,
         fisher_alpha=options.fisher_alpha,
@@ -142,6 +141,11 @@ def record(options: argparse.Namespace) -> list[tuple[int, PoolScores]]:
         # The theory is of exact gradients.
         sketch_dim=0,
     )
+
+
+def record(options: argparse.Namespace, config: SpiceConfig) -> list[tuple[int, PoolScores]]:
+    """Train, and return the pools that were looked at with the step they belong to."""
+    trainer = build_trainer(options)
     sampler = SpiceSampler(config)
     recorder = PoolRecorder(sampler, every=options.every)
     attach_spice(trainer, sampler)
@@ -149,8 +153,9 @@ def record(options: argparse.Namespace) -> list[tuple[int, PoolScores]]:
     return recorder.pools
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """Flags of the run whose pools are looked at."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo_output/model", help="model folder, or model on the Hub")
     parser.add_argument("--data", default="demo_output/train.jsonl", help="JSONL file, folder, or dataset on the Hub")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/theory"))
@@ -158,6 +163,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=3, help="steps from one look at the pools to the next")
     parser.add_argument("--pool-size", type=int, default=24)
     parser.add_argument("--num-selected", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser(__doc__)
     parser.add_argument("--fisher-alpha", type=float, default=1.0)
     parser.add_argument("--alpha-scaling", choices=("fixed", "pool"), default="fixed")
     parser.add_argument("--conflict-penalty", type=float, default=0.1)
@@ -168,11 +183,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--normalizations", nargs="+", choices=NORMALIZATIONS, default=list(NORMALIZATIONS), help="to look under"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--lora-rank", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.num_selected < 2:
         parser.error("--num-selected must be at least 2: after a single pick there is nothing to decompose")
@@ -185,19 +195,19 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return settings | {"model": Path(options.model).name, "data": Path(options.data).name}
 
 
-def command_of(settings: dict[str, Any]) -> str:
+def command_of(settings: dict[str, Any], script: str = "theory") -> str:
     flags = []
     for key, value in settings.items():
-        values = " ".join(value) if isinstance(value, list) else value
+        values = " ".join(map(str, value)) if isinstance(value, list) else value
         flags.append(f"--{key.replace('_', '-')} {values}")
-    return f"python examples/theory.py {' '.join(flags)}"
+    return f"python examples/{script}.py {' '.join(flags)}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the example."""
     options = parse_arguments(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    moments = analyse(record(options), options)
+    moments = analyse(record(options, config_of(options)), options)
     summaries = {name: summarise(moment.theory for moment in seen) for name, seen in moments.items()}
     print_tables(summaries, console)
     settings = settings_of(options)

@@ -24,6 +24,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CHAT = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 
 
+def write_rows(path):
+    generator = random.Random(0)
+
+    def words(most):
+        return " ".join(f"w{generator.randint(3, 60)}" for _ in range(generator.randint(2, most)))
+
+    rows = [{"instruction": words(8), "response": words(20)} for _ in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def example(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -38,13 +48,7 @@ def arguments(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(tmp_path / "model")
-    generator = random.Random(0)
-
-    def words(most):
-        return " ".join(f"w{generator.randint(3, 60)}" for _ in range(generator.randint(2, most)))
-
-    rows = [{"instruction": words(8), "response": words(20)} for _ in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl")
     flags = {"model": tmp_path / "model", "data": tmp_path / "rows.jsonl", "output-dir": tmp_path / "out", "steps": 3}
     flags |= {"every": 2, "pool-size": 9, "num-selected": 3, "learning-rate": 1e-2, "gradient-normalization": "tokens"}
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -84,7 +88,7 @@ def test_tables_and_figures(example, arguments, tmp_path, capsys):
 
 def test_looking_changes_nothing_and_normalisations_are_right(example, arguments, tmp_path):
     options = example.parse_arguments(arguments)
-    pools = example.record(options)
+    pools = example.record(options, example.config_of(options))
     assert [step for step, _ in pools] == [0, 2]
     trained = read_records(tmp_path / "out" / "run", "trained")
     for step, scores in pools:
@@ -100,7 +104,7 @@ def test_looking_changes_nothing_and_normalisations_are_right(example, arguments
         assert picks == trained[step]["indices"]
     # Never looking on the way trains the same rows.
     plain = example.parse_arguments([*arguments, "--every", "1000", "--output-dir", str(tmp_path / "plain")])
-    assert len(example.record(plain)) == 1
+    assert len(example.record(plain, example.config_of(plain))) == 1
     assert read_records(tmp_path / "plain" / "run", "trained") == trained
 
 

@@ -1,0 +1,185 @@
+r"""Which settings change what is picked, on your own model and data?
+
+```
+python examples/sensitivity.py --model demo_output/model --data demo_output/train.jsonl
+```
+
+Trains a few steps on random rows, and takes the exact Gram matrix of the pools of some steps. On these it picks with
+every normalisation of the gradients, scale α of the information, conflict penalty λ, conflict reference and rule, and
+tells of each the picks that the first line of its normalisation does not make, how long the picked answers are, and
+how near the gradient of a step on the picks is to that of the rows left in the pool:
+
+    cos(Σ_S t_i g_i, Σ_R t_j g_j)  for their loss per token,      cos(Σ_S t_i g_i, Σ_R g_j)  for their loss per row
+
+with S the picks, R the rest of the pool, g the mean gradient of a row and t its label tokens. It costs one scoring of
+each pool, and says which settings are worth comparing with `examples/compare.py`. No more: only training shows what
+helps.
+Needs `pip install 'spice-trainer[examples]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from theory import NORMALIZATIONS, build_parser, command_of, record, renormalized, settings_of
+from torch import Tensor
+
+from spice_trainer import SpiceConfig
+from spice_trainer.pool_scores import PoolScores
+from spice_trainer.strategies import StrategyInputs, select_by_strategy
+
+NUM_RANDOM_SUBSETS = 200
+RULES = ("dpp", "matching", "facility_location")
+COLUMNS = ("gradients", "picks", "other picks", "answer tokens", "cos per token", "cos per row")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What a setting picks, in means over the pools.
+
+    Args:
+        normalization (`str`): Of the gradients.
+        setting (`str`): The rule and its settings.
+        num_other (`float`, *optional*): Picks that the normalisation's first setting does not make; `None` for chance.
+        answer_tokens (`float`): Label tokens a pick.
+        per_token (`float`): Cosine with the rest of the pool's gradient of its loss per token.
+        per_row (`float`): Cosine with the rest of the pool's gradient of its loss per row.
+    """
+
+    normalization: str
+    setting: str
+    num_other: float | None
+    answer_tokens: float
+    per_token: float
+    per_row: float
+
+
+def settings_to_try(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]:
+    """Every setting with its name; what the others are compared with comes first."""
+    usual = {"fisher_alpha": 1.0, "conflict_penalty": 0.1, "conflict_reference": "selected"}
+    yield "spice, α 1, λ 0.1", {"name": "spice", **usual}
+    for alpha in options.fisher_alphas:
+        yield f"α {alpha:g}", {"name": "spice", **usual, "fisher_alpha": alpha}
+    for penalty in options.conflict_penalties:
+        yield f"λ {penalty:g}", {"name": "spice", **usual, "conflict_penalty": penalty}
+    for reference in ("candidates", "pool"):
+        strong = {"conflict_reference": reference, "conflict_penalty": max(options.conflict_penalties)}
+        yield f"λ {strong['conflict_penalty']:g}, with {reference}", {"name": "spice", **usual, **strong}
+    for rule in RULES:
+        yield rule, {"name": rule}
+
+
+def look(scores: PoolScores, picks: Sequence[int]) -> tuple[float, float, float]:
+    """Label tokens a pick, and both cosines, of some picks of a pool."""
+    tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
+    raw = torch.where(scores.nonzero[:, None] & scores.nonzero, renormalized(scores, "none"), 0.0)
+    taken = torch.zeros(len(tokens), dtype=torch.float64)
+    taken[list(picks)] = 1.0
+    step = taken * tokens
+
+    def cosine(rest: Tensor) -> float:
+        lengths = float(step @ raw @ step) * float(rest @ raw @ rest)
+        return float(step @ raw @ rest) / lengths**0.5 if lengths > 0 else 0.0
+
+    return float(step.sum() / taken.sum()), cosine((1 - taken) * tokens), cosine(1 - taken)
+
+
+def compare(pools: Sequence[PoolScores], options: argparse.Namespace) -> list[Picks]:
+    """Picks from every pool with every setting."""
+    found = []
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = []
+    for scores in pools:
+        everyone = scores.nonzero.nonzero().flatten()
+        for _ in range(NUM_RANDOM_SUBSETS):
+            order = torch.randperm(len(everyone), generator=generator)[: options.num_selected]
+            drawn.append(look(scores, everyone[order].tolist()))
+    found.append(Picks("", "random rows", None, *(fmean(column) for column in zip(*drawn, strict=True))))
+    top = [torch.where(scores.nonzero, scores.gradient_norms, -1.0).argsort(descending=True) for scores in pools]
+    seen = [look(scores, order[: options.num_selected].tolist()) for scores, order in zip(pools, top, strict=True)]
+    found.append(Picks("", "top_norm", None, *(fmean(column) for column in zip(*seen, strict=True))))
+    for normalization in NORMALIZATIONS:
+        inputs = [StrategyInputs(sound=scores.nonzero, gram=renormalized(scores, normalization)) for scores in pools]
+        first: list[tuple[int, ...]] = []
+        for setting, arguments in settings_to_try(options):
+            picked = [select_by_strategy(inputs=one, num_selected=options.num_selected, **arguments) for one in inputs]
+            indices = [selection.indices for selection in picked]
+            first = first or indices
+            other = fmean(len(set(ours) - set(theirs)) for ours, theirs in zip(indices, first, strict=True))
+            seen = [look(scores, picks) for scores, picks in zip(pools, indices, strict=True)]
+            found.append(Picks(normalization, setting, other, *(fmean(column) for column in zip(*seen, strict=True))))
+    return found
+
+
+def rows_of(found: Sequence[Picks]) -> list[list[str]]:
+    return [
+        [
+            one.normalization,
+            one.setting,
+            "–" if one.num_other is None else f"{one.num_other:.3g}",
+            f"{one.answer_tokens:.1f}",
+            f"{one.per_token:.2f}",
+            f"{one.per_row:.2f}",
+        ]
+        for one in found
+    ]
+
+
+def print_table(found: Sequence[Picks]) -> None:
+    """A line a setting, a section a normalisation."""
+    table = Table(title="What each setting picks, means over the pools")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in COLUMNS[:2] else "right", no_wrap=name in COLUMNS[:2])
+    for place, (one, row) in enumerate(zip(found, rows_of(found), strict=True)):
+        is_last = place + 1 == len(found) or found[place + 1].normalization != one.normalization
+        table.add_row(*row, end_section=is_last)
+    console.print(table)
+
+
+def as_markdown(found: Sequence[Picks]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'---:|' * (len(COLUMNS) - 2)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows_of(found))]) + "\n"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser(__doc__)
+    parser.add_argument("--fisher-alphas", type=float, nargs="+", default=[0.0001, 0.01, 100.0, 10000.0])
+    parser.add_argument("--conflict-penalties", type=float, nargs="+", default=[0.0, 1.0, 10.0])
+    parser.set_defaults(output_dir=Path("runs/sensitivity"), steps=11, every=10, pool_size=120, num_selected=12)
+    options = parser.parse_args(argv)
+    if options.num_selected >= options.pool_size:
+        parser.error("--num-selected must be below --pool-size: without a rest there is nothing to compare with")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the example."""
+    options = parse_arguments(argv)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    config = SpiceConfig(
+        strategy="random", pool_size=options.pool_size, num_selected=options.num_selected, sketch_dim=0
+    )
+    recorded = record(options, config)
+    found = compare([scores for _, scores in recorded], options)
+    print_table(found)
+    settings = settings_of(options)
+    command = command_of(settings, "sensitivity")
+    steps = [step for step, _ in recorded]
+    written = {"command": command, "settings": settings, "steps": steps, "picks": [asdict(one) for one in found]}
+    (options.output_dir / "sensitivity.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    markdown = f"Pools of steps {', '.join(map(str, steps))}. Made by\n\n```\n{command}\n```\n\n{as_markdown(found)}"
+    (options.output_dir / "sensitivity.md").write_text(markdown, encoding="utf-8")
+    console.print(f"Numbers: sensitivity.json and sensitivity.md in {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
