@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice
+from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.adapters import find_lora_modules
 from spice_trainer.features import FeatureBuffer
 from spice_trainer.gram import cosines_with, measure_rows
@@ -22,16 +22,15 @@ from spice_trainer.step_selection import StepSelection
 
 from .models import tiny_lora_model
 from .strategy_oracles import against_reference
-from .test_preconditioning import OPTIONS, ROWS, OwnOptimizer, gradients_of, preconditioned
+from .test_optimizer_state import OwnOptimizer
+from .test_preconditioning import OPTIONS, ROWS, gradients_of, preconditioned
 from .test_strategy_runs import dual_gain
 from .trainers import (
     SETTINGS,
     collate,
     make_trainer,
     read_records,
-    same_weights,
     tiny_dataset,
-    trainable_weights,
     trained_indices,
 )
 
@@ -189,35 +188,6 @@ def test_it_is_read_in_the_layers_order_with_biases() -> None:
         assert float(of_step[0]) == pytest.approx(share, rel=1e-4)
 
 
-def test_resuming_is_bit_identical(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.3, **OPTIONS}
-    whole = make_trainer(tmp_path / "whole", spice={**SETTINGS, **MOMENTUM}, **options)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", spice={**SETTINGS, **MOMENTUM}, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert same_weights(trainable_weights(whole.model), trainable_weights(resumed.model))
-    for name in ("pools", "selections", "trained"):
-        files = [tmp_path / run / "spice" / f"{name}.jsonl" for run in ("whole", "resumed")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_proxy_has_the_momentum_of_its_own_optimizer(tmp_path: Path) -> None:
-    """A copy of the target with the target's optimizer picks what the target picks, whatever the target's is."""
-    rate = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "weight_decay": 0.0}
-    make_trainer(tmp_path / "alone", spice={**SETTINGS, **MOMENTUM}, model=tiny_lora_model(), **rate).train()
-    for overlap_scoring in (False, True):
-        folder = tmp_path / f"proxy-{overlap_scoring}"
-        proxy = ProxyModel(tiny_lora_model(), learning_rate=1e-2, weight_decay=0.0, max_grad_norm=1.0)
-        trainer = make_trainer(folder, optim="sgd", **(rate | {"learning_rate": 0.0}))
-        config = SpiceConfig(**SETTINGS, **MOMENTUM, overlap_scoring=overlap_scoring)
-        attach_spice(trainer, config, proxy=proxy, verify=False)
-        trainer.train()
-        assert trained_indices(folder) == trained_indices(tmp_path / "alone")
-        conflicts = [pick["conflict"] for pick in read_records(folder, "selections")]
-        alone = [pick["conflict"] for pick in read_records(tmp_path / "alone", "selections")]
-        assert conflicts == pytest.approx(alone, abs=1e-5) and any(alone)
-
-
 def test_a_loop_of_ones_own_gives_its_optimizer() -> None:
     model, sampler = tiny_lora_model(), SpiceSampler(SpiceConfig(**SETTINGS, **MOMENTUM))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -268,24 +238,3 @@ def test_other_optimizers_are_refused_when_attached(tmp_path: Path) -> None:
             attach_spice(trainer, SpiceConfig(**SETTINGS, **MOMENTUM))
         text = str(caught.value)
         assert all(part in text for part in ("SpiceConfig: conflict_reference='momentum'", "Fix: ", says)), text
-
-
-def test_partitioned_optimizers_are_refused(tmp_path: Path) -> None:
-    for name, enabled in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
-        trainer = make_trainer(tmp_path)
-        setattr(trainer, enabled, True)
-        with pytest.raises(ValueError, match=rf"{name} partitions it. Fix: leave conflict_reference out, use DDP"):
-            attach_spice(trainer, SpiceConfig(**SETTINGS, **MOMENTUM))
-
-
-def test_an_optimizer_that_is_made_later_is_looked_at_before_the_first_step(tmp_path: Path) -> None:
-    for made, says in (
-        (lambda weights: torch.optim.RMSprop(weights), "RMSprop is not PyTorch's Adam"),
-        (lambda weights: torch.optim.AdamW(weights[1:]), "does not train it. Fix: give the optimizer all trainable"),
-    ):
-        trainer_class = type("OwnOptimizer", (OwnOptimizer,), {"made": staticmethod(made)})
-        trainer = make_trainer(tmp_path, spice={**SETTINGS, **MOMENTUM}, trainer_class=trainer_class)
-        before = {name: weight.clone() for name, weight in trainable_weights(trainer.model).items()}
-        with pytest.raises(ValueError, match=says):
-            trainer.train()
-        assert same_weights(before, trainable_weights(trainer.model))

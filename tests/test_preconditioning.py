@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
 
-from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice
+from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.adapters import find_lora_modules
 from spice_trainer.preconditioning import AdamMoments, SecondMoment, precondition_
 from spice_trainer.step_selection import StepSelection
@@ -30,10 +27,8 @@ from .trainers import (
     collate,
     make_trainer,
     read_records,
-    same_weights,
     tiny_dataset,
     tiny_rows,
-    trainable_weights,
     trained_indices,
 )
 
@@ -206,29 +201,6 @@ def test_a_sketch_keeps_exact_lengths(tmp_path: Path) -> None:
     assert found[256] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_resuming_is_bit_identical(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.3, **OPTIONS}
-    whole = make_trainer(tmp_path / "whole", spice={**SETTINGS, **ADAM}, **options)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", spice={**SETTINGS, **ADAM}, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert same_weights(trainable_weights(whole.model), trainable_weights(resumed.model))
-    for name in ("pools", "selections", "trained"):
-        files = [tmp_path / run / "spice" / f"{name}.jsonl" for run in ("whole", "resumed")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_proxy_has_the_moments_of_its_own_optimizer(tmp_path: Path) -> None:
-    """A copy of the target with the target's optimizer picks what the target picks, whatever the target's is."""
-    rate = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "weight_decay": 0.0}
-    make_trainer(tmp_path / "alone", spice={**SETTINGS, **ADAM}, model=tiny_lora_model(), **rate).train()
-    proxy = ProxyModel(tiny_lora_model(), learning_rate=1e-2, weight_decay=0.0, max_grad_norm=1.0)
-    trainer = make_trainer(tmp_path / "proxy", optim="sgd", **(rate | {"learning_rate": 0.0}))
-    attach_spice(trainer, SpiceConfig(**SETTINGS, **ADAM), proxy=proxy, verify=False)
-    trainer.train()
-    assert trained_indices(tmp_path / "proxy") == trained_indices(tmp_path / "alone")
-
-
 def test_a_loop_of_ones_own_gives_its_optimizer() -> None:
     model, sampler = tiny_lora_model(), SpiceSampler(SpiceConfig(**SETTINGS, **ADAM))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -277,45 +249,6 @@ def test_other_optimizers_are_refused_when_attached(tmp_path: Path) -> None:
         (torch.optim.AdamW(weights, amsgrad=True), "amsgrad=True"),
     ):
         refuse(tmp_path, says, model=model, optimizer=optimizer)
-
-
-def test_partitioned_optimizers_are_refused(tmp_path: Path) -> None:
-    for name, enabled in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
-        trainer = make_trainer(tmp_path)
-        setattr(trainer, enabled, True)
-        with pytest.raises(ValueError, match=rf"{name} partitions it. Fix: leave gradient_preconditioning out, use"):
-            attach_spice(trainer, SpiceConfig(**SETTINGS, **ADAM))
-        attach_spice(trainer, SpiceConfig(**SETTINGS, **ADAM), proxy=ProxyModel(tiny_lora_model()), verify=False)
-
-
-class OwnOptimizer(Trainer):
-    """Makes an optimizer of its own when training begins."""
-
-    made: Any = SimpleNamespace()
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = self.made(weights)
-        return self.optimizer
-
-
-def test_an_optimizer_that_is_made_later_is_looked_at_before_the_first_step(tmp_path: Path) -> None:
-    for made, says in (
-        (lambda weights: torch.optim.SGD(weights, lr=0.1), "SGD is not PyTorch's Adam"),
-        (lambda weights: torch.optim.AdamW(weights[1:]), "does not train it. Fix: give the optimizer all trainable"),
-        (torch.optim.Adam, None),
-    ):
-        trainer_class = type("OwnOptimizer", (OwnOptimizer,), {"made": staticmethod(made)})
-        model = tiny_lora_model()
-        before = copy.deepcopy(trainable_weights(model))
-        trainer = make_trainer(tmp_path, spice={**SETTINGS, **ADAM}, model=model, trainer_class=trainer_class)
-        if says is None:
-            trainer.train()
-            assert not same_weights(before, trainable_weights(model))
-            continue
-        with pytest.raises(ValueError, match=says):
-            trainer.train()
-        assert same_weights(before, trainable_weights(model))
 
 
 def test_the_setting_is_json(tmp_path: Path) -> None:
