@@ -55,10 +55,8 @@ class GradientScorer:
         config ([`SpiceConfig`]): Normalisation, sketch and micro-batch size.
         seed (`int`): Seed of the sketch.
         autocast (`Callable`, *optional*): Makes the context of the training precision.
-        processes ([`~spice_trainer.processes.Processes`], *optional*):
-            Those that share the work. Defaults to this one alone.
-        get_optimizer (`Callable`, *optional*):
-            Gives the optimizer of these layers when scoring, for settings that look into it.
+        processes ([`~spice_trainer.processes.Processes`], *optional*): Those that share the work; by default this one.
+        get_optimizer (`Callable`, *optional*): Gives the layers' optimizer, for settings that look into it.
     """
 
     def __init__(

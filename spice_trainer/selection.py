@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.checks import check_alpha, check_choice, check_gram, check_matrix, check_rules, sound_rows
+from spice_trainer.conflicts import conflicts_of_cosines, conflicts_with_mean
 from spice_trainer.fisher import (
     ExactInformation,
     InformationKind,
@@ -30,8 +31,6 @@ from spice_trainer.fisher import (
 from spice_trainer.gram import measure_rows, normalized_gram
 
 ConflictReference = Literal["selected", "candidates", "pool"]
-
-_COSINE_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def greedy(
         raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
 
     sound = sound_rows(gram)
-    fixed = None if reference_cosines is None else _fixed_conflicts(reference_cosines, sound)
+    fixed = None if reference_cosines is None else conflicts_of_cosines(reference_cosines, sound)
     everyone: list[int] = sound.nonzero().flatten().tolist()
     remaining = list(everyone)
     indices: list[int] = []
@@ -216,7 +215,7 @@ def greedy(
     stopped_early = False
     while remaining and len(indices) < num_selected:
         references = {"selected": indices, "candidates": remaining, "pool": everyone}
-        current = _conflicts(gram, references[conflict_reference]) if fixed is None else fixed
+        current = conflicts_with_mean(gram, references[conflict_reference]) if fixed is None else fixed
         first_gain = gains[0] if gains else None
         index, gain = _best(measure, remaining, current, conflict_penalty, first_gain, tie_tolerance)
         if min_gain is not None and gain < min_gain:
@@ -292,33 +291,3 @@ def _best(
             best = index
     chosen = min(index for index in evaluated if scores[index] >= threshold)
     return chosen, gains[chosen]
-
-
-def _conflicts(gram: Float64[Tensor, "N N"], reference: list[int]) -> list[float]:
-    """Returns max(0, −cos(g_x, ḡ)) for every candidate, ḡ being the mean of the `reference` rows; 0 without any."""
-    if not reference:
-        return [0.0] * gram.shape[0]
-    products = gram[:, reference].mean(dim=1)
-    mean_norm = products[reference].mean().clamp_min(0.0).sqrt()
-    cosines = products / (gram.diagonal().sqrt() * mean_norm + _COSINE_EPSILON)
-    return _opposition(cosines)
-
-
-def _fixed_conflicts(cosines: Float[Tensor, " N"], sound: Bool[Tensor, " N"]) -> list[float]:
-    """Returns max(0, −cos) for cosines that were given, after checking them."""
-    if not isinstance(cosines, Tensor) or not cosines.is_floating_point() or cosines.shape != sound.shape:
-        got = f"{cosines.dtype} of shape {tuple(cosines.shape)}" if isinstance(cosines, Tensor) else type(cosines)
-        raise ValueError(
-            f"reference_cosines must be a floating point torch.Tensor with one cosine for each of the {len(sound)} "
-            f"candidates of gram, got {got}."
-        )
-    cosines = cosines.detach().to("cpu").to(torch.float64)
-    if not bool(cosines[sound].isfinite().all()):
-        raise ValueError("reference_cosines must be finite for every candidate whose row of gram is.")
-    return _opposition(cosines)
-
-
-def _opposition(cosines: Float64[Tensor, " N"]) -> list[float]:
-    # Adding 0 turns -0.0 into 0.0.
-    conflicts: list[float] = ((-cosines).clamp(0.0, 1.0) + 0.0).tolist()
-    return conflicts

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.checks import check_gram, check_matrix, sound_rows
+from spice_trainer.conflicts import conflicts_with_mean
 from spice_trainer.fisher import ExactInformation
 from spice_trainer.selection import Selection, information_of
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
-_COSINE_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,8 @@ def describe_picks(inputs: StrategyInputs, picks: Picks, *, fisher_alpha: float)
     conflicts, information = (math.nan,) * len(gains), math.nan
     if inputs.gram is not None:
         gram = inputs.sound_gram()
-        conflicts = _conflicts(gram, picks.indices)
+        picked = enumerate(picks.indices)
+        conflicts = tuple(conflicts_with_mean(gram, picks.indices[:order])[index] for order, index in picked)
         information = information_of(ExactInformation(gram, fisher_alpha=fisher_alpha), picks.indices)
     return Selection(tuple(picks.indices), gains, conflicts, gains, information, stopped_early=False)
 
@@ -185,15 +186,3 @@ def _check_vector(name: str, value: object, num_candidates: int) -> None:
             f"{name} must be a floating point torch.Tensor with one entry for each of the {num_candidates} candidates "
             f"of sound, in pool order, got {got}."
         )
-
-
-def _conflicts(gram: Float64[Tensor, "N N"], indices: Sequence[int]) -> tuple[float, ...]:
-    """Returns max(0, −cos(g, ḡ)) of each pick when it was picked, ḡ being the mean of the picks before it."""
-    conflicts = []
-    for order, index in enumerate(indices):
-        before = list(indices[:order])
-        mean_product = float(gram[index, before].mean()) if before else 0.0
-        mean_norm = math.sqrt(max(0.0, float(gram[before][:, before].mean()))) if before else 0.0
-        cosine = mean_product / (math.sqrt(float(gram[index, index])) * mean_norm + _COSINE_EPSILON)
-        conflicts.append(min(1.0, max(0.0, -cosine)))
-    return tuple(conflicts)

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.checks import check_alpha, check_gram, sound_rows
+from spice_trainer.conflicts import mean_cosines
 from spice_trainer.selection import select
-from spice_trainer.theory.decomposition import mean_cosines
 
 GroupName = Literal["low", "medium", "high"]
 GROUP_NAMES: tuple[GroupName, ...] = ("low", "medium", "high")

@@ -29,11 +29,9 @@ from torch import Tensor
 
 from spice_trainer.checks import check_alpha, check_choice, check_gram, sound_rows
 from spice_trainer.cholesky import FLOAT64_LIMIT
+from spice_trainer.conflicts import mean_cosines
 from spice_trainer.fisher import ExactInformation
 from spice_trainer.selection import ConflictReference
-
-# As in a selection's conflicts.
-_COSINE_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,22 +236,6 @@ def _pairs(
         ceilings,
         floors,
     )
-
-
-def mean_cosines(gram: Float64[Tensor, "N N"], reference: Sequence[int]) -> Float64[Tensor, " N"]:
-    """Returns every candidate's cosine with the mean gradient of some of them, as a selection's conflicts use it.
-
-    Args:
-        gram (`Tensor`): Finite K of shape (N, N).
-        reference (`Sequence[int]`): Whose mean; at least one.
-
-    Returns:
-        `Tensor`: g·ḡ / (‖g‖‖ḡ‖ + 1e-8), float64 of shape (N,).
-    """
-    members = list(reference)
-    products = gram[:, members].mean(dim=1)
-    mean_norm = products[members].mean().clamp_min(0.0).sqrt()
-    return (products / (gram.diagonal().sqrt() * mean_norm + _COSINE_EPSILON)).clamp(-1.0, 1.0)
 
 
 def _log_det(scaled: Float64[Tensor, "N N"], picks: Sequence[int]) -> float:
