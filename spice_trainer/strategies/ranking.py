@@ -92,9 +92,10 @@ def pick_less(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -
         cos(g_i, v) = ⟨g_i, v⟩ / (‖g_i‖ ‖v‖)
 
     "LESS: Selecting Influential Data for Targeted Instruction Tuning" (2024). Makes sense when what is wanted is known
-    by example. Left out: Adam's preconditioning of g_i, the sum over warm-up checkpoints (here the current weights are
-    asked at every step) and the largest value over several subtasks (here one mean). Costs a forward and a backward
-    for each candidate and, at every step, for each row of the validation set.
+    by example. Left out: the sum over warm-up checkpoints (here the current weights are asked at every step) and the
+    largest value over several subtasks (here one mean). Adam's preconditioning of g_i is a setting,
+    `gradient_preconditioning`. Costs a forward and a backward for each candidate and, at every step, for each row of
+    the validation set.
     """
     norms = inputs.values("gradient_norms")
     cosines = inputs.values("alignment") / norms / float(inputs.reference_norm or 1.0)
