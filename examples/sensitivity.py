@@ -4,16 +4,16 @@ r"""Which settings change what is picked, on your own model and data?
 python examples/sensitivity.py --model demo_output/model --data demo_output/train.jsonl
 ```
 
-Trains a few steps on random rows, and takes the exact Gram matrix of the pools of some steps. On these it picks with
-every normalisation of the gradients, scale α of the information, conflict penalty λ, conflict reference and rule, and
-tells of each the picks that the first line of its normalisation does not make, how long the picked answers are, and
-how near the gradient of a step on the picks is to that of the rows left in the pool:
+Trains a few steps on random rows, and at some of them takes the exact Gram matrix of a pool and of as many other rows.
+From the pool it picks with every normalisation of the gradients, scale α of the information, conflict penalty λ,
+conflict reference and rule, and tells of each the picks that the first line of its normalisation does not make, how
+long the picked answers are, and how near the gradient of a step on the picks is to that of the other rows, which no
+rule saw:
 
     cos(Σ_S t_i g_i, Σ_R t_j g_j)  for their loss per token,      cos(Σ_S t_i g_i, Σ_R g_j)  for their loss per row
 
-with S the picks, R the rest of the pool, g the mean gradient of a row and t its label tokens. It costs one scoring of
-each pool, and says which settings are worth comparing with `examples/compare.py`. No more: only training shows what
-helps.
+with S the picks, R the other rows, g the mean gradient of a row and t its label tokens. It costs a scoring of these
+rows, and says which settings are worth comparing with `examples/compare.py`. No more: only training shows what helps.
 Needs `pip install 'spice-trainer[examples]'`.
 """
 
@@ -51,8 +51,8 @@ class Picks:
         setting (`str`): The rule and its settings.
         num_other (`float`, *optional*): Picks that the normalisation's first setting does not make; `None` for chance.
         answer_tokens (`float`): Label tokens a pick.
-        per_token (`float`): Cosine with the rest of the pool's gradient of its loss per token.
-        per_row (`float`): Cosine with the rest of the pool's gradient of its loss per row.
+        per_token (`float`): Cosine of a step on them with the gradient of the other rows' loss per token.
+        per_row (`float`): The same of their loss per row.
     """
 
     normalization: str
@@ -79,44 +79,62 @@ def settings_to_try(options: argparse.Namespace) -> Iterator[tuple[str, dict[str
 
 
 def look(scores: PoolScores, picks: Sequence[int]) -> tuple[float, float, float]:
-    """Label tokens a pick, and both cosines, of some picks of a pool."""
+    """Label tokens a pick, and both cosines of some picks, from the first half of the rows, with the second half."""
     tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
     raw = torch.where(scores.nonzero[:, None] & scores.nonzero, renormalized(scores, "none"), 0.0)
-    taken = torch.zeros(len(tokens), dtype=torch.float64)
-    taken[list(picks)] = 1.0
-    step = taken * tokens
+    step, others = torch.zeros_like(tokens), torch.ones_like(tokens)
+    step[list(picks)] = tokens[list(picks)]
+    others[: len(tokens) // 2] = 0.0
 
     def cosine(rest: Tensor) -> float:
         lengths = float(step @ raw @ step) * float(rest @ raw @ rest)
         return float(step @ raw @ rest) / lengths**0.5 if lengths > 0 else 0.0
 
-    return float(step.sum() / taken.sum()), cosine((1 - taken) * tokens), cosine(1 - taken)
+    return float(step.sum()) / len(picks), cosine(others * tokens), cosine(others)
 
 
-def compare(pools: Sequence[PoolScores], options: argparse.Namespace) -> list[Picks]:
-    """Picks from every pool with every setting."""
+def compare(scored: Sequence[PoolScores], options: argparse.Namespace) -> list[Picks]:
+    """Picks with every setting from the first half of what was scored at each step."""
     found = []
+
+    def add(
+        normalization: str, setting: str, num_other: float | None, subsets: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        seen = [look(scores, picks) for scores, several in zip(scored, subsets, strict=True) for picks in several]
+        found.append(Picks(normalization, setting, num_other, *(fmean(column) for column in zip(*seen, strict=True))))
+
     generator = torch.Generator().manual_seed(options.seed)
-    drawn = []
-    for scores in pools:
-        everyone = scores.nonzero.nonzero().flatten()
-        for _ in range(NUM_RANDOM_SUBSETS):
-            order = torch.randperm(len(everyone), generator=generator)[: options.num_selected]
-            drawn.append(look(scores, everyone[order].tolist()))
-    found.append(Picks("", "random rows", None, *(fmean(column) for column in zip(*drawn, strict=True))))
-    top = [torch.where(scores.nonzero, scores.gradient_norms, -1.0).argsort(descending=True) for scores in pools]
-    seen = [look(scores, order[: options.num_selected].tolist()) for scores, order in zip(pools, top, strict=True)]
-    found.append(Picks("", "top_norm", None, *(fmean(column) for column in zip(*seen, strict=True))))
+    halves = [slice(len(scores.candidates) // 2) for scores in scored]
+    sound = [scores.nonzero[half].nonzero().flatten() for scores, half in zip(scored, halves, strict=True)]
+    add(
+        "",
+        "random rows",
+        None,
+        [
+            [
+                places[torch.randperm(len(places), generator=generator)[: options.num_selected]].tolist()
+                for _ in range(NUM_RANDOM_SUBSETS)
+            ]
+            for places in sound
+        ],
+    )
+    norms = [scores.gradient_norms[places] for scores, places in zip(scored, sound, strict=True)]
+    top = [places[one.argsort(descending=True)] for places, one in zip(sound, norms, strict=True)]
+    add("", "top_norm", None, [[places[: options.num_selected].tolist()] for places in top])
     for normalization in NORMALIZATIONS:
-        inputs = [StrategyInputs(sound=scores.nonzero, gram=renormalized(scores, normalization)) for scores in pools]
+        inputs = [
+            StrategyInputs(sound=scores.nonzero[half], gram=renormalized(scores, normalization)[half, half])
+            for scores, half in zip(scored, halves, strict=True)
+        ]
         first: list[tuple[int, ...]] = []
         for setting, arguments in settings_to_try(options):
-            picked = [select_by_strategy(inputs=one, num_selected=options.num_selected, **arguments) for one in inputs]
-            indices = [selection.indices for selection in picked]
+            indices = [
+                select_by_strategy(inputs=one, num_selected=options.num_selected, **arguments).indices
+                for one in inputs
+            ]
             first = first or indices
             other = fmean(len(set(ours) - set(theirs)) for ours, theirs in zip(indices, first, strict=True))
-            seen = [look(scores, picks) for scores, picks in zip(pools, indices, strict=True)]
-            found.append(Picks(normalization, setting, other, *(fmean(column) for column in zip(*seen, strict=True))))
+            add(normalization, setting, other, [[picks] for picks in indices])
     return found
 
 
@@ -152,12 +170,12 @@ def as_markdown(found: Sequence[Picks]) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    parser.add_argument("--fisher-alphas", type=float, nargs="+", default=[0.0001, 0.01, 100.0, 10000.0])
+    parser.add_argument("--fisher-alphas", type=float, nargs="+", default=[0.01, 100.0])
     parser.add_argument("--conflict-penalties", type=float, nargs="+", default=[0.0, 1.0, 10.0])
-    parser.set_defaults(output_dir=Path("runs/sensitivity"), steps=11, every=10, pool_size=120, num_selected=12)
+    parser.set_defaults(output_dir=Path("runs/sensitivity"), steps=6, every=5, pool_size=120, num_selected=12)
     options = parser.parse_args(argv)
-    if options.num_selected >= options.pool_size:
-        parser.error("--num-selected must be below --pool-size: without a rest there is nothing to compare with")
+    if options.num_selected > options.pool_size:
+        parser.error("--num-selected must be at most --pool-size, which the picks come from")
     return options
 
 
@@ -165,10 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the example."""
     options = parse_arguments(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    config = SpiceConfig(
-        strategy="random", pool_size=options.pool_size, num_selected=options.num_selected, sketch_dim=0
-    )
-    recorded = record(options, config)
+    # The pool, and as many rows that no rule sees.
+    num_scored = 2 * options.pool_size
+    config = SpiceConfig(strategy="random", pool_size=num_scored, num_selected=options.num_selected, sketch_dim=0)
+    recorded = record(argparse.Namespace(**vars(options) | {"pool_size": num_scored}), config)
     found = compare([scores for _, scores in recorded], options)
     print_table(found)
     settings = settings_of(options)

@@ -43,46 +43,48 @@ def scored(gradients, tokens):
     )
 
 
-def test_cosines_are_of_the_steps_gradient_and_the_rest_of_the_pool(example):
+def test_cosines_are_of_the_steps_gradient_and_the_rows_that_no_rule_saw(example):
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(12, 30, generator=generator, dtype=torch.float64) + 0.5
-    gradients[4] = 0.0
+    gradients[4] = gradients[9] = 0.0
     tokens = [3, 9, 1, 30, 5, 7, 2, 60, 4, 4, 11, 6]
     scores = scored(gradients, tokens)
     counts = torch.tensor(tokens, dtype=torch.float64)[:, None]
-    picks, rest = [7, 2, 0], [1, 3, 4, 5, 6, 8, 9, 10, 11]
-    step = (counts * gradients)[picks].sum(dim=0)
-    answer_tokens, per_token, per_row = example.look(scores, picks)
-    assert answer_tokens == pytest.approx((60 + 1 + 3) / 3)
+    step = (counts * gradients)[[5, 2, 0]].sum(dim=0)
+    answer_tokens, per_token, per_row = example.look(scores, [5, 2, 0])
+    assert answer_tokens == pytest.approx((7 + 1 + 3) / 3)
     cosine = torch.nn.functional.cosine_similarity
-    assert per_token == pytest.approx(float(cosine(step, (counts * gradients)[rest].sum(dim=0), dim=0)))
-    assert per_row == pytest.approx(float(cosine(step, gradients[rest].sum(dim=0), dim=0)))
-    assert example.look(scores, [4])[1:] == (0.0, 0.0)
+    assert per_token == pytest.approx(float(cosine(step, (counts * gradients)[6:].sum(dim=0), dim=0)))
+    assert per_row == pytest.approx(float(cosine(step, gradients[6:].sum(dim=0), dim=0)))
+    assert example.look(scores, [4]) == (5.0, 0.0, 0.0)
 
 
 def test_settings_are_what_they_say(example):
     generator = torch.Generator().manual_seed(1)
     pools = []
     for _ in range(2):
-        gradients = torch.randn(20, 8, generator=generator, dtype=torch.float64)
-        pools.append(scored(gradients, torch.randint(1, 40, (20,), generator=generator).tolist()))
+        gradients = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+        gradients[3] = 0.0
+        pools.append(scored(gradients, torch.randint(1, 40, (40,), generator=generator).tolist()))
     options = Namespace(fisher_alphas=[1e-4, 1.0], conflict_penalties=[0.0, 50.0], num_selected=6, seed=0)
     found = {(one.normalization, one.setting): one for one in example.compare(pools, options)}
     usual, shifted = [], []
     for scores in pools:
-        gram = example.renormalized(scores, "tokens")
-        usual.append(set(select(gram, 6).indices))
+        gram = example.renormalized(scores, "tokens")[:20, :20]
+        usual.append(select(gram, 6).indices)
         shifted.append(set(select(gram, 6, conflict_penalty=50.0, conflict_reference="pool").indices))
-    assert found["tokens", "spice, α 1, λ 0.1"].num_other == 0.0
-    assert found["tokens", "α 1"].num_other == 0.0
-    expected = sum(len(theirs - ours) for ours, theirs in zip(usual, shifted, strict=True)) / 2
+    line = found["tokens", "spice, α 1, λ 0.1"]
+    seen = [example.look(scores, picks) for scores, picks in zip(pools, usual, strict=True)]
+    assert (line.answer_tokens, line.per_token, line.per_row) == pytest.approx(torch.tensor(seen).mean(dim=0).tolist())
+    assert line.num_other == found["tokens", "α 1"].num_other == 0.0
+    expected = sum(len(theirs - set(ours)) for ours, theirs in zip(usual, shifted, strict=True)) / 2
     assert found["tokens", "λ 50, with pool"].num_other == expected > 0
-    top = [scores.gradient_norms.argsort(descending=True)[:6].tolist() for scores in pools]
+    top = [scores.gradient_norms[:20].argsort(descending=True)[:6].tolist() for scores in pools]
     means = [sum(scores.label_tokens[place] for place in picks) / 6 for scores, picks in zip(pools, top, strict=True)]
     assert found["", "top_norm"].answer_tokens == pytest.approx(sum(means) / 2)
     chance = found["", "random rows"]
-    everyone = sum(sum(scores.label_tokens) for scores in pools) / 40
-    assert chance.answer_tokens == pytest.approx(everyone, rel=0.1) and chance.num_other is None
+    everyone = [count for scores in pools for place, count in enumerate(scores.label_tokens[:20]) if place != 3]
+    assert chance.answer_tokens == pytest.approx(sum(everyone) / 38, rel=0.05) and chance.num_other is None
 
 
 def test_a_run(example, tmp_path, capsys):
@@ -103,11 +105,12 @@ def test_a_run(example, tmp_path, capsys):
     assert {one["normalization"] for one in written["picks"]} == {"", "none", "sqrt_tokens", "tokens", "unit"}
     markdown = (tmp_path / "out" / "sensitivity.md").read_text()
     assert written["command"] in markdown and markdown.count("\n| ") == len(written["picks"]) + 1
+    assert all(len(pool["candidates"]) == 18 for pool in read_records(tmp_path / "out" / "run", "pools"))
     # Trained on random rows, whatever was looked at.
     assert all(pool["information"] is None for pool in read_records(tmp_path / "out" / "run", "pools"))
 
 
-def test_picking_everything_is_refused(example, capsys):
+def test_more_picks_than_candidates_are_refused(example, capsys):
     with pytest.raises(SystemExit):
-        example.parse_arguments(["--num-selected", "120"])
-    assert "without a rest there is nothing to compare with" in capsys.readouterr().err
+        example.parse_arguments(["--num-selected", "121"])
+    assert "--num-selected must be at most --pool-size" in capsys.readouterr().err
