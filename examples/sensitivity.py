@@ -33,8 +33,8 @@ from theory import NORMALIZATIONS, build_parser, command_of, record, renormalize
 from torch import Tensor
 
 from spice_trainer import SpiceConfig
-from spice_trainer.pool_scores import PoolScores
-from spice_trainer.strategies import StrategyInputs, select_by_strategy
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.selection.strategies import StrategyInputs, select_by_strategy
 
 NUM_RANDOM_SUBSETS = 200
 RULES = ("dpp", "matching", "facility_location")

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spice_trainer.callback import SpiceCallback
 from spice_trainer.config import SpiceConfig
-from spice_trainer.integration import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
-from spice_trainer.proxy import ProxyModel
-from spice_trainer.sampler import SpiceSampler
-from spice_trainer.selection import Selection, select, select_from_gradients
-from spice_trainer.subset import select_subset
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.selection.greedy import Selection, select, select_from_gradients
+from spice_trainer.subset.select import select_subset
+from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
+from spice_trainer.trainer.callback import SpiceCallback
 from spice_trainer.version import __version__
 
 if TYPE_CHECKING:
-    from spice_trainer.sft import SpiceSFTTrainer
+    from spice_trainer.trainer.sft import SpiceSFTTrainer
 
 __all__ = [
     "ProxyModel",
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name == "SpiceSFTTrainer":
         # TRL is optional and slow to import.
         try:
-            from spice_trainer.sft import SpiceSFTTrainer
+            from spice_trainer.trainer.sft import SpiceSFTTrainer
         except ImportError as error:
             raise ImportError(f"SpiceSFTTrainer needs TRL: pip install trl. ({error})") from error
         return SpiceSFTTrainer

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from spice_trainer.field_checks import one_of, real_number, whole_number
 from spice_trainer.proxy_options import ProxyOptions
 from spice_trainer.scoring_options import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, ScoringOptions
 from spice_trainer.strategy_options import BY_INFORMATION, ConflictReference, StrategyOptions
+from spice_trainer.utils.fields import one_of, real_number, whole_number
 
 AlphaScaling = Literal["fixed", "pool"]
 Information = Literal["exact", "diagonal", "adafisher"]

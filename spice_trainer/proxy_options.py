@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spice_trainer.field_checks import model_name, real_number, truth_value, whole_number
+from spice_trainer.utils.fields import model_name, real_number, truth_value, whole_number
 
 
 @dataclass(kw_only=True)

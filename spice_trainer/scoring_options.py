@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spice_trainer.field_checks import name_list, real_number, whole_number
+from spice_trainer.utils.fields import name_list, real_number, whole_number
 
 DEFAULT_SKETCH_DIM = 32_768
 """Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""

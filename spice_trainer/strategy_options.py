@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from spice_trainer.field_checks import one_of, truth_value, whole_number
+from spice_trainer.utils.fields import one_of, truth_value, whole_number
 
 StrategyName = Literal[
     "spice",
@@ -42,7 +42,7 @@ NEEDS: dict[StrategyName, tuple[str, ...]] = {
     "ifd": ("losses", "losses_without_instruction"),
     "less": ("gradient_norms", "alignment", "reference_norm"),
 }
-"""What each rule reads of a pool, fields of [`~spice_trainer.strategies.StrategyInputs`] beside `sound`."""
+"""What each rule reads of a pool, fields of [`StrategyInputs`] beside `sound`."""
 
 BY_INFORMATION: tuple[StrategyName, ...] = ("spice", "fisher")
 """Rules that maximise the Fisher information."""

@@ -17,7 +17,10 @@ from spice_trainer.scoring_options import ScoringOptions
 from spice_trainer.strategy_options import NEEDS, StrategyName, StrategyOptions
 
 # SFTConfig sets gradient_checkpointing itself, which newer transformers deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 FIELDS = {field.name: field for field in dataclasses.fields(SpiceConfig)}
 TYPES = typing.get_type_hints(SpiceConfig)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.oldest
+
 SCRIPT = """
 import sys
 # `None` makes a library look as if it were not installed, to `import` and to `importlib.util.find_spec`.
@@ -23,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import spice_trainer
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 
-for module in pkgutil.iter_modules(spice_trainer.__path__):
-    if module.name != "sft":
-        importlib.import_module(f"spice_trainer.{module.name}")
+for module in pkgutil.walk_packages(spice_trainer.__path__, "spice_trainer."):
+    if not module.name.endswith((".sft", ".__main__")):
+        importlib.import_module(module.name)
 print("imported:", spice_trainer.select_subset)
 try:
     spice_trainer.SpiceSFTTrainer
@@ -36,7 +38,7 @@ try:
 except ImportError as error:
     print("select_subset:", error)
 try:
-    spice_trainer.select.main(["--config", "none.yaml"])
+    spice_trainer.cli.main.main(["select", "--config", "none.yaml"])
 except SystemExit as error:
     print("main:", error)
 

@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.oldest
+
 ROOT = Path(__file__).parents[1]
 
 

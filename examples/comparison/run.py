@@ -26,7 +26,7 @@ from comparison.plan import Run
 from comparison.prepared import PreparedData, TokenRow
 from comparison.settings import Settings
 from comparison.trainers import build_trainer, row_order
-from spice_trainer.checkpoint import last_complete_checkpoint
+from spice_trainer.recording.checkpoint import last_complete_checkpoint
 
 
 class StepClock(TrainerCallback):

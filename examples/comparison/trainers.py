@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from comparison.prepared import TokenRow
 from comparison.settings import Arm, Settings
 from spice_trainer import SpiceConfig, attach_spice
-from spice_trainer.pools import PoolSchedule, build_schedule
+from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 
 
 class OrderedTrainer(Trainer):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spice_trainer.spearman import all_equal, spearman
 from spice_trainer.theory.decay import GROUP_NAMES, GroupName
 from spice_trainer.theory.decomposition import Decomposition
+from spice_trainer.utils.statistics import all_equal, spearman
 
 
 @dataclass(frozen=True)

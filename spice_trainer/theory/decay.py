@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spice_trainer.checks import check_alpha, check_gram, sound_rows
-from spice_trainer.conflicts import mean_cosines
-from spice_trainer.selection import select
+from spice_trainer.selection.checks import check_alpha, check_gram, sound_rows
+from spice_trainer.selection.conflict import mean_cosines
+from spice_trainer.selection.greedy import select
 
 GroupName = Literal["low", "medium", "high"]
 GROUP_NAMES: tuple[GroupName, ...] = ("low", "medium", "high")

@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from spice_trainer.checks import check_alpha, check_choice, check_gram, sound_rows
-from spice_trainer.cholesky import FLOAT64_LIMIT
-from spice_trainer.conflicts import mean_cosines
-from spice_trainer.fisher import ExactInformation
-from spice_trainer.selection import ConflictReference
+from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, sound_rows
+from spice_trainer.selection.cholesky import FLOAT64_LIMIT
+from spice_trainer.selection.conflict import mean_cosines
+from spice_trainer.selection.greedy import ConflictReference
+from spice_trainer.selection.information import ExactInformation
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from spice_trainer.checks import check_alpha, check_gram, sound_rows
-from spice_trainer.cholesky import FLOAT64_LIMIT
-from spice_trainer.fisher import ExactInformation
+from spice_trainer.selection.checks import check_alpha, check_gram, sound_rows
+from spice_trainer.selection.cholesky import FLOAT64_LIMIT
+from spice_trainer.selection.information import ExactInformation
 
 GREEDY_RATIO = 1.0 - math.exp(-1.0)
 

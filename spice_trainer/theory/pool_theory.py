@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from spice_trainer.checks import check_gram, sound_rows
-from spice_trainer.selection import ConflictReference, Selection, select
+from spice_trainer.selection.checks import check_gram, sound_rows
+from spice_trainer.selection.greedy import ConflictReference, Selection, select
 from spice_trainer.theory.bounds import BoundCheck, check_bounds
 from spice_trainer.theory.correlations import ConflictCorrelations, ConflictGroup, conflict_groups, correlate
 from spice_trainer.theory.decay import GroupDecay, aumg, group_decays, half_life

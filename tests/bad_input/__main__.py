@@ -1,6 +1,6 @@
 """Writes the table into README."""
 
-from .table import README, as_markdown, in_readme
+from tests.bad_input.table import README, as_markdown, in_readme
 
 if __name__ == "__main__":
     before, _, after = in_readme()

@@ -9,11 +9,10 @@ from typing import Any
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
-import spice_trainer.compatibility
-
-from ..trainers import tiny_dataset
-from ..versions import before
-from .scene import ATTACHING, BadInput, Scene
+import spice_trainer.trainer.checks
+from tests.bad_input.scene import ATTACHING, BadInput, Scene
+from tests.support.trainers import tiny_dataset
+from tests.support.versions import before
 
 GROUP_BY_LENGTH = (
     {"group_by_length": True} if before("transformers", "5") else {"train_sampling_strategy": "group_by_length"}
@@ -63,7 +62,7 @@ def _apart(scene: Scene) -> Callable[[], Any]:
 
 def _little_memory(**settings: Any) -> Callable[[Scene], Callable[[], Any]]:
     def prepare(scene: Scene) -> Callable[[], Any]:
-        scene.patch.setattr(spice_trainer.compatibility, "free_memory", lambda device: 100_000)
+        scene.patch.setattr(spice_trainer.trainer.checks, "free_memory", lambda device: 100_000)
         return scene.attach({"sketch_dim": 0} | settings)
 
     return prepare

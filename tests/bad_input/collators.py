@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..trainers import collate
-from .scene import ATTACHING, BadInput, Scene
+from tests.bad_input.scene import ATTACHING, BadInput, Scene
+from tests.support.trainers import collate
 
 
 def _collator(collator: Callable[[Any], Any] | None) -> Callable[[Scene], Callable[[], Any]]:

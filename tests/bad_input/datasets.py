@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from ..models import tiny_lora_model
-from ..trainers import tiny_dataset, tiny_rows
-from .scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from tests.support.models import tiny_lora_model
+from tests.support.trainers import tiny_dataset, tiny_rows
 
 # Row 7 is none of the 32 that are looked at before a run; 0 is.
 UNSEEN, SEEN = 7, 0

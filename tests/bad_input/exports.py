@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from spice_trainer.manifest import SubsetManifest, rebuild_subset
-
-from ..subsets import PROMPTS, export, make_manifest, select_command
-from ..trainers import tiny_dataset
-from .scene import CALLING, BadInput, Scene
+from spice_trainer.data.files import open_dataset
+from spice_trainer.subset.manifest import SubsetManifest, rebuild_subset
+from tests.bad_input.scene import CALLING, BadInput, Scene
+from tests.support.subsets import PROMPTS, export, make_manifest
+from tests.support.trainers import tiny_dataset
 
 
 def _rebuild(change: Callable[[Path], Any] | None, rows: Any = PROMPTS) -> Callable[[Scene], Callable[[], Any]]:
@@ -52,14 +52,14 @@ def _open(name: str, content: str | None, split: str = "train") -> Callable[[Sce
         scene.patch.setattr("datasets.config.HF_DATASETS_CACHE", scene.folder.parent / "datasets_cache")
         if content is not None:
             (scene.folder / name).write_text(content)
-        return lambda: select_command().open_dataset(str(scene.folder / name), split)
+        return lambda: open_dataset(str(scene.folder / name), split)
 
     return prepare
 
 
 def _open_splits(scene: Scene) -> Callable[[], Any]:
     DatasetDict({"train": tiny_dataset(3), "test": tiny_dataset(2)}).save_to_disk(str(scene.folder / "rows"))
-    return lambda: select_command().open_dataset(str(scene.folder / "rows"), "validation")
+    return lambda: open_dataset(str(scene.folder / "rows"), "validation")
 
 
 ROWS = (

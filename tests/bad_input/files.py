@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .scene import STARTING, TRAINING, BadInput, Scene
+from tests.bad_input.scene import STARTING, TRAINING, BadInput, Scene
 
 HAS_FULL_DEVICE = Path("/dev/full").exists()
 

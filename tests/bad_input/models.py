@@ -10,11 +10,10 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenceClassification
 
-from spice_trainer.adapters import UnsupportedModelError
-
-from ..models import add_lora, tiny_lora_model, tiny_model
-from ..versions import before
-from .scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from spice_trainer.gradients.lora import UnsupportedModelError
+from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.versions import before
 
 
 def _model(build: Callable[[], nn.Module], **options: Any) -> Callable[[Scene], Callable[[], Any]]:

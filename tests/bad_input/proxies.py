@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice
-from spice_trainer.adapters import UnsupportedModelError
-
-from ..models import add_lora, tiny_lora_model, tiny_model
-from ..trainers import tiny_dataset
-from .scene import ATTACHING, CREATING, SETTINGS, STARTING, BadInput, Scene
+from spice_trainer.gradients.lora import UnsupportedModelError
+from tests.bad_input.scene import ATTACHING, CREATING, SETTINGS, STARTING, BadInput, Scene
+from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.trainers import tiny_dataset
 
 
 def _create(build: Callable[[], Any]) -> Callable[[Scene], Callable[[], Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..trainers import tiny_dataset, tiny_rows
-from .scene import STARTING, TRAINING, BadInput, Scene
+from tests.bad_input.scene import STARTING, TRAINING, BadInput, Scene
+from tests.support.trainers import tiny_dataset, tiny_rows
 
 CHECKPOINT = "checkpoint-4"
 REPLAY = {"selection_epochs": 1}

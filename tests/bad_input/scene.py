@@ -13,10 +13,9 @@ import pytest
 from datasets import Dataset
 
 from spice_trainer import SpiceConfig, attach_spice, select_subset
-
-from ..models import tiny_lora_model
-from ..traces import model_state, trainer_state
-from ..trainers import make_trainer, tiny_dataset
+from tests.support.models import tiny_lora_model
+from tests.support.traces import model_state, trainer_state
+from tests.support.trainers import make_trainer, tiny_dataset
 
 CREATING = "on creation"
 ATTACHING = "attaching"

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import Trainer
 
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice, detach_spice
-
-from ..models import tiny_lora_model
-from .scene import ATTACHING, CALLING, CREATING, SETTINGS, STARTING, BadInput, Scene
+from tests.bad_input.scene import ATTACHING, CALLING, CREATING, SETTINGS, STARTING, BadInput, Scene
+from tests.support.models import tiny_lora_model
 
 ADAPTIVE = {"stop_ratio": 0.5, "pools_per_step": 1}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from ..subsets import PROMPTS, export
-from ..trainers import tiny_dataset, tiny_tokenizer
-from .scene import CALLING, BadInput, Scene
+from tests.bad_input.scene import CALLING, BadInput, Scene
+from tests.support.subsets import PROMPTS, export
+from tests.support.trainers import tiny_dataset, tiny_tokenizer
 
 
 def _select(**options: Any) -> Callable[[Scene], Callable[[], Any]]:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import arguments, collators, datasets, exports, files, models, proxies, resuming, settings, subsets
-from .scene import BadInput
+from tests.bad_input import (
+    arguments,
+    collators,
+    datasets,
+    exports,
+    files,
+    models,
+    proxies,
+    resuming,
+    settings,
+    subsets,
+)
+from tests.bad_input.scene import BadInput
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- `python -m tests.bad_input` writes what follows. -->"
@@ -21,7 +32,7 @@ TOPICS: dict[str, tuple[BadInput, ...]] = {
     "Resuming": resuming.ROWS,
     "The output directory": files.ROWS,
     "`select_subset`": subsets.ROWS,
-    "Manifests, exports and `python -m spice_trainer.select`": exports.ROWS,
+    "Manifests, exports and `spice-trainer select`": exports.ROWS,
 }
 TABLE = tuple(row for rows in TOPICS.values() for row in rows)
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from .conditions import conditions
-from .fidelity import NORMALIZATIONS
-from .tables import print_table
-from .workload import open_workload
+from tests.benchmarks.conditions import conditions
+from tests.benchmarks.fidelity import NORMALIZATIONS
+from tests.benchmarks.tables import print_table
+from tests.benchmarks.workload import open_workload
 
 PARTS = ("scoring", "selection", "end_to_end", "options", "sketch", "gpu")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spice_trainer.selection import select
+from spice_trainer.selection.greedy import select
 
 NORMALIZATIONS = ("none", "sqrt_tokens", "tokens", "unit")
 NUM_RANDOM_SUBSETS = 200

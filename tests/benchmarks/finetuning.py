@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .real_model import Row
-from .workload import Workload, collate
+from tests.benchmarks.real_model import Row
+from tests.benchmarks.workload import Workload, collate
 
 
 class Finetuning:

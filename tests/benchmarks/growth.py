@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spice_trainer import SpiceConfig
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.picks import select_pool
-
-from .clock import ratios, rotated, shown, timed
-from .methods import gram_clock
-from .real_model import Row
-from .tables import Table
-from .workload import Workload
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.selection.pool import select_pool
+from tests.benchmarks.clock import ratios, rotated, shown, timed
+from tests.benchmarks.methods import gram_clock
+from tests.benchmarks.real_model import Row
+from tests.benchmarks.tables import Table
+from tests.benchmarks.workload import Workload
 
 PARTS = ("scoring", "gram", "selecting")
 

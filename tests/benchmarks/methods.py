@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.adapters import find_lora_modules
-
-from .clock import Open, timed
-from .comparators import COMPARATORS, MicroBatch, summed_losses
-from .workload import Workload, as_candidate
+from spice_trainer.gradients.lora import find_lora_modules
+from tests.benchmarks.clock import Open, timed
+from tests.benchmarks.comparators import COMPARATORS, MicroBatch, summed_losses
+from tests.benchmarks.workload import Workload, as_candidate
 
 SORTED = "plain, sorted by length"
 ARRIVAL = "plain, in order of arrival"
@@ -166,7 +165,7 @@ def always(run: Callable[[], Any]) -> Open:
 @contextmanager
 def gram_clock(device: torch.device) -> Iterator[list[float]]:
     """Seconds of each pool's Gram product while it is in place."""
-    import spice_trainer.pool_scores as module
+    import spice_trainer.scoring.measure as module
 
     original, seconds = module.measure_rows, []
 

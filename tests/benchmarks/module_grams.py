@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .fidelity import normalized, pick
-from .option_specs import ScoringOption, kept_modules
-from .workload import Workload
+from tests.benchmarks.fidelity import normalized, pick
+from tests.benchmarks.option_specs import ScoringOption, kept_modules
+from tests.benchmarks.workload import Workload
 
 
 @dataclass(frozen=True)

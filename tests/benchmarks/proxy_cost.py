@@ -32,9 +32,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
-
-from .proxy_transfer import read_common_rows
-from .real_model import Row, add_lora, load_model
+from tests.benchmarks.proxy_transfer import read_common_rows
+from tests.benchmarks.real_model import Row, add_lora, load_model
 
 PARTS = ("scoring", "ahead", "selecting", "learning", "training")
 

@@ -14,7 +14,8 @@ The proxies
       what the lengths of the answers tell.
 
 What it reports, over the pools of a moment, for each normalization: what `proxy_check_pools` logs, see
-`spice_trainer.transfer`. Only rows with odd numbers in the file are used, on which `small_model` has not trained.
+`spice_trainer.proxy.transfer`.
+Only rows with odd numbers in the file are used, on which `small_model` has not trained.
 Results are written after every pool. On one CPU core a pool of 60 rows takes the 135M model about 104 s, its first 10
 layers 40 s and the model of `small_model` 11 s.
 """
@@ -33,16 +34,15 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gram import normalization_weights, normalized_gram
-from spice_trainer.pool_scores import PoolScores
-from spice_trainer.scoring import GradientScorer
-from spice_trainer.transfer import compare_pools
-
-from .fidelity import NORMALIZATIONS
-from .real_model import Row, add_lora, load_model, read_rows
-from .sketch_fidelity import train
-from .small_model import slice_model
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.proxy.transfer import compare_pools
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.gram import normalization_weights, normalized_gram
+from tests.benchmarks.fidelity import NORMALIZATIONS
+from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
+from tests.benchmarks.sketch_fidelity import train
+from tests.benchmarks.small_model import slice_model
 
 MOMENTS = ("fresh", "trained")
 MEASURES = ("rank_correlation", "overlap", "retained")

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 
 from spice_trainer import SpiceConfig
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.processes import Processes
-from spice_trainer.scoring import GradientScorer
+from spice_trainer.distributed import Processes
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.scoring.scorer import GradientScorer
 from tests.benchmarks.real_model import add_lora, load_model, read_rows
 
 WORLD_SIZE = 2

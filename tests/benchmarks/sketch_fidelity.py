@@ -42,13 +42,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.gradients import SampleGradients
-from spice_trainer.layer_gradients import trainable_size
-from spice_trainer.sketch import GradientSketch
-
-from .fidelity import compare_pool, summarize
-from .real_model import Row, add_lora, load_model, read_rows
+from spice_trainer.gradients.layers import trainable_size
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.per_sample import SampleGradients
+from spice_trainer.gradients.sketch import GradientSketch
+from tests.benchmarks.fidelity import compare_pool, summarize
+from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
 
 SKETCH_DIMS = tuple(2**power for power in range(10, 19))
 ONE_SIDED_COLUMNS = (4, 8, 16, 32)

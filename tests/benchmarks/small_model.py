@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .real_model import Row, load_model, read_rows
+from tests.benchmarks.real_model import Row, load_model, read_rows
 
 TOKENS_PER_BATCH = 512
 # Rows whose lengths are sorted together before they are cut into batches.

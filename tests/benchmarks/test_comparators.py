@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spice_trainer.adapters import find_lora_modules
-
-from ..gradient_loop import batched_gradients, collate, example_rows, looped_gradients, relative_error
-from ..models import tiny_lora_model
-from .comparators import COMPARATORS, GradientTable, Unavailable, summed_losses
+from spice_trainer.gradients.lora import find_lora_modules
+from tests.benchmarks.comparators import COMPARATORS, GradientTable, Unavailable, summed_losses
+from tests.support.gradient_loop import batched_gradients, collate, example_rows, looped_gradients, relative_error
+from tests.support.models import tiny_lora_model
 
 ROWS = example_rows()
 # Rows of unlike length share a micro-batch, and one is alone.

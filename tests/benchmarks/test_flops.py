@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import VOCAB_SIZE, tiny_model
-from .flops import DecoderShape, forward_flops, num_pairs, peak_flops, scoring_flops, utilisation
+from tests.benchmarks.flops import DecoderShape, forward_flops, num_pairs, peak_flops, scoring_flops, utilisation
+from tests.support.models import VOCAB_SIZE, tiny_model
 
 # hidden 32, 4 heads of 8, 2 key-value heads, MLP 48, 2 layers: per layer q and o 32·32 each, k and v 32·16 each, three
 # of 32·48, hence 3072 + 4608.

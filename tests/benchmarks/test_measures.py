@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from spice_trainer import select
-
-from ..models import tiny_model
-from .agreement import gradient_error, gram_error, gram_matrix, norm_error
-from .clock import peak_memory, ratios, rotated, shown, spread, time_in_turn
-from .direct_greedy import direct_greedy
-from .fidelity import information, pick, random_subsets, retained
-from .methods import always, gram_clock
-from .module_grams import kept_candidates, measure_module_grams, picks_under
-from .option_specs import GROUPS, ScoringOption, default_options, kept_modules, parse_option
-from .tables import Table, bytes_shown, passed, plain_table, print_table
-from .workload import Workload, collate, padding_share, tiny_rows
+from tests.benchmarks.agreement import gradient_error, gram_error, gram_matrix, norm_error
+from tests.benchmarks.clock import peak_memory, ratios, rotated, shown, spread, time_in_turn
+from tests.benchmarks.direct_greedy import direct_greedy
+from tests.benchmarks.fidelity import information, pick, random_subsets, retained
+from tests.benchmarks.methods import always, gram_clock
+from tests.benchmarks.module_grams import kept_candidates, measure_module_grams, picks_under
+from tests.benchmarks.option_specs import GROUPS, ScoringOption, default_options, kept_modules, parse_option
+from tests.benchmarks.tables import Table, bytes_shown, passed, plain_table, print_table
+from tests.benchmarks.workload import Workload, collate, padding_share, tiny_rows
+from tests.support.models import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -68,7 +67,7 @@ def test_peak_memory_is_of_the_call() -> None:
 
 
 def test_the_gram_products_are_timed_inside_scoring(workload: Workload) -> None:
-    import spice_trainer.pool_scores as module
+    import spice_trainer.scoring.measure as module
 
     original = module.measure_rows
     scorer = workload.make_scorer(workload.make_model())
@@ -92,7 +91,7 @@ def test_errors_are_relative_to_each_row() -> None:
 
 
 def test_grams_and_norms_are_compared_pool_by_pool(workload: Workload) -> None:
-    from .methods import Contestants
+    from tests.benchmarks.methods import Contestants
 
     model = workload.make_model(random_b=True)
     gradients = Contestants(workload, model).one_at_a_time()
@@ -125,7 +124,7 @@ def test_any_part_of_the_modules_from_one_scoring(workload: Workload, tokens: in
             if option.prefilter is None and normalization == "none":
                 np.testing.assert_allclose(found.gram(option), scores.gram.numpy(), rtol=1e-4, atol=1e-6)
             from spice_trainer import SpiceConfig
-            from spice_trainer.picks import select_pool
+            from spice_trainer.selection.pool import select_pool
 
             expected = select_pool(scores, 3, SpiceConfig()).selection.indices
             assert picks_under(option, found, 3, normalization).tolist() == list(expected), (text, normalization)

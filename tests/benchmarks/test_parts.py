@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from . import __main__ as command
-from .comparators import COMPARATORS, Unavailable
-from .methods import ARRIVAL, LABEL_COLUMNS, LOOP, SORTED, VMAP
-from .parts import gpu, options, scoring
-from .parts.end_to_end import compare
-from .synthetic import qwen2_config
-from .tables import plain_table
+from tests.benchmarks import __main__ as command
+from tests.benchmarks.comparators import COMPARATORS, Unavailable
+from tests.benchmarks.methods import ARRIVAL, LABEL_COLUMNS, LOOP, SORTED, VMAP
+from tests.benchmarks.parts import gpu, options, scoring
+from tests.benchmarks.parts.end_to_end import compare
+from tests.benchmarks.synthetic import qwen2_config
+from tests.benchmarks.tables import plain_table
 
 WORDS = ["--model", "tiny", "--rows", "24", "--pools", "2", "--repeats", "2", "--batch-size", "4"]
 

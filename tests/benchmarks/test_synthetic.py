@@ -9,8 +9,17 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from .flops import DecoderShape
-from .synthetic import LOG_DEVIATION, LOG_MEAN, LONGEST, SHORTEST, build_model, draw_lengths, draw_rows, qwen2_config
+from tests.benchmarks.flops import DecoderShape
+from tests.benchmarks.synthetic import (
+    LOG_DEVIATION,
+    LOG_MEAN,
+    LONGEST,
+    SHORTEST,
+    build_model,
+    draw_lengths,
+    draw_rows,
+    qwen2_config,
+)
 
 
 def test_the_distribution_has_the_median_and_the_mean() -> None:

@@ -15,9 +15,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spice_trainer import SpiceConfig, attach_spice
-
-from .clock import synchronize
-from .workload import Workload, collate
+from tests.benchmarks.clock import synchronize
+from tests.benchmarks.workload import Workload, collate
 
 
 class StepsClock(TrainerCallback):
@@ -40,7 +39,7 @@ class StepsClock(TrainerCallback):
 
 def collate_items(items: list[dict[str, Any]]) -> Any:
     """The workload's collator for rows of a `datasets.Dataset`."""
-    from .real_model import Row
+    from tests.benchmarks.real_model import Row
 
     return collate([Row(0, item["input_ids"], item["labels"]) for item in items])
 

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
-from spice_trainer.adapters import find_lora_modules
-from spice_trainer.micro_batches import share_micro_batches
-from spice_trainer.pool_scores import PoolScores
-from spice_trainer.rows import CandidateRow, collate_row, pad_rows
-from spice_trainer.scoring import GradientScorer
-
-from ..models import VOCAB_SIZE, tiny_model
-from .comparators import MicroBatch
-from .real_model import Row, add_lora, load_model, read_rows
+from spice_trainer.data.rows import CandidateRow, collate_row, pad_rows
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.scoring.micro_batches import share_micro_batches
+from spice_trainer.scoring.scorer import GradientScorer
+from tests.benchmarks.comparators import MicroBatch
+from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
+from tests.support.models import VOCAB_SIZE, tiny_model
 
 TINY_LONGEST = 24
 

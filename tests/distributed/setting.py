@@ -18,9 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
-
-from ..models import add_lora, tiny_model
-from ..trainers import collate, tiny_rows, training_options
+from tests.support.models import add_lora, tiny_model
+from tests.support.trainers import collate, tiny_rows, training_options
 
 NUM_ROWS = 41
 LONG_ROW = 7

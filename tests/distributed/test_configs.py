@@ -8,7 +8,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from .launch import CONFIG_FOLDER, CONFIG_NAMES, cpu_config, load_config
+from tests.distributed.launch import CONFIG_FOLDER, CONFIG_NAMES, cpu_config, load_config
 
 TYPES = {"single_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP"}
 

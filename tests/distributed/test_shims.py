@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from ..models import tiny_lora_model
-from ..versions import before
+from tests.support.models import tiny_lora_model
+from tests.support.versions import before
 
 
 class WrappedLayer(nn.Module):

@@ -27,15 +27,14 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from spice_trainer import ProxyModel, SpiceConfig, select_subset
-from spice_trainer.sampler import SpiceSampler
-from spice_trainer.scoring import GradientScorer
-from spice_trainer.step_selection import StepSelection
-from spice_trainer.steps import StepSelector
-
-from ..trainers import checkpointing_options, collate
-from . import cpu_shims, setting
-from .launch import TIMEOUT
-from .observers import ScoreWatch, WeightProbe
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.scorer import GradientScorer
+from tests.distributed import cpu_shims, setting
+from tests.distributed.launch import TIMEOUT
+from tests.distributed.observers import ScoreWatch, WeightProbe
+from tests.support.trainers import checkpointing_options, collate
 
 CONFIG, FOLDER, DEVICE, TASK = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[5:])

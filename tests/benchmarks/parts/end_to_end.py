@@ -14,11 +14,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from ..clock import rotated, shown
-from ..growth import growth_table, run_sweeps, sweeps
-from ..tables import Table, passed
-from ..trainer_runs import train
-from ..workload import Workload
+from tests.benchmarks.clock import rotated, shown
+from tests.benchmarks.growth import growth_table, run_sweeps, sweeps
+from tests.benchmarks.tables import Table, passed
+from tests.benchmarks.trainer_runs import train
+from tests.benchmarks.workload import Workload
 
 SPICE, RANDOM, ALL = "SPICE", "random", "all the data"
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..clock import peak_memory, shown, spread, time_in_turn, timed
-from ..flops import DecoderShape, peak_flops, scoring_flops, utilisation
-from ..methods import Contestants, always
-from ..synthetic import build_model, draw_rows, qwen2_config
-from ..tables import Table, bytes_shown, passed
-from ..workload import Workload, num_label_tokens
+from tests.benchmarks.clock import peak_memory, shown, spread, time_in_turn, timed
+from tests.benchmarks.flops import DecoderShape, peak_flops, scoring_flops, utilisation
+from tests.benchmarks.methods import Contestants, always
+from tests.benchmarks.synthetic import build_model, draw_rows, qwen2_config
+from tests.benchmarks.tables import Table, bytes_shown, passed
+from tests.benchmarks.workload import Workload, num_label_tokens
 
 PAPER_ROWS = 97_500
 # Hours of an H100 for the paper's rows.

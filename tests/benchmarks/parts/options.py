@@ -16,17 +16,16 @@ from typing import Any
 import numpy as np
 
 from spice_trainer import SpiceConfig
-from spice_trainer.picks import select_pool
-from spice_trainer.pool_scores import PoolScores
-
-from ..clock import ratios, shown, spread, time_in_turn
-from ..fidelity import normalized, pick, random_subsets, retained
-from ..finetuning import Finetuning
-from ..methods import Contestants, always
-from ..module_grams import ModuleGrams, kept_candidates, measure_module_grams, picks_under
-from ..option_specs import ScoringOption, default_options, kept_modules, parse_option
-from ..tables import Table
-from ..workload import Workload
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.selection.pool import select_pool
+from tests.benchmarks.clock import ratios, shown, spread, time_in_turn
+from tests.benchmarks.fidelity import normalized, pick, random_subsets, retained
+from tests.benchmarks.finetuning import Finetuning
+from tests.benchmarks.methods import Contestants, always
+from tests.benchmarks.module_grams import ModuleGrams, kept_candidates, measure_module_grams, picks_under
+from tests.benchmarks.option_specs import ScoringOption, default_options, kept_modules, parse_option
+from tests.benchmarks.tables import Table
+from tests.benchmarks.workload import Workload
 
 FULL = ScoringOption()
 # Above it, in bf16 too, the timed scoring is not of the gradients that the option says.

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from spice_trainer import SpiceConfig
-from spice_trainer.picks import select_pool
-from spice_trainer.pool_scores import PoolScores
-
-from ..agreement import gradient_error, gram_error, norm_error
-from ..clock import peak_memory, ratios, shown, spread, time_in_turn, timed
-from ..comparators import Unavailable
-from ..flops import DecoderShape, peak_flops, scoring_flops, utilisation
-from ..methods import ARRIVAL, SORTED, Contestants, Method
-from ..option_specs import ScoringOption, kept_modules, parse_option
-from ..real_model import Row
-from ..tables import Table, bytes_shown, passed
-from ..workload import Workload, num_label_tokens
-from .gpu import profiled
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.selection.pool import select_pool
+from tests.benchmarks.agreement import gradient_error, gram_error, norm_error
+from tests.benchmarks.clock import peak_memory, ratios, shown, spread, time_in_turn, timed
+from tests.benchmarks.comparators import Unavailable
+from tests.benchmarks.flops import DecoderShape, peak_flops, scoring_flops, utilisation
+from tests.benchmarks.methods import ARRIVAL, SORTED, Contestants, Method
+from tests.benchmarks.option_specs import ScoringOption, kept_modules, parse_option
+from tests.benchmarks.parts.gpu import profiled
+from tests.benchmarks.real_model import Row
+from tests.benchmarks.tables import Table, bytes_shown, passed
+from tests.benchmarks.workload import Workload, num_label_tokens
 
 EXACT, SKETCH = "ours, exact", "ours, sketch"
 WITHOUT_GRAM = "{}, without its Gram product"

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from spice_trainer import select
-from spice_trainer.gram import measure_rows
-
-from ..clock import shown, spread, timed
-from ..direct_greedy import direct_greedy
-from ..methods import gram_clock
-from ..tables import Table, passed
-from ..workload import Workload
-from .scoring import select_all
+from spice_trainer.selection.gram import measure_rows
+from tests.benchmarks.clock import shown, spread, timed
+from tests.benchmarks.direct_greedy import direct_greedy
+from tests.benchmarks.methods import gram_clock
+from tests.benchmarks.parts.scoring import select_all
+from tests.benchmarks.tables import Table, passed
+from tests.benchmarks.workload import Workload
 
 
 def random_gradients(num_rows: int, dimension: int, device: torch.device, seed: int = 0) -> torch.Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..clock import ratios, shown, time_in_turn
-from ..fidelity import NORMALIZATIONS, normalized, pick, random_subsets, retained
-from ..methods import SORTED, Contestants, always, gram_clock
-from ..tables import Table, bytes_shown
-from ..workload import Workload
+from tests.benchmarks.clock import ratios, shown, time_in_turn
+from tests.benchmarks.fidelity import NORMALIZATIONS, normalized, pick, random_subsets, retained
+from tests.benchmarks.methods import SORTED, Contestants, always, gram_clock
+from tests.benchmarks.tables import Table, bytes_shown
+from tests.benchmarks.workload import Workload
 
 
 def run(workload: Workload, arguments: argparse.Namespace, report: Callable[[str], None]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Selects a subset from the command line: `spice-trainer select`, or `accelerate launch -m spice_trainer select`.
+
+Arguments are flags or a YAML file (`--config`): those of TRL's `ScriptArguments` (`--dataset_name`) and `ModelConfig`
+(`--model_name_or_path`, `--lora_r`, `--load_in_4bit`), of `SpiceConfig`, and [`SubsetArguments`].
+
+```
+spice-trainer select --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name rows.jsonl \
+    --output_dir subset
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.data.files import open_dataset
+from spice_trainer.utils.random import seeded_random_state
+
+
+@dataclass
+class SubsetArguments:
+    """What `spice-trainer select` takes beside the arguments it shares with training scripts.
+
+    Args:
+        output_dir (`str`):
+            Where the subset, its manifest, the records and the states go.
+        validation_dataset_name (`str`, *optional*):
+            Rows like those of `dataset_name`, with which the strategy `less` compares: a file, a folder, or a name on
+            the hub, of which `dataset_test_split` is read.
+        samples_per_step (`int`, *optional*):
+            Rows picked between two updates of the selector. Defaults to 10 pools of `num_selected`.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Tokens that a row is cut to while scoring.
+        completion_only_loss (`bool`, *optional*):
+            As in `SFTConfig`.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            As in `SFTConfig`.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the pools and of the fresh adapter.
+        save_steps (`int`, *optional*, defaults to `10`):
+            Steps between two states, from which an interrupted selection continues.
+        subset_name (`str`, *optional*, defaults to `"spice_subset"`):
+            Name of the JSONL file and of LLaMA-Factory's entry.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to begin anew where `output_dir` holds another selection.
+    """
+
+    output_dir: str = field(metadata={"help": "Where the subset, its manifest, records and states go."})
+    validation_dataset_name: str | None = field(
+        default=None, metadata={"help": "File, folder or name of the rows that the strategy less compares with."}
+    )
+    samples_per_step: int | None = field(
+        default=None, metadata={"help": "Rows picked between two updates of the selector. None: 10 pools' picks."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Tokens that a row is cut to while scoring."})
+    completion_only_loss: bool | None = field(default=None, metadata={"help": "As in SFTConfig."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "As in SFTConfig."})
+    seed: int = field(default=42, metadata={"help": "Seed of the pools and of the fresh adapter."})
+    save_steps: int = field(default=10, metadata={"help": "Steps between two states."})
+    subset_name: str = field(default="spice_subset", metadata={"help": "Name of the JSONL file and of its entry."})
+    overwrite: bool = field(default=False, metadata={"help": "Begin anew where there is another selection."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments and selects.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments. Defaults to those of the command line.
+    """
+    try:
+        from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+    except ImportError as error:
+        raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
+    from accelerate import Accelerator
+    from peft import LoraConfig
+
+    from spice_trainer.proxy.model import ProxyModel
+    from spice_trainer.subset.select import select_subset
+
+    parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, SubsetArguments), prog="spice-trainer select")
+    script, model, config, arguments = parser.parse_args_and_config(args=argv)
+    if model.model_name_or_path is None or script.dataset_name is None:
+        parser.error("--model_name_or_path and --dataset_name are needed")
+    validation = None
+    if config.strategy == "less":
+        if arguments.validation_dataset_name is None:
+            parser.error("--strategy less needs --validation_dataset_name, the rows to compare candidates with")
+        validation = open_dataset(
+            arguments.validation_dataset_name,
+            script.dataset_test_split,
+            name_flag="--validation_dataset_name",
+            split_flag="--dataset_test_split",
+        )
+    accelerator = Accelerator()
+    quantization = get_quantization_config(model)
+    model_kwargs: dict[str, Any] = {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        # TRL 1.16's ModelConfig no longer asks; who needs it calls select_subset from Python.
+        "trust_remote_code": getattr(model, "trust_remote_code", False),
+    }
+    if quantization is not None:
+        model_kwargs |= {"quantization_config": quantization, "device_map": {"": accelerator.device}}
+    lora = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules or "all-linear",
+        use_rslora=model.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    # The same fresh adapter on every process, and when an interrupted selection continues.
+    with seeded_random_state(accelerator.device, arguments.seed):
+        selector = ProxyModel.from_pretrained(
+            model.model_name_or_path,
+            lora_config=lora,
+            model_kwargs=model_kwargs,
+            learning_rate=config.proxy_learning_rate,
+            update_every=config.proxy_update_every,
+        )
+    subset = select_subset(
+        selector,
+        open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config),
+        config,
+        output_dir=arguments.output_dir,
+        validation_dataset=validation,
+        samples_per_step=arguments.samples_per_step,
+        max_length=arguments.max_length,
+        completion_only_loss=arguments.completion_only_loss,
+        assistant_only_loss=arguments.assistant_only_loss,
+        seed=arguments.seed,
+        save_steps=arguments.save_steps,
+        name=arguments.subset_name,
+        overwrite=arguments.overwrite,
+        accelerator=accelerator,
+    )
+    accelerator.print(f"{len(subset):,} rows selected. They are in {arguments.output_dir}, with their manifest.")
+    accelerator.end_training()

@@ -1,0 +1,225 @@
+"""Candidate rows: collated alone with the user's own collator, then right-padded into micro-batches.
+
+Collating each row alone and padding here serves every collator alike, also those that flatten a batch into one
+sequence (padding-free). Right padding changes nothing in a causal model: no token attends to what comes after it.
+
+Axes: N samples, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spice_trainer.data.checks import collate_alone
+from spice_trainer.utils.random import preserved_random_state
+
+# Looked at before a run starts.
+SAMPLE_ROWS = 32
+
+TRAINING = "training dataset"
+VALIDATION = "validation dataset"
+
+# What flattening collators tell variable-length attention kernels; meaningless once rows are padded into a batch.
+_FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What planning needs to know of a row; small, so that processes can tell each other.
+
+    Args:
+        num_tokens (`int`): S.
+        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
+        can_be_padded (`bool`): Whether the row may share a micro-batch.
+        keys (`tuple[str, ...]`): Names of the model's inputs. Rows with different ones never share a micro-batch.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of the row that are not scored.
+    """
+
+    num_tokens: int
+    num_label_tokens: int
+    can_be_padded: bool
+    keys: tuple[str, ...]
+    num_dropped_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One row of the training set, or the validation set, as the model reads it.
+
+    Args:
+        index (`int`): Its number.
+        inputs (`dict[str, Any]`): Model inputs of shape `(1, S)` without labels and padding.
+        labels (`torch.Tensor` of shape `(1, S)`): Token labels, unshifted.
+        num_tokens (`int`): S.
+        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
+        can_be_padded (`bool`): Whether the row may share a micro-batch. Packed rows and rows with inputs other than
+            token sequences are scored alone, as the collator made them.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens that were cut off: they train, and are not
+            scored.
+        source (`str`, *optional*, defaults to `"training dataset"`): What `index` counts the rows of, for messages.
+    """
+
+    index: int
+    inputs: dict[str, Any]
+    labels: Int[Tensor, "1 S"]
+    num_tokens: int
+    num_label_tokens: int
+    can_be_padded: bool
+    num_dropped_tokens: int = 0
+    source: str = TRAINING
+
+    @property
+    def shape(self) -> RowShape:
+        """What planning needs to know of the row."""
+        keys = tuple(sorted(key for key in self.inputs if key != "attention_mask"))
+        return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys, self.num_dropped_tokens)
+
+
+def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Rows of a dataset, in one call where it can (`datasets.Dataset` reads a batch much faster than row by row)."""
+    if hasattr(dataset, "__getitems__"):
+        rows: list[Any] = dataset.__getitems__(list(indices))
+        return rows
+    return [dataset[index] for index in indices]
+
+
+def collate_row(
+    index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str = TRAINING
+) -> CandidateRow:
+    """Collates one dataset row alone.
+
+    Args:
+        index (`int`): Its number.
+        row (`Any`): What the dataset holds there.
+        collate (`Callable`): The trainer's collator.
+        source (`str`, *optional*, defaults to `"training dataset"`): What it is a row of, for messages.
+
+    Returns:
+        [`CandidateRow`]
+
+    Raises:
+        ValueError: If the collator fails, or gives something else than token ids and labels of one row.
+    """
+    batch = collate_alone(row, collate, where=f"row {index} of the {source}")
+    labels = batch.pop("labels")
+    if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
+        batch, labels = _strip_padding(batch, labels)
+    length = batch["input_ids"].shape[1]
+    can_be_padded = not _is_packed(batch.get("position_ids"))
+    if can_be_padded:
+        positions = batch.get("position_ids")
+        if positions is not None and bool((positions == torch.arange(length, device=positions.device)).all()):
+            # The model's own positions are the same, and need no padding.
+            del batch["position_ids"]
+        batch = {key: value for key, value in batch.items() if key not in _FLATTENED_KEYS}
+        can_be_padded = all(
+            isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == length for value in batch.values()
+        )
+    return CandidateRow(
+        index=index,
+        inputs=batch,
+        labels=labels,
+        num_tokens=length,
+        num_label_tokens=int((labels[:, 1:] != -100).sum()),
+        can_be_padded=can_be_padded,
+        source=source,
+    )
+
+
+def sample_rows(
+    dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, device: torch.device
+) -> list[CandidateRow]:
+    """Some rows spread over a dataset, collated without touching any random state.
+
+    Args:
+        dataset (`Any`): Rows by index.
+        collate (`Callable`): Its collator.
+        device (`torch.device`): Where training draws from, beside the CPU.
+
+    Returns:
+        `list[CandidateRow]`: At most `SAMPLE_ROWS` of them.
+    """
+    number = min(SAMPLE_ROWS, len(dataset))
+    indices = [position * len(dataset) // number for position in range(number)]
+    with preserved_random_state(device):
+        return [collate_row(index, dataset[index], collate) for index in indices]
+
+
+def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:
+    """Cuts a row off behind its first label tokens. In a causal model they do not depend on what follows.
+
+    Args:
+        row ([`CandidateRow`]): A row.
+        num_label_tokens (`int`): How many label tokens stay, at most.
+
+    Returns:
+        [`CandidateRow`]: With the whole row's `num_label_tokens`, which its gradient is weighted by. A row with inputs
+        other than token sequences keeps them and loses labels alone.
+    """
+    places = (row.labels[0, 1:] != -100).nonzero()[:, 0] + 1
+    if len(places) <= num_label_tokens:
+        return row
+    stop = int(places[num_label_tokens - 1]) + 1
+    if not row.can_be_padded:
+        labels = row.labels.clone()
+        labels[:, stop:] = -100
+        return replace(row, labels=labels)
+    return replace(
+        row,
+        inputs={key: value[:, :stop] for key, value in row.inputs.items()},
+        labels=row.labels[:, :stop],
+        num_tokens=stop,
+        num_dropped_tokens=row.num_tokens - stop,
+    )
+
+
+def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, "N S"]]:
+    """Right-pads rows into one micro-batch.
+
+    Args:
+        rows (`Sequence[CandidateRow]`): Rows of one micro-batch; a row that cannot be padded must be alone.
+
+    Returns:
+        `tuple`: Model inputs, each of shape `(N, S)` with an `attention_mask`, and labels padded with −100.
+    """
+    if len(rows) == 1 and not rows[0].can_be_padded:
+        return rows[0].inputs, rows[0].labels
+    length = max(row.num_tokens for row in rows)
+
+    def pad(tensors: list[Tensor], value: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(item, (0, length - item.shape[1]), value=value) for item in tensors])
+
+    inputs = {
+        key: pad([row.inputs[key] for row in rows], 0) for key in rows[0].inputs if key not in ("attention_mask",)
+    }
+    inputs["attention_mask"] = pad(
+        [row.inputs.get("attention_mask", torch.ones_like(row.inputs["input_ids"])) for row in rows], 0
+    )
+    return inputs, pad([row.labels for row in rows], -100)
+
+
+def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Drops the columns before the first and after the last attended token (`pad_to_multiple_of`, left padding)."""
+    attended = batch["attention_mask"][0].nonzero()
+    length = batch["attention_mask"].shape[1]
+    if len(attended) in (0, length):
+        return batch, labels
+    start, stop = int(attended[0]), int(attended[-1]) + 1
+    stripped = {
+        key: value[:, start:stop]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
+        else value
+        for key, value in batch.items()
+    }
+    return stripped, labels[:, start:stop]
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    """Whether positions start anew within the row: several documents that must not attend to each other."""
+    return position_ids is not None and int((position_ids == 0).sum()) > 1

@@ -1,0 +1,154 @@
+"""Kernels in the place of a model's own code, and what scoring must do so that gradients stay those of training.
+
+    torch.compile      compiled modules are scored uncompiled: the hooks would be traced and compiled too, layer by
+                       layer and for every shape, up to the limit at which the compiler gives up on a function
+    bitsandbytes       4-bit and 8-bit linear layers choose their kernel by mode: in evaluation mode some lose the
+                       gradient or mix the rows of a batch, so they score in training mode (they hold no dropout)
+    Liger              replaces layers when training begins, after a check at attach time could see them
+
+No package is imported here: what is not loaded cannot be part of a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from spice_trainer.utils.logging import logger
+
+# On these, 8-bit layers multiply without rounding activations, as far as they are in training mode.
+_EXACT_INT8_DEVICES = ("cpu", "xpu")
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Context in which the compiled parts of a model run as plain Python. What was compiled stays compiled.
+
+    `TrainingArguments(torch_compile=True)` needs no such context: the trainer compiles a wrapper around the model, and
+    scoring calls the model. It serves models that are compiled in place (`model.compile()`) or handed over compiled.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores.
+
+    Returns:
+        `contextlib.AbstractContextManager`
+    """
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is None:
+        return nullcontext()
+    wrapper: type = compiler.OptimizedModule
+    is_compiled = any(
+        isinstance(module, wrapper) or module._compiled_call_impl is not None for module in model.modules()
+    )
+    # Only then: the stance also switches off what a model compiles for itself, such as flex attention.
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
+def training_flag_for_scoring(module: nn.Module) -> bool:
+    """The `training` flag that a module has while gradients are taken: `False`, but for quantised linear layers.
+
+    On a CPU bitsandbytes' layers run other kernels in evaluation mode: 4-bit weights are repacked in place for a
+    product through which no gradient passes, and 8-bit layers round activations, which they don't when they train.
+
+    Args:
+        module (`torch.nn.Module`): A module of the model that scores.
+
+    Returns:
+        `bool`
+    """
+    return _is_quantized(module, "Linear4bit", "Linear8bitLt")
+
+
+def needs_whole_graph(model: nn.Module) -> bool:
+    """Whether the model's sharding needs a backward through every module, from its outputs to its inputs.
+
+    FSDP1 and ZeRO-3 gather a module's weights in the backward when a gradient reaches its outputs, and let go of them
+    when one reaches its inputs: they fail where only one of the two happens. FSDP2 does not need it.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores.
+
+    Returns:
+        `bool`
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    # ZeRO-3 numbers the parameters that it partitioned.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def rows_influence_each_other(model: nn.Module) -> bool:
+    """Whether a row's gradient depends on its batch mates and padding, so that rows must be scored one at a time.
+
+    LLM.int8() computes the feature columns in which any token of the batch exceeds `llm_int8_threshold` in float16
+    and rounds the others to 8 bits: one row's outliers decide how every row is rounded.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores, on the device where it trains.
+
+    Returns:
+        `bool`
+    """
+    layers: list[Any] = [module for module in model.modules() if _is_quantized(module, "Linear8bitLt")]
+    return any(layer.state.threshold > 0 and layer.weight.device.type not in _EXACT_INT8_DEVICES for layer in layers)
+
+
+def warn_of_quantization(model: nn.Module) -> None:
+    """Says so where rows are scored one at a time.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores, on the device where it trains.
+    """
+    if rows_influence_each_other(model):
+        logger.warning(
+            "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short. The 8-bit layers "
+            "decide over a whole batch which columns they round (llm_int8_threshold > 0), so batch mates would change "
+            "a sample's gradient. Load the model with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), "
+            "or in 4 bits, to score in batches."
+        )
+
+
+def check_quantized_layers(model: nn.Module) -> None:
+    """Refuses 4-bit layers in bitsandbytes' inference format for CPUs, through which no gradient passes.
+
+    Args:
+        model (`torch.nn.Module`): The model that scores.
+
+    Raises:
+        RuntimeError: If a layer was converted, by name.
+    """
+    for name, module in model.named_modules():
+        if not _is_quantized(module, "Linear4bit"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"The 4-bit layer {name!r} is in bitsandbytes' inference format for CPUs, through which no gradient "
+                "passes: training and scoring would go on with wrong gradients. bitsandbytes converts layers for good "
+                "when the model is evaluated or generates on a CPU with AVX512-BF16. Load the model anew and set "
+                '`eval_strategy="no"`, evaluate a copy, or train on a GPU.'
+            )
+
+
+def changes_when_training_begins(args: Any) -> bool:
+    """Whether `trainer.train()` replaces parts of the model, which makes a check at attach time tell nothing.
+
+    Args:
+        args (`transformers.TrainingArguments`): The trainer's arguments.
+
+    Returns:
+        `bool`
+    """
+    return bool(getattr(args, "use_liger_kernel", False))
+
+
+def _is_quantized(module: nn.Module, *names: str) -> bool:
+    """Whether a module is one of these classes of bitsandbytes; PEFT's wrappers of the same names are not."""
+    library = sys.modules.get("bitsandbytes")
+    if library is None:
+        return False
+    classes = tuple(cls for name in names if isinstance(cls := getattr(library.nn, name, None), type))
+    return isinstance(module, classes)

@@ -1,0 +1,168 @@
+"""Which rows a proxy reads: the target's own tokenised rows, or its own copy of the same rows.
+
+a dataset of its own                  row i for row i of the training set
+the target's tokenizer                the rows the target trains on
+another tokenizer, raw columns kept   the raw rows, tokenised when they are asked for (module `proxy_rows`)
+another tokenizer, no raw columns     an error: the ids would mean other words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
+from spice_trainer.proxy.model import ProxyModel
+
+# Rows of an embedding beyond the tokenizer's are padding to a round number: 128 lie between Qwen2.5's 0.5B and 7B,
+# which share a tokenizer. Vocabularies further apart than this are different ones.
+_VOCABULARY_PADDING = 1024
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The training rows as the target reads them, and what is known of how they came about.
+
+    Args:
+        dataset (`Any`): Tokenised rows by index.
+        collate (`Callable`): The trainer's collator.
+        processing_class (`Any`, *optional*): The target's tokenizer.
+        raw_dataset (`Any`, *optional*): The same rows with their raw columns, if they are still there.
+        tokenization (`Mapping[str, Any]`, *optional*): How the target's rows were tokenised: options of
+            [`TokenizedRows`].
+        vocab_size (`int`, *optional*): Rows of the target's input embedding.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], Mapping[str, Any]]
+    processing_class: Any = None
+    raw_dataset: Any = None
+    tokenization: Mapping[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
+def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
+    """The training rows as a proxy reads them.
+
+    Args:
+        proxy ([`ProxyModel`]): The proxy.
+        target ([`TargetRows`]): The rows as the target reads them.
+
+    Returns:
+        [`TargetRows`]
+
+    Raises:
+        ValueError: If the proxy's own dataset has another number of rows, or it has another vocabulary and nothing
+            to read.
+    """
+    if proxy.dataset is not None:
+        if len(proxy.dataset) != len(target.dataset):
+            raise ValueError(
+                f"The proxy's dataset has {len(proxy.dataset):,} rows and the training dataset "
+                f"{len(target.dataset):,}. Row i of one must be row i of the other, so that what the proxy picks is "
+                "what the target trains on. Fix: tokenise the training dataset itself for the proxy, filtering and "
+                "shuffling nothing."
+            )
+        if proxy.data_collator is None:
+            check_is_labelled(proxy.dataset, "The proxy's dataset", "ProxyModel(..., data_collator=...)")
+        return TargetRows(proxy.dataset, proxy.data_collator or _pad_right(proxy.processing_class))
+    return shared_rows(proxy, target)
+
+
+def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
+    """Rows of the target as a proxy reads them that has no copy of them.
+
+    Args:
+        proxy ([`ProxyModel`]): The proxy.
+        target ([`TargetRows`]): The rows as the target reads them.
+
+    Returns:
+        [`TargetRows`]
+
+    Raises:
+        ValueError: If it has another vocabulary and nothing to read.
+    """
+    if has_same_vocabulary(proxy, target):
+        return TargetRows(target.dataset, proxy.data_collator or target.collate)
+    if proxy.processing_class is None:
+        raise ValueError(
+            f"The proxy's vocabulary has {embedding_size(proxy.model):,} entries and the target's "
+            f"{target_size(target):,}: it would read the target's token ids as other words. Fix: give it its own "
+            "tokenizer, `ProxyModel(model, processing_class=...)`, with which it tokenises the raw rows, or "
+            "`ProxyModel(model, dataset=...)` with the same rows tokenised for it."
+        )
+    raw = target.raw_dataset if target.raw_dataset is not None else target.dataset
+    rows = TokenizedRows(raw, proxy.processing_class, **target.tokenization)
+    if len(rows) != len(target.dataset):
+        raise ValueError(
+            f"The raw training dataset has {len(rows):,} rows and the tokenised one {len(target.dataset):,} (packing "
+            "or filtering), so the proxy cannot read it row by row. Fix: switch packing off, or pass "
+            "`ProxyModel(..., dataset=...)` with the rows of the tokenised dataset tokenised for the proxy."
+        )
+    return TargetRows(rows, proxy.data_collator or rows.collate)
+
+
+def check_is_labelled(dataset: Any, name: str, option: str) -> None:
+    """Refuses tokenised rows that the default collator cannot read.
+
+    Args:
+        dataset (`Any`): The rows.
+        name (`str`): What they are, for the message.
+        option (`str`): How a collator is given, for the message.
+
+    Raises:
+        ValueError: If the first row has no `input_ids` or no `labels`.
+    """
+    missing = [key for key in ("input_ids", "labels") if len(dataset) and key not in dataset[0]]
+    if missing:
+        raise ValueError(
+            f"{name} has rows of {sorted(dataset[0])}, without {' and '.join(missing)}. Fix: give each row "
+            "`input_ids` and `labels` (the same ids, -100 where nothing is trained), or a collator that makes them, "
+            f"{option}."
+        )
+
+
+def has_same_vocabulary(proxy: ProxyModel, target: TargetRows) -> bool:
+    """Whether a proxy reads the target's token ids as the same tokens, as far as can be told.
+
+    With both tokenizers their vocabularies are compared. Without, the numbers of entries must be about the same.
+    """
+    ours, theirs = proxy.processing_class, target.processing_class
+    ours, theirs = getattr(ours, "tokenizer", ours), getattr(theirs, "tokenizer", theirs)
+    size = embedding_size(proxy.model)
+    if ours is not None and theirs is not None:
+        return ours is theirs or bool(ours.get_vocab() == theirs.get_vocab())
+    return target_size(target) - _VOCABULARY_PADDING <= size <= target_size(target) + _VOCABULARY_PADDING
+
+
+def embedding_size(model: nn.Module) -> int:
+    """Rows of a model's input embedding."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.num_embeddings)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Entries of a model's vocabulary as its configuration says, which no wrapper hides."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def target_size(target: TargetRows) -> int:
+    """Entries of the target's vocabulary: of its embedding, which a wrapper may hide, or of its tokenizer."""
+    if target.vocab_size is not None:
+        return target.vocab_size
+    return len(target.processing_class) if target.processing_class is not None else 0
+
+
+def _pad_right(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    # Padding is masked: any id serves.
+    pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+
+    def collate(rows: list[Any]) -> Mapping[str, Any]:
+        return collate_rows(rows, pad_token_id=pad_token_id)
+
+    return collate

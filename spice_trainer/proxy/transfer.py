@@ -1,0 +1,247 @@
+"""Does a proxy pick what the target would? Two models' scores of the same pools, compared.
+
+    retained = (F(S′) − mean F(R′)) / (F(S) − mean F(R)),    F on the target's gradients
+
+S are the target's picks, S′ the proxy's, R and R′ random candidates, as many as S and as S′. 1 is as good as the
+target's own picks, 0 as good as chance. The plain ratio F(S′) / F(S) would say nothing: random picks reach 0.999 of
+the information when gradients have unit norm.
+
+Axes: N candidates of a pool, M compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.selection.checks import sound_rows
+from spice_trainer.selection.gram import normalization_weights
+from spice_trainer.selection.information import InformationMeasure, build_information
+from spice_trainer.selection.pool import select_pool
+from spice_trainer.utils.statistics import spearman
+
+NUM_RANDOM_SUBSETS = 200
+
+# Gains this close, relative to the largest, are equal but for rounding: those of unit gradients are, by construction.
+_EQUAL_GAINS = 1e-6
+
+# What the target's picks must add over random ones, relative to F, to be told from rounding.
+_LEAST_SPAN = 1e-9
+
+
+@dataclass(frozen=True)
+class PoolTransfer:
+    """How a proxy's picks from one pool compare with the target's.
+
+    Args:
+        pool (`int`): Which of the step's pools.
+        num_selected (`int`): Picks of the target, |S|.
+        num_selected_proxy (`int`): Picks of the proxy, |S′|. Differs from |S| only where a pool stops early, or where
+            rows cannot be picked.
+        num_shared (`int`): Picks that both make.
+        rank_correlation (`float`, *optional*): Spearman correlation of the two models' first gains.
+        retained (`float`, *optional*): See [`compare_pools`].
+        retained_by_length (`float`, *optional*): The same of picks that only know how long the answers are.
+    """
+
+    pool: int
+    num_selected: int
+    num_selected_proxy: int
+    num_shared: int
+    rank_correlation: float | None
+    retained: float | None
+    retained_by_length: float | None = None
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the target's picks that the proxy makes too, or `None` without picks."""
+        return self.num_shared / self.num_selected if self.num_selected else None
+
+
+def compare_pools(
+    target: PoolScores,
+    proxy: PoolScores,
+    budget: int,
+    config: SpiceConfig,
+    *,
+    num_random_subsets: int = NUM_RANDOM_SUBSETS,
+) -> PoolTransfer:
+    """Compares what a proxy picks from a pool with what the target picks.
+
+    **Rank correlation**: Spearman's, of Δ(x|∅) over the candidates that both models can pick, ties by their mean rank.
+    It is `None` with fewer than 3 of them, and where all gains of a model are equal but for rounding. The latter holds
+    for exact and AdaFisher information under unit norm, where the first pick is free and only the angles between
+    candidates decide: nothing ranks candidates there before something is picked, so overlap and `retained` alone tell.
+
+    **Retained**: each set of picks is measured beside random sets of its own size, so that with adaptive stopping a
+    proxy that picks everything has added nothing over chance, one that stops early only what its few picks add, and
+    one that picks more well can have more than 1.
+    Random sets are drawn from the candidates that the target can pick; a pick of the proxy that the target cannot make
+    adds nothing. They depend on the rows of the pool alone, neither on their order nor on any global random state.
+    `None` where a model picks nothing, where the target picks all it can, and where the target's picks add nothing
+    over random ones. AdaFisher's information depends on the order: picks are added as they were picked, random
+    candidates as they were drawn.
+
+    **Retained by length**: what [`scores_by_length`] would pick, for exact information. A proxy that retains no more
+    has shown only that answers are as long for it as for the target.
+
+    Args:
+        target ([`PoolScores`]): The target's scores.
+        proxy ([`PoolScores`]): The proxy's scores of the same candidates in the same order.
+        budget (`int`): Picks at most.
+        config ([`SpiceConfig`]): How both pick: the measure, its α, the conflict penalty and the stopping rules.
+        num_random_subsets (`int`, *optional*, defaults to 200): Random sets. With diagonal information each costs as
+            much as a greedy pass that evaluates nothing but its picks.
+
+    Returns:
+        [`PoolTransfer`]
+
+    Raises:
+        ValueError: If the two are not of the same candidates, or there is no random set to draw.
+    """
+    if target.candidates != proxy.candidates:
+        raise ValueError(
+            f"compare_pools: the target scored rows {_shown(target.candidates)} and the proxy rows "
+            f"{_shown(proxy.candidates)}. Their picks can be compared only on the same candidates in the same order. "
+            "Fix: score one pool of the schedule with both models, from datasets whose rows correspond."
+        )
+    if num_random_subsets < 1:
+        raise ValueError(
+            f"compare_pools: num_random_subsets={num_random_subsets}, but chance needs at least 1 random set."
+        )
+    selection, proxy_selection = select_pool(target, budget, config), select_pool(proxy, budget, config)
+    ours, theirs = selection.selection.indices, proxy_selection.selection.indices
+    # Pools that have a Gram matrix have an α.
+    information = _PoolInformation(target, selection.alpha or config.fisher_alpha, config)
+    proxy_information = _PoolInformation(proxy, proxy_selection.alpha or config.fisher_alpha, config)
+    both = information.sound & proxy_information.sound
+    by_length: tuple[int, ...] = ()
+    if config.information == "exact":
+        by_length = select_pool(scores_by_length(target, config), budget, config).selection.indices
+    retained, retained_by_length = _retained(
+        information, target.candidates, ours, (theirs, by_length), num_random_subsets
+    )
+    return PoolTransfer(
+        pool=target.pool,
+        num_selected=len(ours),
+        num_selected_proxy=len(theirs),
+        num_shared=len(set(ours) & set(theirs)),
+        rank_correlation=spearman(
+            information.first_gains()[both], proxy_information.first_gains()[both], equal_share=_EQUAL_GAINS
+        ),
+        retained=retained,
+        retained_by_length=retained_by_length,
+    )
+
+
+def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
+    """What scoring would say of gradients at right angles to each other, of squared norm 1 / label tokens.
+
+    The gradient of a mean over n tokens that have nothing in common has such a norm. No model is asked, and nothing is
+    in conflict with a momentum.
+
+    Args:
+        scores ([`PoolScores`]): Tells the rows, their label tokens, and which are sound.
+        config ([`SpiceConfig`]): The normalisation.
+
+    Returns:
+        [`PoolScores`]: For exact information only: it has no coordinates.
+    """
+    label_tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
+    norms = torch.where(scores.nonzero, label_tokens.clamp(min=1).rsqrt(), 0.0)
+    weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
+    gram = torch.diag((weights * norms).square())
+    momentum_cosines = None if scores.momentum_cosines is None else torch.zeros_like(norms)
+    return replace(
+        scores,
+        gram=gram,
+        gradient_norms=norms,
+        gradients=None,
+        row_weights=None,
+        momentum_cosines=momentum_cosines,
+    )
+
+
+class _PoolInformation:
+    """Gains and F of subsets of one pool, on one model's scores, for any of the three measures."""
+
+    def __init__(self, scores: PoolScores, alpha: float, config: SpiceConfig) -> None:
+        self._scores, self._alpha, self._kind = scores, alpha, config.information
+        # The rows that `select_pool` considers.
+        self.sound = sound_rows(scores.gram.masked_fill(~(scores.nonzero[:, None] & scores.nonzero), 0.0))
+
+    def first_gains(self) -> Float64[Tensor, " N"]:
+        """Δ(x|∅) of every candidate; 0 for those that cannot be picked."""
+        gains = torch.zeros(len(self._scores.candidates), dtype=torch.float64)
+        rows: list[int] = self.sound.nonzero().flatten().tolist()
+        if rows:
+            gains[rows] = self._measure(rows).gains()
+        return gains
+
+    def gains_in_order(self, positions: Sequence[int]) -> list[float]:
+        """The gain of each candidate beside those before it; their sum is F. Those that cannot be picked gain 0."""
+        gains = [0.0] * len(positions)
+        places = [place for place, position in enumerate(positions) if self.sound[position]]
+        if places:
+            # A measure of these rows alone: one of the whole pool would cost N / K times as much.
+            measure = self._measure([positions[place] for place in places])
+            for order, place in enumerate(places):
+                gains[place] = measure.add(order)
+        return gains
+
+    def _measure(self, rows: list[int]) -> InformationMeasure:
+        gradients, weights = self._scores.gradients, self._scores.row_weights
+        if self._kind == "exact":
+            gradients = weights = None
+        return build_information(
+            self._kind,
+            gram=self._scores.gram[rows][:, rows],
+            gradients=None if gradients is None else gradients[rows],
+            fisher_alpha=self._alpha,
+            row_weights=None if weights is None else weights[rows],
+        )
+
+
+def _retained(
+    information: _PoolInformation,
+    candidates: Sequence[int],
+    ours: Sequence[int],
+    others: Sequence[Sequence[int]],
+    num_random_subsets: int,
+) -> list[float | None]:
+    """What each of the other sets of picks retains."""
+    pickable: list[int] = information.sound.nonzero().flatten().tolist()
+    if not ours or len(ours) == len(pickable):
+        return [None for _ in others]
+    longer = max(map(len, [ours, *others]))
+    # One random order serves all sizes, so that chance has no noise of its own between them.
+    shuffles = _shuffles(candidates, pickable, num_random_subsets)
+    random_gains = [information.gains_in_order(order[:longer]) for order in shuffles]
+
+    def beyond_chance(picks: Sequence[int]) -> tuple[float, float]:
+        total = sum(information.gains_in_order(picks))
+        return total, total - sum(sum(gains[: len(picks)]) for gains in random_gains) / num_random_subsets
+
+    total, span = beyond_chance(ours)
+    return [beyond_chance(picks)[1] / span if picks and span > _LEAST_SPAN * total else None for picks in others]
+
+
+def _shuffles(candidates: Sequence[int], positions: Sequence[int], num_shuffles: int) -> list[list[int]]:
+    """Seeded permutations of the pool positions, the same rows whatever order the pool has."""
+    by_row = sorted(positions, key=lambda position: candidates[position])
+    rows = [candidates[position] for position in by_row]
+    digest = hashlib.sha256(f"spice_trainer/transfer/{rows}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    orders = (torch.randperm(len(by_row), generator=generator).tolist() for _ in range(num_shuffles))
+    return [[by_row[place] for place in order] for order in orders]
+
+
+def _shown(rows: Sequence[int]) -> str:
+    return f"{list(rows[:5])}{'…' if len(rows) > 5 else ''} ({len(rows)} of them)"

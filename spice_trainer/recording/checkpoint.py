@@ -1,0 +1,205 @@
+"""SPICE's part of a checkpoint: `checkpoint-N/spice/`, never pickle.
+
+    state.json, state.safetensors   replayed picks, a proxy's adapter and optimizer, the logging window, the totals
+    records/                        a copy of the record files (module `records`)
+
+The schedule is a function of (rows, settings, seed, step), so the state is small. Nothing in it names a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.utils.logging import logger
+from spice_trainer.utils.saved import reading_saved
+
+STATE_FOLDER = "spice"
+RECORDS_COPY = f"{STATE_FOLDER}/records"
+FORMAT_VERSION = 2
+TRAINER_STATE = "trainer_state.json"
+
+# What decides which rows are candidates when: continuing under another value would break "no row twice an epoch".
+_SCHEDULE_KEYS = (
+    "num_rows",
+    "dataset_fingerprint",
+    "steps_per_epoch",
+    "samples_per_step",
+    "pool_size",
+    "pools_per_step",
+    "pool_seed",
+)
+_CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes SPICE's state into a checkpoint.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): The checkpoint's folder.
+        state (`Mapping[str, Any]`): JSON values.
+        tensors (`Mapping[str, torch.Tensor]`): Tensors.
+    """
+    folder = Path(checkpoint) / STATE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "state.safetensors")
+    text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1, allow_nan=False)
+    # Last, and whole or not at all.
+    partial = folder / ".state.json.partial"
+    partial.write_text(text + "\n")
+    partial.replace(folder / "state.json")
+
+
+def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None = None) -> dict[str, Any]:
+    """What decides which rows are candidates when, as JSON values.
+
+    Args:
+        schedule ([`PoolSchedule`]): The run's schedule.
+        dataset_fingerprint (`str`, *optional*): Fingerprint of the rows; `None` if they have none.
+    """
+    return {
+        "num_rows": schedule.num_rows,
+        "dataset_fingerprint": dataset_fingerprint,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "samples_per_step": schedule.shape.samples_per_step,
+        "pool_size": schedule.pool_size,
+        "pools_per_step": schedule.shape.pools_per_step,
+        "pool_seed": schedule.seed,
+    }
+
+
+def load_state(
+    checkpoint: str | os.PathLike[str], *, schedule: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads SPICE's state from a checkpoint and checks that this run continues it.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): The checkpoint's folder.
+        schedule (`Mapping[str, Any]`): This run's schedule, as saved under `"schedule"`.
+        config (`Mapping[str, Any]`): This run's settings, as saved under `"config"`.
+
+    Returns:
+        `tuple`: The JSON values and the tensors.
+
+    Raises:
+        ValueError: If the checkpoint has no SPICE state, one of another format, or one of another schedule.
+    """
+    folder = Path(checkpoint) / STATE_FOLDER
+    path = folder / "state.json"
+    if not path.exists():
+        raise ValueError(
+            f"The checkpoint {checkpoint} has no {STATE_FOLDER}/state.json: it was written by a run without SPICE, "
+            "whose steps are other steps. Detach SPICE to continue that run, or start a new run from its weights "
+            "(`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)`) instead of `resume_from_checkpoint`."
+        )
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        tensors = load_file(folder / "state.safetensors")
+    except (ValueError, OSError, RecursionError, SafetensorError) as error:
+        raise ValueError(
+            f"SPICE's state in {folder} cannot be read ({error}): the checkpoint is damaged, or its writing was "
+            "interrupted. Resume from an earlier checkpoint."
+        ) from error
+    with reading_saved(folder):
+        _check_continues(state, path, checkpoint, schedule=schedule, config=config)
+    return state, tensors
+
+
+def _check_continues(
+    state: Mapping[str, Any],
+    path: Path,
+    checkpoint: str | os.PathLike[str],
+    *,
+    schedule: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    if state.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format version {state.get('format_version')}, this version of spice_trainer reads "
+            f"{FORMAT_VERSION}. Resume with the version that wrote it."
+        )
+    changed = [
+        f"{key} was {state['schedule'].get(key)} and is {schedule.get(key)}"
+        for key in _SCHEDULE_KEYS
+        if state["schedule"].get(key) != schedule.get(key)
+        and not (key == "dataset_fingerprint" and None in (state["schedule"].get(key), schedule.get(key)))
+    ]
+    if changed:
+        raise ValueError(
+            f"The checkpoint {checkpoint} belongs to another selection schedule: {'; '.join(changed)}. The epoch's "
+            "pools would not be the ones it was cut into. Resume with the dataset, batch size, seed and pool settings "
+            "of the run that wrote it, or start a new run."
+        )
+    others = [
+        f"{key} was {state['config'].get(key)} and is {value}"
+        for key, value in config.items()
+        if state["config"].get(key) != value
+    ]
+    if others:
+        logger.warning(
+            "SPICE: settings changed since the checkpoint %s: %s. Picks from here on use the new ones.",
+            checkpoint,
+            "; ".join(others),
+        )
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint to resume from where the user asks for the latest one.
+
+    The Trainer takes the one with the highest number, also if its writing was interrupted. It writes
+    `trainer_state.json` last, so a checkpoint without it is not complete.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's output directory.
+
+    Returns:
+        `str`, *optional*: The complete one with the highest number, or `None` if the directory has no checkpoint.
+
+    Raises:
+        ValueError: If there are checkpoints and none is complete.
+    """
+    folder = Path(output_dir)
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and (match := _CHECKPOINT_FOLDER.fullmatch(path.name))
+    ]
+    incomplete: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        if _is_complete(path):
+            if incomplete:
+                is_one = len(incomplete) == 1
+                logger.warning(
+                    "SPICE: %s in %s %s not complete, %s writing was interrupted. The run continues from %s.",
+                    ", ".join(incomplete), folder, "is" if is_one else "are", "its" if is_one else "their", path.name,
+                )  # fmt: skip
+            return os.fspath(path)
+        incomplete.append(path.name)
+    if incomplete:
+        raise ValueError(
+            f"No checkpoint in {folder} is complete: {', '.join(incomplete)} without a readable {TRAINER_STATE}, "
+            "because writing the first one was interrupted. Start the run anew, without resume_from_checkpoint."
+        )
+    return None
+
+
+def mark_incomplete(checkpoint: str | os.PathLike[str]) -> None:
+    """Called before a checkpoint of the same number is overwritten: until its last file is written it is not whole."""
+    (Path(checkpoint) / TRAINER_STATE).unlink(missing_ok=True)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

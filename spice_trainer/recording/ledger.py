@@ -1,0 +1,208 @@
+"""The cost ledger: what a run's selection and training took, and what training on all the data would have taken.
+
+    run = scoring + selecting + learning + checking + training                    seconds, measured
+    all the data ≈ rows · epochs · tokens a row · (training / tokens trained)     seconds, estimated
+
+The estimate trains every row once in each epoch of the run, in batches of the same size, at the measured seconds a
+trained token. It says nothing of what either run is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spice_trainer.recording.metrics import RunTotals
+
+_BESIDE = (
+    " Another {} of scoring ran beside the training; what it slowed that by is in the seconds a trained token, so "
+    "that the estimate is too high."
+)
+
+
+@dataclass(frozen=True)
+class CostLedger:
+    """What a run cost, and what it is compared with.
+
+    Args:
+        num_rows (`int`): Rows of the training dataset.
+        num_epochs (`float`): Epochs done, replayed ones included.
+        mean_row_tokens (`float`, *optional*): Tokens of a row, in the target's tokens; `None` where unknown.
+        num_rows_scored (`int`): Candidates scored.
+        tokens_scored (`int`): Their tokens.
+        num_rows_trained (`int`): Samples trained on.
+        tokens_trained (`int`): Their tokens.
+        seconds_scoring (`float`): Collating, forward, backward, features, Gram.
+        seconds_selecting (`float`): α, greedy, conflict, stopping, diagnosis.
+        seconds_learning (`float`): A proxy's own updates.
+        seconds_checking (`float`): Comparing a proxy with the target.
+        seconds_training (`float`): The steps themselves.
+        seconds_ahead (`float`, *optional*, defaults to 0): Scoring that ran beside the training, and slowed it.
+        is_mean_of_candidates (`bool`, *optional*, defaults to `True`): Whether `mean_row_tokens` is the mean of the
+            candidates scored.
+    """
+
+    num_rows: int
+    num_epochs: float
+    mean_row_tokens: float | None
+    num_rows_scored: int
+    tokens_scored: int
+    num_rows_trained: int
+    tokens_trained: int
+    seconds_scoring: float
+    seconds_selecting: float
+    seconds_learning: float
+    seconds_checking: float
+    seconds_training: float
+    seconds_ahead: float = 0.0
+    is_mean_of_candidates: bool = True
+
+    @classmethod
+    def from_totals(
+        cls, totals: RunTotals, *, num_rows: int, steps_per_epoch: int, mean_row_tokens: float | None = None
+    ) -> CostLedger:
+        """Reads a run's totals.
+
+        Args:
+            totals ([`RunTotals`]): Sums over the run, from its first step also where it was
+                resumed.
+            num_rows (`int`): Rows of the training dataset.
+            steps_per_epoch (`int`): Optimizer steps of an epoch.
+            mean_row_tokens (`float`, *optional*): Mean tokens of a row of the dataset. By default the mean of the
+                candidates scored, which is of all rows after an epoch; give it where a proxy's tokenizer counted
+                those.
+
+        Returns:
+            [`CostLedger`]
+        """
+        is_mean_of_candidates = mean_row_tokens is None
+        if mean_row_tokens is None and totals.num_candidates:
+            mean_row_tokens = totals.tokens_scored / totals.num_candidates
+        return cls(
+            num_rows=num_rows,
+            num_epochs=totals.num_steps / steps_per_epoch,
+            mean_row_tokens=mean_row_tokens,
+            num_rows_scored=totals.num_candidates,
+            tokens_scored=totals.tokens_scored,
+            num_rows_trained=totals.num_trained,
+            tokens_trained=totals.tokens_trained,
+            seconds_scoring=totals.seconds_scoring,
+            seconds_selecting=totals.seconds_selecting,
+            seconds_learning=totals.seconds_learning,
+            seconds_checking=totals.seconds_checking,
+            seconds_training=totals.seconds_training,
+            seconds_ahead=totals.seconds_ahead,
+            is_mean_of_candidates=is_mean_of_candidates,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """What the run took, measured: its steps' selection and training."""
+        return self.seconds_overhead + self.seconds_training
+
+    @property
+    def seconds_overhead(self) -> float:
+        """What the run took beside training."""
+        return self.seconds_scoring + self.seconds_selecting + self.seconds_learning + self.seconds_checking
+
+    @property
+    def seconds_per_trained_token(self) -> float | None:
+        """Measured; `None` where no token was trained or no time was taken."""
+        if self.tokens_trained <= 0 or self.seconds_training <= 0:
+            return None
+        return self.seconds_training / self.tokens_trained
+
+    @property
+    def seconds_on_all_data(self) -> float | None:
+        """Estimate of training on every row once in each of the run's epochs; `None` where nothing was measured."""
+        num_tokens = self.num_rows * self.num_epochs * (self.mean_row_tokens or 0.0)
+        if self.seconds_per_trained_token is None or num_tokens <= 0:
+            return None
+        return num_tokens * self.seconds_per_trained_token
+
+    @property
+    def cost_ratio(self) -> float | None:
+        """The run's seconds over the estimate for all the data: below 1 the run costs less."""
+        return self.seconds / self.seconds_on_all_data if self.seconds_on_all_data else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ledger as JSON values, with what follows from it."""
+        derived = ("seconds", "seconds_per_trained_token", "seconds_on_all_data", "cost_ratio")
+        names = {"seconds_on_all_data": "estimated_seconds_on_all_data"}
+        return asdict(self) | {names.get(name, name): getattr(self, name) for name in derived}
+
+    def describe(self) -> str:
+        """The break-even sentence of the summary.
+
+        Returns:
+            `str`: What scoring and the run took and, where a token was trained, what training on all the data would
+            have taken.
+        """
+        took = f"Scoring took {format_duration(self.seconds_scoring)}; this run took {format_duration(self.seconds)}"
+        per_token, on_all, ratio = self.seconds_per_trained_token, self.seconds_on_all_data, self.cost_ratio
+        if per_token is None or on_all is None or ratio is None:
+            return f"{took}; what training on all the data would have taken cannot be estimated from it."
+        verdict = "less than" if ratio < 0.995 else "more than" if ratio >= 1.005 else "as much as"
+        mean = ", the mean of the candidates scored" if self.is_mean_of_candidates else " on average"
+        return (
+            f"{took}; training on all the data would have taken about {format_duration(on_all)} (estimated from the "
+            f"measured {_microseconds(per_token)} a trained token and {self.mean_row_tokens:,.1f} tokens a row{mean})."
+            f" So far this run has cost {verdict} that: {ratio:.2f} times as much."
+            f"{_BESIDE.format(format_duration(self.seconds_ahead)) if self.seconds_ahead > 0 else ''}"
+        )
+
+
+def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple[str, str]]:
+    """Rows of the end-of-run table that say what the run cost.
+
+    Args:
+        totals ([`RunTotals`]): Sums over the run.
+        ledger ([`CostLedger`], *optional*): Adds the estimate for all the data.
+
+    Returns:
+        `list[tuple[str, str]]`: Names and values. What took no time at all beside scoring, selecting and training has
+        no row.
+    """
+    parts = [
+        ("Scoring", totals.seconds_scoring, " of the steps' time"),
+        ("Selecting", totals.seconds_selecting, ""),
+        ("Learning (proxy)", totals.seconds_learning, ""),
+        ("Checking (proxy)", totals.seconds_checking, ""),
+        ("Training", totals.seconds_training, ""),
+    ]
+    whole = sum(seconds for _, seconds, _ in parts)
+    rows = [
+        (name, f"{format_duration(seconds)} ({f'{seconds / whole:.1%}' if whole else '-'}{unit})")
+        for name, seconds, unit in parts
+        if seconds > 0 or not name.endswith("(proxy)")
+    ]
+    if totals.seconds_ahead > 0:
+        rows.insert(1, ("Scoring beside the training", format_duration(totals.seconds_ahead)))
+    if ledger is not None and ledger.seconds_on_all_data is not None:
+        epochs = f"{ledger.num_epochs:.3g} epoch{'' if ledger.num_epochs == 1 else 's'}"
+        estimate = f"{format_duration(ledger.seconds_on_all_data)} for {epochs} of {ledger.num_rows:,} rows"
+        rows.append(("Training on all the data, estimated", estimate))
+    return rows
+
+
+def format_duration(seconds: float) -> str:
+    """Writes a duration in the unit a reader would choose.
+
+    Args:
+        seconds (`float`): At least 0.
+
+    Returns:
+        `str`: `"0.02 s"` below 1 s, `"12.3 s"` below a minute, `"5.1 min"` below an hour, else `"1,234.5 h"`.
+    """
+    # The next unit begins where rounding would write 60.0 of this one.
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 59.95 else f"{minutes / 60:,.1f} h"
+
+
+def _microseconds(seconds: float) -> str:
+    value = seconds * 1e6
+    return f"{value:,.0f} µs" if value >= 9.5 else f"{value:.2g} µs"

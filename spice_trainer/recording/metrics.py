@@ -1,0 +1,214 @@
+"""Metrics of a run: per step, averaged over a logging window, and summed over the run.
+
+Every value but the seconds is a function of the picks alone, so a resumed run logs what the uninterrupted one does:
+the window and the totals travel in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.utils.saved import saved_number, saved_numbers
+
+
+def step_metrics(selection: StepSelection) -> dict[str, float]:
+    """The log's values for one step, without clock readings.
+
+    Args:
+        selection ([`StepSelection`]): The step's picks.
+
+    Returns:
+        `dict[str, float]`: Keys `spice/...`. A replayed step has `spice/trained_samples` only; values that need a pick
+        are left out of a step without any, and those that the strategy does not compute of every step.
+    """
+    metrics: dict[str, float] = {"spice/trained_samples": float(len(selection.indices))}
+    if not selection.pools:
+        return metrics
+    pools = selection.pools
+    metrics["spice/num_selected"] = float(sum(len(pool.indices) for pool in pools))
+    metrics["spice/num_candidates"] = float(sum(len(pool.candidates) for pool in pools))
+    picked = [pool for pool in pools if pool.indices]
+    if not picked:
+        return metrics
+    conflicts = [conflict for pool in picked for conflict in pool.selection.conflicts]
+    values: dict[str, list[float | None]] = {
+        "information": [pool.information for pool in picked],
+        "gain_first": [pool.selection.gains[0] for pool in picked],
+        "gain_last": [pool.selection.gains[-1] for pool in picked],
+        "conflict": [*conflicts],
+        "conflict_rate": [conflict if math.isnan(conflict) else float(conflict > 0) for conflict in conflicts],
+        "overlap_top_norm": [pool.overlap_top_norm for pool in picked],
+        "changed_by_conflict": [pool.changed_by_conflict for pool in picked],
+        "tokens_ratio": [(pool.tokens_selected or 0.0) / max(pool.tokens_pool, 1e-9) for pool in picked],
+    }
+    known = {
+        f"spice/{name}": [float(value) for value in found if value is not None and not math.isnan(value)]
+        for name, found in values.items()
+    }
+    return metrics | {name: _mean(found) for name, found in known.items() if found}
+
+
+def transfer_metrics(selection: StepSelection) -> dict[str, float]:
+    """How a proxy's scores compare with the target's, over the step's pools that both scored."""
+    found: dict[str, float] = {}
+    for name in ("rank_correlation", "overlap", "retained", "retained_by_length"):
+        values = [value for transfer in selection.transfers if (value := getattr(transfer, name)) is not None]
+        if values:
+            found[f"spice/proxy_{name}"] = _mean(values)
+    return found
+
+
+def clock_metrics(selection: StepSelection, seconds_training: float) -> dict[str, float]:
+    """The log's clock readings for one step.
+
+    Args:
+        selection ([`StepSelection`]): The step's picks.
+        seconds_training (`float`): What the step itself took.
+
+    Returns:
+        `dict[str, float]`: Seconds scoring and selecting, and learning where a proxy learned; `spice/overhead` is the
+        share of the step's time that went into anything but training.
+    """
+    learning = selection.seconds_learning
+    overhead = selection.seconds_scoring + selection.seconds_selecting + learning + selection.seconds_checking
+    total = overhead + seconds_training
+    metrics = {
+        "spice/seconds_scoring": selection.seconds_scoring,
+        "spice/seconds_selecting": selection.seconds_selecting,
+        "spice/overhead": overhead / total if total > 0 else 0.0,
+    }
+    return metrics | {"spice/seconds_learning": learning} if learning > 0 else metrics
+
+
+class MetricWindow:
+    """Averages each key over the steps since the last training log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Adds one step."""
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call, and an empty window."""
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window as JSON values."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`MetricWindow.state_dict`]."""
+        self._sums, self._counts = saved_numbers(state["sums"]), saved_numbers(state["counts"])
+        if self._sums.keys() != self._counts.keys() or not all(self._counts.values()):
+            raise KeyError("a sum without its count")
+
+
+@dataclass
+class RunTotals:
+    """Sums over a run, for the warning after five pools and the summary at the end."""
+
+    num_steps: int = 0
+    num_replayed_steps: int = 0
+    num_pools: int = 0
+    num_candidates: int = 0
+    num_selected: int = 0
+    num_trained: int = 0
+    num_in_top_norm: float = 0.0
+    num_changed_by_conflict: int = 0
+    num_without_norms: int = 0
+    num_without_conflict: int = 0
+    num_pools_without_information: int = 0
+    num_with_conflict: int = 0
+    num_nonfinite: int = 0
+    num_zero: int = 0
+    num_out_of_memory: int = 0
+    num_fillers: int = 0
+    num_stopped_early: int = 0
+    label_tokens_selected: float = 0.0
+    label_tokens_pool: float = 0.0
+    information: float = 0.0
+    information_top_norm: float = 0.0
+    tokens_scored: int = 0
+    tokens_trained: int = 0
+    seconds_scoring: float = 0.0
+    seconds_selecting: float = 0.0
+    seconds_learning: float = 0.0
+    seconds_checking: float = 0.0
+    seconds_ahead: float = 0.0
+    seconds_training: float = 0.0
+
+    def add_selection(self, selection: StepSelection) -> None:
+        """Adds one step's picks."""
+        self.num_steps += 1
+        self.num_replayed_steps += not selection.pools
+        self.num_trained += len(selection.indices)
+        self.num_fillers += selection.num_fillers
+        self.seconds_scoring += selection.seconds_scoring
+        self.seconds_selecting += selection.seconds_selecting
+        self.seconds_learning += selection.seconds_learning
+        self.seconds_checking += selection.seconds_checking
+        self.seconds_ahead += selection.seconds_ahead
+        for pool in selection.pools:
+            picked = len(pool.indices)
+            self.num_pools += 1
+            self.num_candidates += len(pool.candidates)
+            self.num_selected += picked
+            self.num_in_top_norm += (pool.overlap_top_norm or 0.0) * picked
+            self.num_without_norms += picked if pool.top_norm is None else 0
+            self.num_without_conflict += picked if pool.changed_by_conflict is None else 0
+            self.num_pools_without_information += pool.information is None
+            self.num_changed_by_conflict += pool.changed_by_conflict or 0
+            self.num_with_conflict += sum(conflict > 0 for conflict in pool.selection.conflicts)
+            self.num_nonfinite += len(pool.nonfinite)
+            self.num_zero += len(pool.zero)
+            self.num_out_of_memory += len(pool.out_of_memory)
+            self.num_stopped_early += pool.selection.stopped_early
+            self.label_tokens_selected += sum(pool.label_tokens)
+            self.label_tokens_pool += pool.tokens_pool * len(pool.candidates)
+            self.information += pool.information or 0.0
+            self.information_top_norm += pool.information_top_norm or 0.0
+            self.tokens_scored += pool.num_tokens_pool
+
+    def add_training(self, seconds: float, num_tokens: int) -> None:
+        """Adds one step's training."""
+        self.seconds_training += seconds
+        self.tokens_trained += num_tokens
+
+    @property
+    def overlap_top_norm(self) -> float:
+        """Share of the picks that are among as many largest gradient norms of their pool, of those with norms."""
+        return self.num_in_top_norm / max(self.num_selected - self.num_without_norms, 1)
+
+    @property
+    def mean_label_tokens_selected(self) -> float:
+        """Mean label tokens of a pick."""
+        return self.label_tokens_selected / max(self.num_selected, 1)
+
+    @property
+    def mean_label_tokens_pool(self) -> float:
+        """Mean label tokens of a candidate."""
+        return self.label_tokens_pool / max(self.num_candidates, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`RunTotals.state_dict`]; sums that an older version did not keep begin at their default."""
+        for field in fields(self):
+            setattr(self, field.name, saved_number(state.get(field.name, field.default)))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

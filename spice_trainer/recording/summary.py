@@ -1,0 +1,273 @@
+"""What SPICE says of a run: before it starts, after its first pools, and at its end."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.recording.ledger import CostLedger, cost_rows
+from spice_trainer.recording.metrics import RunTotals
+from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.scoring.memory import MemoryPlan
+from spice_trainer.strategy_options import BY_INFORMATION
+
+WARN_AFTER_POOLS = 5
+_ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")
+SHARE_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it starts.
+
+    Args:
+        num_rows (`int`): Rows of the training dataset.
+        total_steps (`int`): Optimizer steps of the run.
+        dimension (`int`): Trainable LoRA numbers, D.
+        num_features (`int`): Numbers kept per candidate.
+        memory ([`MemoryPlan`]): What scoring takes on each process.
+        num_processes (`int`): Processes that share the scoring.
+        mean_row_tokens (`float`): Mean tokens of a row as it is trained on, from a sample.
+        mean_candidate_tokens (`float`): Mean tokens of a row as it is scored: a proxy may have another tokenizer.
+        num_proxy_parameters (`int`, *optional*): Parameters of the proxy that scores, if one does.
+        token_normalized (`bool`): Whether the loss is normalised by `num_items_in_batch`.
+    """
+
+    num_rows: int
+    total_steps: int
+    dimension: int
+    num_features: int
+    memory: MemoryPlan
+    num_processes: int
+    mean_row_tokens: float
+    mean_candidate_tokens: float
+    num_proxy_parameters: int | None
+    token_normalized: bool
+
+
+def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> str:
+    """The first log line: what is going to happen."""
+    shape = schedule.shape
+    picks, candidates = sum(shape.budgets), min(shape.pools_per_step * schedule.pool_size, plan.num_rows)
+    epochs = plan.total_steps / schedule.steps_per_epoch
+    kept = (
+        f"all {plan.dimension:,} gradient numbers a sample (exact)"
+        if plan.num_features == plan.dimension
+        else f"{plan.num_features:,} numbers a sample, a sketch of {plan.dimension:,}"
+    )
+    how = {
+        "top_norm": f"the norms of {plan.dimension:,} gradient numbers a sample; {_describe_memory(plan, config)}",
+        "loss": "a forward a row and no backward",
+        "perplexity": "a forward a row and no backward",
+        "ifd": "two forwards a row and no backward",
+    }.get(config.strategy, f"{kept}; {_describe_memory(plan, config)}")
+    num_scored = 0 if config.strategy == "random" else candidates
+    shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
+    at_most = "at most " if config.is_adaptive else ""
+    scorer = (
+        "The model itself"
+        if plan.num_proxy_parameters is None
+        else f"A proxy of {plan.num_proxy_parameters:,} parameters"
+    )
+    lines = [
+        f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
+        f"{schedule.steps_per_epoch:,}).",
+        f"Each step {'reads' if config.strategy == 'random' else 'scores'} {shape.pools_per_step} "
+        f"pool{'s' if shape.pools_per_step > 1 else ''} of "
+        f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
+        f"(asked for: {shape.requested_share:.1%}).",
+        f'Rows are picked by strategy="{config.strategy}".',
+        *([] if config.strategy == "random" else [f"{scorer} scores, {shared}with {how}.", *_describe_part(config)]),
+        f"Per step about {num_scored * plan.mean_candidate_tokens:,.0f} tokens are scored and "
+        f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
+    ]
+    if config.selection_epochs is not None:
+        lines.append(f"After {config.selection_epochs} epoch(s) the picks are replayed without scoring.")
+    if not plan.token_normalized:
+        lines.append(
+            "This loss is a mean per micro-batch, so a step's picks are rounded down to a multiple of the "
+            f"{shape.num_slots} micro-batches of a step."
+        )
+    return " ".join(lines)
+
+
+def _describe_part(config: SpiceConfig) -> list[str]:
+    """What of a gradient is computed, where that is not all of it."""
+    parts = []
+    if config.scoring_layers is not None:
+        last = "layer" if config.scoring_layers == 1 else f"{config.scoring_layers} layers"
+        parts.append(f"by the last {last}")
+    if config.scoring_target_modules is not None:
+        parts.append(f"by {', '.join(config.scoring_target_modules)}")
+    if config.scoring_max_tokens is not None:
+        parts.append(f"on the first {config.scoring_max_tokens:,} label tokens of a row")
+    if config.scoring_prefilter is not None:
+        parts.append(f"among the {config.scoring_prefilter:.3g} of a pool with the largest loss")
+    return [f"Rows are scored {', '.join(parts)} alone."] if parts else []
+
+
+def _describe_memory(plan: RunPlan, config: SpiceConfig) -> str:
+    memory, on_each = plan.memory, " on each" if plan.num_processes > 1 else ""
+    features = f"{_bytes(memory.feature_bytes)} of gradient features"
+    if memory.peak_bytes is None or memory.pass_bytes is None:
+        return f"scoring holds {features}{on_each}"
+    return (
+        f"beside the model, scoring takes up to {_bytes(memory.peak_bytes)}{on_each}: {features}, and "
+        f"{_bytes(memory.pass_bytes)} for a forward and backward of at most {config.scoring_tokens_per_batch:,} tokens"
+    )
+
+
+def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
+    """A warning where the batch size makes the share of picks differ from the one asked for."""
+    shape = schedule.shape
+    if abs(shape.effective_share / shape.requested_share - 1) <= SHARE_TOLERANCE:
+        return None
+    fitting = max(1, round(shape.samples_per_step / shape.pools_per_step / shape.requested_share))
+    return (
+        f"SPICE: a step of {shape.samples_per_step} samples picks {shape.effective_share:.1%} of "
+        f"{shape.pools_per_step} pool(s) of {schedule.pool_size}, where num_selected={config.num_selected} asks for "
+        f"{shape.requested_share:.1%}. Set pool_size={fitting} with "
+        f"num_selected={max(1, shape.samples_per_step // shape.pools_per_step)} for the share asked for, or a batch "
+        f"size that is a multiple of {config.num_selected}."
+    )
+
+
+def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
+    """Warnings after the first pools, naming the setting that changes what was seen."""
+    warnings: list[str] = []
+    if config.strategy not in BY_INFORMATION:
+        # The settings that they name change nothing for the others.
+        return warnings
+    better = next(
+        (name for name in ("sqrt_tokens", "unit") if name != config.gradient_normalization),
+        config.gradient_normalization,
+    )
+    if totals.overlap_top_norm >= 0.9 and config.gradient_normalization != "unit":
+        warnings.append(
+            f"SPICE: {totals.overlap_top_norm:.0%} of the picks of the first {totals.num_pools} pools are simply the "
+            "largest gradient norms of their pool, so neither information nor conflict decides. Set "
+            f'gradient_normalization="{better}" (now "{config.gradient_normalization}") to compare directions rather '
+            "than lengths."
+        )
+    if totals.mean_label_tokens_selected < 0.5 * totals.mean_label_tokens_pool:
+        warnings.append(
+            f"SPICE: the picks of the first {totals.num_pools} pools are short: "
+            f"{totals.mean_label_tokens_selected:.1f} "
+            f"label tokens against {totals.mean_label_tokens_pool:.1f} in the pool. The gradient of a mean over few "
+            f'tokens is large. Set gradient_normalization="{better}" (now "{config.gradient_normalization}") if short '
+            "answers are not what you want."
+        )
+    if totals.mean_label_tokens_selected > 2.0 * totals.mean_label_tokens_pool:
+        shorter = "unit" if config.gradient_normalization == "sqrt_tokens" else "sqrt_tokens"
+        warnings.append(
+            f"SPICE: the picks of the first {totals.num_pools} pools are long: "
+            f"{totals.mean_label_tokens_selected:.1f} label tokens against {totals.mean_label_tokens_pool:.1f} in the "
+            "pool, so that short answers are hardly trained on. Set "
+            f'gradient_normalization="{shorter}" (now "{config.gradient_normalization}") if they matter to you.'
+        )
+    return warnings
+
+
+def summarize_run(
+    totals: RunTotals, ledger: CostLedger | None = None, *, trains: bool = True
+) -> list[tuple[str, str]]:
+    """Rows of the end-of-run table: what was picked and what it cost; without those of training if nothing trains."""
+
+    def share(part: float, whole: float) -> str:
+        return f"{part / whole:.1%}" if whole else "-"
+
+    rows = [
+        ("Optimizer steps", f"{totals.num_steps:,}"),
+        (
+            "Candidates scored",
+            f"{totals.num_candidates:,} in {totals.num_pools:,} pools, {totals.tokens_scored:,} tokens",
+        ),
+        (
+            "Samples picked",
+            f"{totals.num_selected:,} ({share(totals.num_selected, totals.num_candidates)} of the candidates)",
+        ),
+        ("Samples trained", f"{totals.num_trained:,}, {totals.tokens_trained:,} tokens"),
+        *_describe_gradients(totals, share),
+        (
+            "Label tokens of a pick / of a candidate",
+            f"{totals.mean_label_tokens_selected:.1f} / {totals.mean_label_tokens_pool:.1f}",
+        ),
+        *_describe_information(totals),
+        *cost_rows(totals, ledger),
+    ]
+    if totals.num_replayed_steps:
+        rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
+    if totals.num_stopped_early:
+        rows.append(("Pools stopped early", f"{totals.num_stopped_early:,} of {totals.num_pools:,}"))
+    if totals.num_nonfinite or totals.num_zero or totals.num_out_of_memory:
+        left_out = f"{totals.num_nonfinite:,} not finite, {totals.num_zero:,} with zero gradient"
+        if totals.num_out_of_memory:
+            left_out += f", {totals.num_out_of_memory:,} too long for the memory"
+        rows.append(("Candidates left out", left_out))
+    if totals.num_fillers:
+        rows.append(("Micro-batches with a neutral filler", f"{totals.num_fillers:,}"))
+    if not trains:
+        rows = [("Steps", f"{totals.num_steps:,}"), *(row for row in rows if row[0] not in _ROWS_OF_TRAINING)]
+    return rows
+
+
+def _describe_gradients(totals: RunTotals, share: Callable[[float, float], str]) -> Iterator[tuple[str, str]]:
+    """Rows on the picks' norms and conflicts, as far as the strategy computed them."""
+    with_norms = totals.num_selected - totals.num_without_norms
+    if with_norms or not totals.num_selected:
+        value = share(with_norms - totals.num_in_top_norm, with_norms)
+        yield ("Picks that are not of the largest norms", value)
+    with_conflict = totals.num_selected - totals.num_without_conflict
+    if with_conflict or not totals.num_selected:
+        changed = totals.num_changed_by_conflict
+        yield ("Picks changed by the conflict penalty", f"{changed:,} ({share(changed, with_conflict)})")
+
+
+def _describe_information(totals: RunTotals) -> Iterator[tuple[str, str]]:
+    num_pools = totals.num_pools - totals.num_pools_without_information
+    if num_pools or not totals.num_pools:
+        information, of_top_norm = (
+            value / max(num_pools, 1) for value in (totals.information, totals.information_top_norm)
+        )
+        yield ("Information, picks / largest norms", f"{information:.4g} / {of_top_norm:.4g} a pool")
+
+
+def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None, *, trains: bool = True) -> None:
+    """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
+    rows = summarize_run(totals, ledger, trains=trains)
+    below = [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
+    # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
+    state = random.getstate()
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        print("\n".join(["", "SPICE summary", *lines, *below]), file=sys.stdout)
+        return
+    table = Table(title="SPICE summary", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    console = Console()
+    try:
+        console.print()
+        console.print(table)
+        for line in below:
+            # A folder's name may look like markup.
+            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    finally:
+        random.setstate(state)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,86 @@
+"""Epochs that select nothing: the picks of the last selecting epoch, shuffled anew and dealt evenly over the steps.
+
+Under `selection_epochs=m` epochs 0 to m−1 select and later ones replay epoch m−1 (the paper: m = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spice_trainer.sampling.schedule import PoolSchedule, replay_epoch
+from spice_trainer.sampling.step_selection import StepSelection, too_few_picks
+from spice_trainer.utils.saved import saved_whole_number
+
+
+class PickReplay:
+    """Remembers the last selecting epoch's picks, and hands them out again.
+
+    Args:
+        selection_epochs (`int`, *optional*): Epochs that select; `None` is all.
+    """
+
+    def __init__(self, selection_epochs: int | None) -> None:
+        self._selection_epochs = selection_epochs
+        self._picks: list[int] = []
+        self._epoch = -1
+
+    def replays(self, epoch: int) -> bool:
+        """Whether an epoch replays earlier picks."""
+        return self._selection_epochs is not None and epoch >= self._selection_epochs
+
+    def remember(self, epoch: int, step_in_epoch: int, indices: Sequence[int]) -> None:
+        """Takes a step's picks."""
+        # An epoch begins anew when a run is resumed with `ignore_data_skip`; its earlier picks don't count then.
+        if self._epoch != epoch or step_in_epoch == 0:
+            self._epoch, self._picks = epoch, []
+        if self._selection_epochs is not None and epoch == self._selection_epochs - 1:
+            self._picks.extend(indices)
+
+    def step(self, schedule: PoolSchedule, epoch: int, step_in_epoch: int, *, global_step: int) -> StepSelection:
+        """A step of a replayed epoch.
+
+        Args:
+            schedule ([`PoolSchedule`]): Steps of an epoch, and micro-batches of a step.
+            epoch (`int`): Epoch, from 0.
+            step_in_epoch (`int`): Step of the epoch, from 0.
+            global_step (`int`): Optimizer updates done before.
+
+        Returns:
+            [`StepSelection`]
+
+        Raises:
+            RuntimeError: If micro-batches must be equal and there are too few picks.
+        """
+        shape = schedule.shape
+        steps = replay_epoch(
+            self._picks,
+            num_steps=schedule.steps_per_epoch,
+            seed=schedule.seed,
+            epoch=epoch,
+            num_slots=shape.num_slots,
+            equal_slots=shape.equal_slots,
+        )
+        indices = steps[step_in_epoch]
+        if not indices and shape.equal_slots:
+            raise too_few_picks(global_step, shape.num_slots)
+        num_fillers = max(0, shape.num_slots - len(indices))
+        return StepSelection(step=global_step, epoch=epoch, indices=indices, num_fillers=num_fillers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch of the remembered picks."""
+        return {"epoch": self._epoch}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The remembered picks."""
+        return {"picks_of_epoch": torch.tensor(self._picks, dtype=torch.int64)}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, num_rows: int) -> None:
+        """Restores [`PickReplay.state_dict`] and [`PickReplay.tensors`]."""
+        self._epoch = saved_whole_number(state["epoch"])
+        picks = [saved_whole_number(row) for row in tensors["picks_of_epoch"].tolist()]
+        if any(not 0 <= row < num_rows for row in picks):
+            raise IndexError(f"a replayed pick is none of the {num_rows} rows")
+        self._picks = picks

@@ -1,0 +1,294 @@
+"""The sampler: from an epoch's pools to the rows each optimizer step trains on.
+
+    epoch ─ pools (module `pools`) ─ scores at θ_t (module `scoring`) ─ picks (module `picks`) ─ rows of step t
+
+A step's pools are scored when its first row is asked for, so the weights are those of its beginning.
+[`SpiceSampler`] serves the Trainer (through `attach_spice`) and a hand-written loop (through [`SpiceSampler.bind`]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.sampling.binding import bind_sampler
+from spice_trainer.sampling.empty_steps import EmptyStepWatch
+from spice_trainer.sampling.fillers import FillerRow
+from spice_trainer.sampling.replay import PickReplay
+from spice_trainer.sampling.schedule import PoolSchedule, StepPools
+from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.scorer import GradientScorer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class SpiceSampler(Sampler[int]):
+    """Yields the dataset rows that SPICE picks, step by step, at the current weights.
+
+    Pass it to [`SpiceTrainer`] or [`attach_spice`], or bind it by hand in an Accelerate loop.
+
+    Args:
+        config ([`SpiceConfig`], *optional*):
+            Settings. Defaults to `SpiceConfig()`.
+        proxy ([`ProxyModel`], *optional*):
+            Scores instead of the model that trains.
+
+    Example:
+    ```python
+    >>> sampler = SpiceSampler(SpiceConfig(pool_size=120, num_selected=12))
+    >>> loader = sampler.bind(model, dataset, data_collator=collator, accelerator=accelerator,
+    ...                       per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    >>> for batch in loader:  # one epoch; exactly 4 batches per optimizer step
+    ...     ...
+    ```
+    """
+
+    def __init__(self, config: SpiceConfig | None = None, proxy: ProxyModel | None = None) -> None:
+        self.config = config if config is not None else SpiceConfig()
+        if not isinstance(self.config, SpiceConfig):
+            raise TypeError(f"config must be a SpiceConfig, got {type(self.config).__name__}.")
+        if not isinstance(proxy, ProxyModel | None):
+            raise TypeError(f"proxy must be a ProxyModel, got {type(proxy).__name__}. Write `ProxyModel(model)`.")
+        self.proxy = proxy
+        self.progress: Callable[[int, int], None] | None = None
+        self._schedule: PoolSchedule | None = None
+        self._selector: StepSelector | None = None
+        self._total_steps: int | None = None
+        self._listeners: list[Callable[[StepSelection], None]] = []
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Selectors hold the model's hooks and threads; a copy is bound anew when its training starts.
+        return vars(self) | {"_schedule": None, "_selector": None}
+
+    def _reset(self) -> None:
+        self.global_step = 0
+        self._next_epoch = 0
+        self._first_step = 0
+        self._empty_steps = EmptyStepWatch(self.config.min_gain)
+        self._filler = FillerRow()
+        self._replay = PickReplay(self.config.selection_epochs)
+
+    def prepare(self, schedule: PoolSchedule, selector: StepSelector, *, total_steps: int | None = None) -> None:
+        """Binds the sampler to a schedule and what selects, at the beginning of a run.
+
+        Args:
+            schedule ([`PoolSchedule`]): Candidates of every step.
+            selector ([`StepSelector`]): Scores them and picks.
+            total_steps (`int`, *optional*): Optimizer steps of the run. `None` is an epoch at a time.
+        """
+        self.close()
+        self._schedule, self._selector, self._total_steps = schedule, selector, total_steps
+        if selector.learner is not None:
+            selector.learner.synchronize()
+        self._reset()
+
+    def close(self) -> None:
+        """Waits for scoring that runs beside the training, at the end of a run."""
+        if self._selector is not None:
+            self._selector.close()
+
+    def bind(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        *,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]],
+        per_device_train_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        accelerator: Accelerator | None = None,
+        token_normalized: bool = True,
+        drop_last: bool = False,
+        seed: int = 42,
+        processing_class: Any = None,
+        validation_dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> DataLoader[Any]:
+        """Binds the sampler by hand and returns the loader to train from.
+
+        Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
+        pools before the previous update.
+
+        Args:
+            model (`torch.nn.Module`): PEFT model with a LoRA adapter, on its device; in a run of several processes as
+                `accelerator.prepare` returned it.
+            dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Tokenised rows, with random access.
+            data_collator (`Callable`): Makes `input_ids` and `labels` from a list of rows.
+            per_device_train_batch_size (`int`): Rows of a micro-batch.
+            gradient_accumulation_steps (`int`, *optional*, defaults to `1`): Micro-batches of an optimizer step.
+            accelerator (`accelerate.Accelerator`, *optional*): Gives device, precision and processes. Without one: the
+                model's device, this process.
+            token_normalized (`bool`, *optional*, defaults to `True`):
+                Whether your loss is summed over the step's micro-batches and divided by the step's label tokens. If it
+                is a mean per micro-batch, set this to `False`: every micro-batch then gets equally many rows.
+            drop_last (`bool`, *optional*, defaults to `False`): Drop an epoch's last step if its pools aren't full.
+            seed (`int`, *optional*, defaults to `42`):
+                Seed of the pools, unless the configuration sets `pool_seed`.
+            processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of `dataset`, to tell whether a
+                proxy shares it.
+            validation_dataset (`datasets.Dataset`, *optional*): Rows like those of `dataset`, which the strategy
+                `less` compares candidates with.
+            optimizer (`torch.optim.Optimizer`, *optional*): The loop's optimizer, prepared or not, for
+                `gradient_preconditioning="adam"` and `conflict_reference="momentum"`.
+
+        Returns:
+            `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
+
+        Raises:
+            ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
+        """
+        return bind_sampler(
+            self,
+            model,
+            dataset,
+            collate=data_collator,
+            per_device_train_batch_size=per_device_train_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            accelerator=accelerator,
+            token_normalized=token_normalized,
+            drop_last=drop_last,
+            seed=seed,
+            processing_class=processing_class,
+            validation_dataset=validation_dataset,
+            optimizer=optimizer,
+        )
+
+    @property
+    def schedule(self) -> PoolSchedule:
+        """The bound schedule."""
+        if self._schedule is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._schedule
+
+    @property
+    def selector(self) -> StepSelector:
+        """The bound selector."""
+        if self._selector is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._selector
+
+    @property
+    def scorer(self) -> GradientScorer:
+        """What scores: the target's scorer, or the proxy's."""
+        return self.selector.scorer
+
+    def add_listener(self, listener: Callable[[StepSelection], None]) -> None:
+        """Calls `listener` with every step's picks before it trains."""
+        self._listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[StepSelection], None]) -> None:
+        """Stops calling `listener`."""
+        self._listeners.remove(listener)
+
+    def __len__(self) -> int:
+        """Rows of an epoch, at most."""
+        return self.schedule.samples_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the rows of one epoch, scoring each step's pools when its first row is asked for."""
+        epoch, first_step = self.begin_epoch()
+        for step_in_epoch in range(first_step, self.schedule.steps_per_epoch):
+            yield from self.select_step(epoch, step_in_epoch).indices
+
+    def start_run(self, global_step: int, *, skip_data: bool = True) -> None:
+        """Continues a run that has done `global_step` optimizer steps.
+
+        Args:
+            global_step (`int`): Optimizer steps done.
+            skip_data (`bool`, *optional*, defaults to `True`): Whether to go on within the epoch rather than start
+                that epoch anew (the Trainer's `ignore_data_skip`).
+        """
+        self.global_step = global_step
+        self._next_epoch, self._first_step = divmod(global_step, self.schedule.steps_per_epoch)
+        if not skip_data:
+            self._first_step = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has done all its steps: resumed at its very end, it has nothing left to pick."""
+        return self._total_steps is not None and self.global_step >= self._total_steps
+
+    def begin_epoch(self) -> tuple[int, int]:
+        """Epoch to run next, and its first step that is not done yet."""
+        epoch, first_step = self._next_epoch, self._first_step
+        self._next_epoch, self._first_step = epoch + 1, 0
+        return epoch, first_step
+
+    def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        """Scores a step's pools at the current weights and picks from them, or replays earlier picks.
+
+        Args:
+            epoch (`int`): Epoch, from 0.
+            step_in_epoch (`int`): Step of the epoch, from 0.
+
+        Returns:
+            [`StepSelection`]
+
+        Raises:
+            RuntimeError: If more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
+        """
+        if self._replay.replays(epoch):
+            selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)
+        else:
+            selection = self._score_step(epoch, step_in_epoch)
+            self._replay.remember(epoch, step_in_epoch, selection.indices)
+        selection = self._filler.provide(selection)
+        self.global_step += 1
+        for listener in self._listeners:
+            listener(selection)
+        return selection
+
+    def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
+        selection = self.selector.select(
+            self.schedule.pools(epoch, step_in_epoch),
+            step=self.global_step,
+            next_plan=self._next_pools(epoch, step_in_epoch) if self.config.overlap_scoring else None,
+            progress=self.progress,
+        )
+        self._empty_steps.note(self.global_step, selection.pools)
+        return selection
+
+    def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:
+        """The pools of the step after this one, if this run will score them."""
+        step_in_epoch += 1
+        if step_in_epoch == self.schedule.steps_per_epoch:
+            epoch, step_in_epoch = epoch + 1, 0
+        is_over = step_in_epoch == 0 if self._total_steps is None else self.global_step + 1 >= self._total_steps
+        return None if is_over or self._replay.replays(epoch) else self.schedule.pools(epoch, step_in_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the number of optimizer steps, as JSON values."""
+        return {
+            "replay": self._replay.state_dict(),
+            "empty_steps": self._empty_steps.state_dict(),
+            "filler": self._filler.state_dict(),
+            "selector": self.selector.state_dict(),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
+        proxy = {f"{_PROXY}{name}": value for name, value in self.selector.tensors().items()}
+        return self._replay.tensors() | proxy
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restores both; raises a `ValueError` if the checkpoint's proxy is not this run's."""
+        proxy = {name.removeprefix(_PROXY): value for name, value in tensors.items() if name.startswith(_PROXY)}
+        self.selector.load_state_dict(state["selector"], proxy)
+        self._empty_steps.load_state_dict(state["empty_steps"])
+        self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
+        self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)
+
+
+_PROXY = "proxy."
+_NOT_BOUND = (
+    "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
+    "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."
+)

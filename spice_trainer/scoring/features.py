@@ -1,0 +1,239 @@
+"""Features of candidates: where gradients go while scoring, exactly or as a sketch, and how they reach their owner.
+
+Each process fills a buffer with the features of the rows it scored, then sends every row to the process that measures
+its pool: m numbers a candidate, sent at most once, whatever the number of processes. The optimizer's momentum, which
+every process has, may be seen through the same features.
+
+Axes: N candidates, D gradient dimension, m features kept per candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from spice_trainer.distributed import Processes
+from spice_trainer.gradients.preconditioning import SecondMoment, precondition_
+from spice_trainer.gradients.sketch import GradientSketch
+
+
+class FeatureBuffer:
+    """Holds the features of some candidates, and takes them module by module as a gradient sink.
+
+    Args:
+        num_rows (`int`): Candidates held.
+        sizes (`Sequence[int]`): Gradient coordinates per module, D = Σ sizes.
+        sketch ([`GradientSketch`], *optional*): Folds gradients; `None` keeps them exactly.
+        device (`torch.device`): Where the features live.
+        moments (`Sequence[SecondMoment]`, *optional*): Adam's second moment of each module, with which gradients are
+            preconditioned before they are kept or folded.
+        momentum (`Sequence[torch.Tensor | None]`, *optional*): The optimizer's momentum of each module, `None` where
+            it has none yet. Left as it is.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        sizes: Sequence[int],
+        sketch: GradientSketch | None,
+        device: torch.device,
+        moments: Sequence[SecondMoment] | None = None,
+        momentum: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self._sketch = sketch
+        self._moments = moments
+        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._sizes = tuple(sizes)
+        width = sketch.sketch_dim if sketch is not None else self._ends[-1]
+        self.features = torch.zeros(num_rows, width, device=device)
+        self.losses = torch.zeros(num_rows, device=device)
+        # Exact also when sketched: the sketch only has to carry directions.
+        self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        self._squared_lengths = self._squared_norms if moments is None else self._squared_norms.clone()
+        self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._batch = self._rows = torch.empty(0, dtype=torch.long, device=device)
+        self._folded = torch.empty(0, device=device)
+        self._norms_by_module: list[Tensor] = []
+        self._lengths_by_module: list[Tensor] = []
+        self.momentum = None if momentum is None else self._features_of(momentum)
+
+    def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
+        """Features of one vector that is given by module."""
+        found = torch.zeros(1, self.features.shape[1], device=self.features.device)
+        for number, (vector, size, end) in enumerate(zip(vectors, self._sizes, self._ends, strict=True)):
+            if vector is None:
+                continue
+            values = vector.to(found, copy=True)[None]
+            if self._sketch is not None:
+                # It overwrites them.
+                self._sketch.fold_(found, number, values)
+            else:
+                found[:, end - size : end] = values
+        return found[0]
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Announces which rows of the buffer the next micro-batch fills, in its order.
+
+        What an earlier attempt at them left behind when memory ran out is forgotten.
+        """
+        self._batch = torch.tensor(rows, device=self.features.device)
+        self._start(self._batch)
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Takes gradients of some rows of the micro-batch anew; what comes from here on is theirs alone."""
+        self._store()
+        self._start(self._batch[list(rows)])
+
+    def _start(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._norms_by_module, self._lengths_by_module = [], []
+        if self._sketch is not None:
+            self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
+
+    def add(self, module_index: int, gradients: Float[Tensor, "n D_l"]) -> None:
+        """Takes one module's sample gradients of the announced rows."""
+        gradients = gradients.to(self.features.device)
+        # float64 sums of squares: gradients of 1e-30 would vanish, and of 1e+30 overflow, when squared in float32.
+        # Put together at the end: on a GPU, launching small kernels for every module is what scoring could wait for.
+        self._norms_by_module.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
+        if self._moments is not None:
+            precondition_(gradients, self._moments[module_index])
+            self._lengths_by_module.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
+        if self._sketch is not None:
+            self._sketch.fold_(self._folded, module_index, gradients)
+        else:
+            end = self._ends[module_index]
+            self.features[self._rows, end - self._sizes[module_index] : end] = gradients
+
+    def finish(self, losses: Float[Tensor, "n"]) -> None:
+        """Ends the announced micro-batch with its rows' losses."""
+        self.losses[self._batch] = losses.to(self.losses)
+        self._store()
+
+    def _store(self) -> None:
+        if self._norms_by_module:
+            self._squared_norms[self._rows] = torch.stack(self._norms_by_module).square_().sum(0)
+        if self._lengths_by_module:
+            self._squared_lengths[self._rows] = torch.stack(self._lengths_by_module).square_().sum(0)
+        if self._sketch is not None:
+            self.features[self._rows] = self._folded
+
+    def leave_out(self, row: int) -> None:
+        """Marks a row that does not fit into memory alone; nothing is known of its gradient."""
+        self.features[row] = 0.0
+        self._squared_norms[row] = self._squared_lengths[row] = 0.0
+        self.out_of_memory[row] = True
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether the features are of preconditioned gradients."""
+        return self._moments is not None
+
+    @property
+    def norms(self) -> Float64[Tensor, "N"]:
+        """Exact norms of the raw gradients."""
+        return self._squared_norms.sqrt()
+
+    @property
+    def lengths(self) -> Float64[Tensor, "N"]:
+        """Exact norms of what the features are of: of the raw gradients, or the preconditioned ones."""
+        return self._squared_lengths.sqrt()
+
+
+class DiscardedGradients:
+    """A gradient sink that keeps nothing, for a forward that only keeps step with the other processes."""
+
+    def add(self, module_index: int, gradients: Tensor) -> None:
+        """Drops the gradients."""
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Drops those that come again, too."""
+
+
+@dataclass(frozen=True)
+class OwnedFeatures:
+    """Features of the candidates of the pools that this process measures.
+
+    Args:
+        rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
+        features (`torch.Tensor` of shape `(n, m)`): Their features.
+        norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
+        lengths (`torch.Tensor` of shape `(n,)`): The same of what the features are of, which may be preconditioned.
+        losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
+        out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU.
+        momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
+    """
+
+    rows: dict[int, int]
+    features: Float[Tensor, "n m"]
+    norms: Float64[Tensor, "n"]
+    lengths: Float64[Tensor, "n"]
+    losses: Float[Tensor, "n"]
+    out_of_memory: Bool[Tensor, "n"]
+    momentum: Float[Tensor, " m"] | None = None
+
+    def take(self, positions: Sequence[int]) -> OwnedFeatures:
+        """Those of some candidates, in their order; views where they lie together."""
+        rows = [self.rows[position] for position in positions]
+        where: slice | list[int] = rows
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            where = slice(rows[0], rows[0] + len(rows))
+        return OwnedFeatures(
+            rows={position: place for place, position in enumerate(positions)},
+            features=self.features[where],
+            norms=self.norms[where],
+            lengths=self.lengths[where],
+            losses=self.losses[where],
+            out_of_memory=self.out_of_memory[where],
+            momentum=self.momentum,
+        )
+
+
+def order_for_owners(held: Sequence[int], owners: Sequence[int]) -> list[int]:
+    """The order in which a process holds candidates: by owner, then position, so that each owner's lie together."""
+    return sorted(held, key=lambda position: (owners[position], position))
+
+
+def send_to_owners(
+    buffer: FeatureBuffer, holders: Sequence[int], owners: Sequence[int], processes: Processes
+) -> OwnedFeatures:
+    """Brings each candidate's features from the process that scored it to the one that measures its pool.
+
+    Args:
+        buffer ([`FeatureBuffer`]): What this process scored, in the order of [`order_for_owners`].
+        holders (`Sequence[int]`): The process that scored each candidate.
+        owners (`Sequence[int]`): The process that measures each candidate's pool.
+        processes ([`Processes`]): All of them; each calls this.
+
+    Returns:
+        [`OwnedFeatures`]
+    """
+    world_size, rank = processes.world_size, processes.rank
+    send_counts, receive_counts = [0] * world_size, [0] * world_size
+    arriving: list[list[int]] = [[] for _ in range(world_size)]
+    for position, (holder, owner) in enumerate(zip(holders, owners, strict=True)):
+        if holder == rank:
+            send_counts[owner] += 1
+        if owner == rank:
+            receive_counts[holder] += 1
+            arriving[holder].append(position)
+    features = processes.exchange(buffer.features, send_counts, receive_counts)
+    measured = [buffer.losses.double(), buffer.out_of_memory.double(), buffer.norms]
+    if buffer.is_preconditioned:
+        measured.append(buffer.lengths)
+    arrived = processes.exchange(torch.stack(measured, dim=1), send_counts, receive_counts).cpu().unbind(1)
+    losses, out_of_memory, norms, lengths = *arrived[:3], arrived[-1]
+    order = [position for positions in arriving for position in positions]
+    return OwnedFeatures(
+        rows={position: row for row, position in enumerate(order)},
+        features=features,
+        norms=norms,
+        lengths=lengths,
+        losses=losses.float(),
+        out_of_memory=out_of_memory.bool(),
+        momentum=buffer.momentum,
+    )

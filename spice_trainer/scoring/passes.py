@@ -1,0 +1,235 @@
+"""This process's micro-batches: forwards and backwards that give gradient features, or forwards that give losses.
+
+    micro-batch ─ padded ─ forward ─┬─ backward ─ features, losses        (gradients)
+                                    └─ losses                             (no graph, about half of the work)
+
+Where memory runs out a micro-batch is halved, and so are later ones; a row that does not fit alone is marked. Nothing
+here speaks to another process but the forwards of sharded weights, and nothing is drawn at random: a proxy's can run
+beside the target's training.
+
+Axes: n rows of a micro-batch, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spice_trainer.data.checks import naming_rows
+from spice_trainer.data.rows import CandidateRow, pad_rows
+from spice_trainer.distributed import Processes
+from spice_trainer.gradients.layers import trainable_size
+from spice_trainer.gradients.momentum import OptimizerMomentum
+from spice_trainer.gradients.per_sample import SampleGradients
+from spice_trainer.gradients.preconditioning import AdamMoments
+from spice_trainer.gradients.sketch import GradientSketch
+from spice_trainer.scoring.features import DiscardedGradients, FeatureBuffer
+from spice_trainer.scoring.out_of_memory import TokenBudget, explained, features_error, lockstep_error
+from spice_trainer.scoring.sharing import SharedCandidates
+
+# Runs some rows, whose places in what is filled are given; of rows that only keep step there are none.
+_RunRows = Callable[[SampleGradients, list[CandidateRow], Sequence[int] | None], None]
+
+
+class ScoringPasses:
+    """Runs the micro-batches that fell to this process.
+
+    Args:
+        get_model (`Callable[[], torch.nn.Module]`): Gives the model to score with at the moment of scoring.
+        modules (`Mapping[str, torch.nn.Linear]`): The layers whose gradients are taken.
+        sketch_dim (`int`): Numbers kept of each gradient; 0 keeps all.
+        tokens_per_batch (`int`): Tokens of a micro-batch, padding included.
+        seed (`int`): Seed of the sketch.
+        autocast (`Callable`, *optional*): Makes the context of the training precision.
+        processes ([`Processes`]): Those that share the work.
+        moments ([`AdamMoments`], *optional*): What gradients are preconditioned with.
+        momentum ([`OptimizerMomentum`], *optional*): What they may be in conflict with.
+    """
+
+    def __init__(
+        self,
+        get_model: Callable[[], nn.Module],
+        modules: Mapping[str, nn.Linear],
+        *,
+        sketch_dim: int,
+        tokens_per_batch: int,
+        seed: int,
+        autocast: Callable[[], AbstractContextManager[Any]] | None,
+        processes: Processes,
+        moments: AdamMoments | None = None,
+        momentum: OptimizerMomentum | None = None,
+    ) -> None:
+        self.get_model = get_model
+        self.modules = dict(modules)
+        self.processes = processes
+        # What fits may be less; that is this process's own affair, the shared plan stays as it is.
+        self.budget = TokenBudget(tokens_per_batch)
+        self._autocast = autocast
+        self._moments = moments
+        self._momentum = momentum
+        self._sizes = [trainable_size(module) for module in self.modules.values()]
+        self.dimension = sum(self._sizes)
+        self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
+        self._seed = seed
+        self._sketch: GradientSketch | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Numbers kept per candidate: `sketch_dim`, or D when exact."""
+        return self.sketch_dim or self.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, and where the features live."""
+        if self.processes.lockstep:
+            # Sharded weights may rest on the CPU (offload); the wrapper computes here.
+            return self.processes.device
+        return input_device(self.get_model())
+
+    def open(self) -> SampleGradients:
+        """The context in which passes run."""
+        return SampleGradients(self.get_model(), self.modules, can_repeat=not self.processes.lockstep)
+
+    def new_buffer(self, num_rows: int, *, preconditioned: bool = True) -> FeatureBuffer:
+        """Room for the features of some candidates, of raw gradients if preconditioning is not wanted or asked for."""
+        device = self.device
+        moments = self._moments.read() if self._moments is not None and preconditioned else None
+        momentum = None if self._momentum is None else self._momentum.read(moments)
+        with explained(features_error(num_rows, self.num_features)):
+            if self.sketch_dim and self._sketch is None:
+                self._sketch = GradientSketch(self._sizes, self.sketch_dim, seed=self._seed, device=device)
+            return FeatureBuffer(num_rows, self._sizes, self._sketch, device, moments, momentum)
+
+    def compute_features(
+        self,
+        shared: SharedCandidates,
+        report: Callable[[float], None] | None = None,
+        *,
+        preconditioned: bool = True,
+    ) -> FeatureBuffer:
+        """Runs forwards and backwards.
+
+        Args:
+            shared ([`SharedCandidates`]): The candidates.
+            report (`Callable[[float], None]`, *optional*): Told the share that is done.
+            preconditioned (`bool`, *optional*, defaults to `True`): Whether gradients are, if that is asked for.
+
+        Returns:
+            [`FeatureBuffer`]: Features of what this process scored.
+
+        Raises:
+            RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
+        """
+        buffer = self.new_buffer(len(shared.held), preconditioned=preconditioned)
+
+        def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
+            inputs, labels = pad_rows(rows)
+            self.run_pass(sample_gradients, inputs, labels, None if places is None else buffer, places or [])
+
+        self._run(shared, run, buffer.leave_out, report)
+        return buffer
+
+    def compute_losses(
+        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+    ) -> dict[int, float | None]:
+        """Runs forwards alone.
+
+        Args:
+            shared ([`SharedCandidates`]): The candidates.
+            report (`Callable[[float], None]`, *optional*): Told the share that is done.
+
+        Returns:
+            `dict[int, float]`: Mean negative log-likelihood of the label tokens of each candidate that this process
+            scores, by its position; `None` for one that does not fit into memory.
+
+        Raises:
+            RuntimeError: If there is no memory for a pass with sharded weights.
+        """
+        losses: list[float | None] = [None] * len(shared.held)
+
+        def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
+            inputs, labels = self._move(*pad_rows(rows))
+            with self._autocast() if self._autocast is not None else nullcontext():
+                found = sample_gradients.losses(inputs, labels).tolist()
+            for place, loss in zip(places or [], found, strict=places is not None):
+                losses[place] = loss
+
+        def leave_out(place: int) -> None:
+            losses[place] = None
+
+        self._run(shared, run, leave_out, report)
+        scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
+        return {position: loss for position, loss in zip(shared.held, losses, strict=True) if position in scored}
+
+    def run_pass(
+        self,
+        sample_gradients: SampleGradients,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        buffer: FeatureBuffer | None,
+        places: Sequence[int],
+    ) -> None:
+        """One forward and backward of padded rows. Their features go to `places` of the buffer, if there is one."""
+        inputs, labels = self._move(inputs, labels)
+        if buffer is not None:
+            buffer.begin(places)
+        with self._autocast() if self._autocast is not None else nullcontext():
+            losses = sample_gradients.compute(inputs, labels, buffer or DiscardedGradients())
+        if buffer is not None:
+            buffer.finish(losses)
+
+    def _move(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        device = self.device
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        return moved, labels.to(device)
+
+    def _run(
+        self,
+        shared: SharedCandidates,
+        run: _RunRows,
+        leave_out: Callable[[int], None],
+        report: Callable[[float], None] | None,
+    ) -> None:
+        places = {position: place for place, position in enumerate(shared.held)}
+        num_rows, done, report = sum(map(len, shared.batches)), 0, report or (lambda share: None)
+        if not shared.batches:
+            report(1.0)
+        with self.open() as sample_gradients:
+            for number, batch in enumerate(shared.batches):
+                rows = [shared.rows[position] for position in batch]
+                if number < shared.num_kept:
+                    where = [places[position] for position in batch]
+                    for position in self._run_in_parts(sample_gradients, run, rows, where):
+                        leave_out(where[position])
+                        self.budget.leave_out(rows[position])
+                else:
+                    run(sample_gradients, rows, None)
+                done += len(batch)
+                report(done / num_rows)
+
+    def _run_in_parts(
+        self, sample_gradients: SampleGradients, run: _RunRows, rows: list[CandidateRow], places: list[int]
+    ) -> list[int]:
+        """Runs a micro-batch; positions of the rows that do not fit alone."""
+
+        def attempt(part: range) -> None:
+            where = slice(part.start, part.stop)
+            with naming_rows(rows[where], self.get_model()):
+                run(sample_gradients, rows[where], places[where])
+
+        lengths = [row.num_tokens for row in rows]
+        if self.processes.lockstep and self.processes.world_size > 1:
+            with explained(lockstep_error(len(rows), max(lengths))):
+                attempt(range(len(rows)))
+            return []
+        return self.budget.run(lengths, attempt)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: the device of its input embedding."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))

@@ -1,0 +1,293 @@
+"""Greedy choice of the samples with most Fisher information and least conflict.
+
+    s(x|S) = Δ(x|S) − λ c(x|S),    c(x|S) = max(0, −cos(g_x, ḡ)),    cos = g·ḡ / (‖g‖‖ḡ‖ + 1e-8)
+
+Δ is the marginal gain of an information measure, ḡ the mean gradient of the samples already picked (or of the
+candidates not yet picked, or of all). Conflicts come from the Gram matrix K alone, whatever the measure, unless ḡ is a
+gradient that is no mean of candidates: then its cosines are given. Nothing here knows about models or trainers.
+
+Axes: N candidates, K picked, D gradient dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, check_matrix, check_rules, sound_rows
+from spice_trainer.selection.conflict import conflicts_of_cosines, conflicts_with_mean
+from spice_trainer.selection.gram import measure_rows, normalized_gram
+from spice_trainer.selection.information import (
+    ExactInformation,
+    InformationKind,
+    InformationMeasure,
+    build_information,
+)
+
+ConflictReference = Literal["selected", "candidates", "pool"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a greedy pass picked, in the order it was picked.
+
+    Args:
+        indices (`tuple[int, ...]`): Positions of the picks in the pool.
+        gains (`tuple[float, ...]`): Δ of each pick when it was picked.
+        conflicts (`tuple[float, ...]`): Conflict c of each pick when it was picked, in [0, 1].
+        scores (`tuple[float, ...]`): Δ − λ c of each pick.
+        information (`float`): F of all picks.
+        stopped_early (`bool`): Whether `stop_ratio` or `min_gain` ended the pass.
+    """
+
+    indices: tuple[int, ...]
+    gains: tuple[float, ...]
+    conflicts: tuple[float, ...]
+    scores: tuple[float, ...]
+    information: float
+    stopped_early: bool
+
+
+def select(
+    gram: Float[Tensor, "N N"],
+    num_selected: int,
+    *,
+    fisher_alpha: float = 1.0,
+    conflict_penalty: float = 0.1,
+    conflict_reference: ConflictReference = "selected",
+    stop_ratio: float | None = None,
+    min_gain: float | None = None,
+    tie_tolerance: float = 1e-6,
+) -> Selection:
+    """Picks samples greedily with the exact information log det(I + α Σ g gᵀ), from their Gram matrix.
+
+    Args:
+        gram (`Tensor`): Inner products of the N candidates' gradients, shape (N, N), any floating dtype and device;
+            computed in float64 on the CPU. Rows with a non-finite or zero diagonal are never picked.
+        num_selected (`int`): K, the most samples to pick. Fewer are returned only if fewer rows are sound or a
+            stopping rule fires.
+        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
+        conflict_penalty (`float`, *optional*, defaults to 0.1): λ; 0 leaves the information alone.
+        conflict_reference (`str`, *optional*, defaults to "selected"): Whose mean gradient a conflict is against:
+            the samples already "selected" (no conflict for the first), the sound "candidates" not yet picked, or
+            all sound candidates of the "pool".
+        stop_ratio (`float`, *optional*): Stops before the first pick whose gain is at most this share of the
+            first gain.
+        min_gain (`float`, *optional*): Stops before the first pick whose gain is below this; may pick nothing at all.
+        tie_tolerance (`float`, *optional*, defaults to 1e-6): Scores within this, times the larger of |best score| and
+            first gain, of the best are tied and go to the lowest position. 0 is strict.
+
+    Returns:
+        [`Selection`]: The picks in order; empty if no row is sound.
+
+    Raises:
+        ValueError: If an argument is out of range or `gram` is not a Gram matrix.
+
+    Example:
+    ```python
+    >>> gradients = torch.randn(120, 1000)
+    >>> select(gradients @ gradients.T, 12).indices
+    ```
+    """
+    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
+    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    return greedy(
+        ExactInformation(gram, fisher_alpha=fisher_alpha),
+        gram,
+        num_selected,
+        conflict_penalty=conflict_penalty,
+        conflict_reference=conflict_reference,
+        stop_ratio=stop_ratio,
+        min_gain=min_gain,
+        tie_tolerance=tie_tolerance,
+    )
+
+
+def select_from_gradients(
+    gradients: Float[Tensor, "N D"],
+    num_selected: int,
+    *,
+    information: InformationKind = "exact",
+    fisher_alpha: float = 1.0,
+    conflict_penalty: float = 0.1,
+    conflict_reference: ConflictReference = "selected",
+    stop_ratio: float | None = None,
+    min_gain: float | None = None,
+    tie_tolerance: float = 1e-6,
+) -> Selection:
+    """Picks samples greedily from their gradients, with any of the three information measures.
+
+    Args:
+        gradients (`Tensor`): One gradient per row, shape (N, D), any floating dtype and device. Not modified: a
+            copy of the same size is made. Rows that are zero or hold a non-finite entry are never picked.
+        num_selected (`int`): K, the most samples to pick.
+        information (`str`, *optional*, defaults to "exact"): "exact", "diagonal" or "adafisher".
+        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
+        conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
+        conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
+        stop_ratio (`float`, *optional*): See [`select`].
+        min_gain (`float`, *optional*): See [`select`].
+        tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
+
+    Returns:
+        [`Selection`]: The picks in order; empty if no row is sound.
+
+    Raises:
+        ValueError: If an argument is out of range or `gradients` is not a floating point matrix.
+    """
+    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
+    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    check_choice("information", information, InformationKind)
+    check_alpha(fisher_alpha)
+    check_matrix(gradients, "gradients")
+    rows = gradients.detach().clone()
+    geometry = measure_rows(rows, product_dtype=torch.float64)
+    gram = normalized_gram(geometry.cosines, geometry.norms, torch.ones_like(geometry.norms), unit=False)
+    measure = build_information(
+        information, gram=gram, gradients=rows, fisher_alpha=fisher_alpha, row_weights=geometry.scales
+    )
+    return greedy(
+        measure,
+        gram,
+        num_selected,
+        conflict_penalty=conflict_penalty,
+        conflict_reference=conflict_reference,
+        stop_ratio=stop_ratio,
+        min_gain=min_gain,
+        tie_tolerance=tie_tolerance,
+    )
+
+
+def greedy(
+    measure: InformationMeasure,
+    gram: Float[Tensor, "N N"],
+    num_selected: int,
+    *,
+    conflict_penalty: float = 0.1,
+    conflict_reference: ConflictReference = "selected",
+    reference_cosines: Float[Tensor, " N"] | None = None,
+    stop_ratio: float | None = None,
+    min_gain: float | None = None,
+    tie_tolerance: float = 1e-6,
+) -> Selection:
+    """Runs the greedy loop on any information measure; [`select`] and [`select_from_gradients`] are built on it.
+
+    Args:
+        measure ([`InformationMeasure`]): A measure with nothing added; the picks are added to it.
+        gram (`Tensor`): Inner products of the same N candidates, shape (N, N), for the conflicts.
+        num_selected (`int`): K, the most samples to pick.
+        conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
+        conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
+        reference_cosines (`Tensor`, *optional*): Cosine of each candidate's gradient with one that is no mean of
+            candidates, such as the optimizer's momentum, shape (N,). Conflicts are with that one then, whatever
+            `conflict_reference`: c(x) = max(0, −cos), the same after every pick.
+        stop_ratio (`float`, *optional*): See [`select`].
+        min_gain (`float`, *optional*): See [`select`].
+        tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
+
+    Returns:
+        [`Selection`]: The picks in order; empty if no row is sound.
+
+    Raises:
+        ValueError: If an argument is out of range, or `measure` and `gram` do not fit together.
+    """
+    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
+    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    gram = check_gram(gram)
+    if measure.num_candidates != gram.shape[0]:
+        raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
+    if measure.information != 0.0:
+        raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
+
+    sound = sound_rows(gram)
+    fixed = None if reference_cosines is None else conflicts_of_cosines(reference_cosines, sound)
+    everyone: list[int] = sound.nonzero().flatten().tolist()
+    remaining = list(everyone)
+    indices: list[int] = []
+    gains: list[float] = []
+    conflicts: list[float] = []
+    stopped_early = False
+    while remaining and len(indices) < num_selected:
+        references = {"selected": indices, "candidates": remaining, "pool": everyone}
+        current = conflicts_with_mean(gram, references[conflict_reference]) if fixed is None else fixed
+        first_gain = gains[0] if gains else None
+        index, gain = _best(measure, remaining, current, conflict_penalty, first_gain, tie_tolerance)
+        if min_gain is not None and gain < min_gain:
+            stopped_early = True
+        if stop_ratio is not None and first_gain is not None and gain <= stop_ratio * first_gain:
+            stopped_early = True
+        if stopped_early:
+            break
+        measure.add(index)
+        remaining.remove(index)
+        indices.append(index)
+        gains.append(gain)
+        conflicts.append(current[index])
+    scores = tuple(gain - conflict_penalty * conflict for gain, conflict in zip(gains, conflicts, strict=True))
+    return Selection(tuple(indices), tuple(gains), tuple(conflicts), scores, measure.information, stopped_early)
+
+
+def information_of(measure: InformationMeasure | Callable[[], InformationMeasure], indices: Iterable[int]) -> float:
+    """Returns F of the given candidates, added in the given order.
+
+    Args:
+        measure ([`InformationMeasure`] or a function that builds one): With nothing added; a measure that is given is
+            used up.
+        indices (`Iterable[int]`): Positions of distinct candidates.
+
+    Returns:
+        `float`: F(S); 0 for no candidates.
+
+    Raises:
+        ValueError: If a position repeats or is out of range, or the measure holds picks already.
+    """
+    fresh = measure() if callable(measure) else measure
+    if fresh.information != 0.0:
+        raise ValueError(
+            "information_of needs a measure with nothing added, but this one holds picks. Build a new one."
+        )
+    positions = list(indices)
+    if len(set(positions)) != len(positions) or not all(0 <= index < fresh.num_candidates for index in positions):
+        raise ValueError(f"indices must be distinct positions in [0, {fresh.num_candidates}), got {positions}.")
+    for index in positions:
+        fresh.add(index)
+    return fresh.information
+
+
+def _best(
+    measure: InformationMeasure,
+    remaining: list[int],
+    conflicts: list[float],
+    penalty: float,
+    first_gain: float | None,
+    tie_tolerance: float,
+) -> tuple[int, float]:
+    """Returns the position and gain of the next pick, evaluating only candidates whose bound reaches the best."""
+    bounds, exact = measure.gain_bounds()
+    gains: list[float] = bounds.tolist()
+    known: list[bool] = exact.tolist()
+    scores = {index: gains[index] - penalty * conflicts[index] for index in remaining}
+    evaluated = [index for index in remaining if known[index]]
+    pending = sorted((index for index in remaining if not known[index]), key=lambda index: scores[index])
+    best = max(evaluated, key=lambda index: scores[index], default=-1)
+    threshold = -math.inf
+    while True:
+        if best >= 0:
+            scale = gains[best] if first_gain is None else first_gain
+            threshold = scores[best] - tie_tolerance * max(abs(scores[best]), scale)
+        if not pending or scores[pending[-1]] < threshold:
+            break
+        index = pending.pop()
+        gains[index] = float(measure.gains([index]))
+        scores[index] = gains[index] - penalty * conflicts[index]
+        evaluated.append(index)
+        if best < 0 or (scores[index], -index) > (scores[best], -best):
+            best = index
+    chosen = min(index for index in evaluated if scores[index] >= threshold)
+    return chosen, gains[chosen]

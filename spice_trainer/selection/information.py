@@ -1,0 +1,145 @@
+"""How much Fisher information a candidate adds to the samples already picked.
+
+Each measure holds the state of a growing set S and answers with marginal gains Δ(x|S) = F(S ∪ {x}) − F(S):
+
+    exact       F(S) = log det(I + α Σ_S g gᵀ)             from the Gram matrix K alone
+    diagonal    F(S) = Σ_j log(1 + α Σ_S g_j²)             from the N×D gradients
+    adafisher   Δ(x|S) = log1p(α Σ_j g_xj² / D_j), D_j = 1 + α Σ_S g_j⁴
+
+For all three a gain never rises as S grows.
+
+Axes: N candidates, D gradient dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, sound_rows
+from spice_trainer.selection.cholesky import conditional_factor
+from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
+
+__all__ = [
+    "AdaFisherInformation",
+    "DiagonalInformation",
+    "ExactInformation",
+    "InformationKind",
+    "InformationMeasure",
+    "build_information",
+]
+
+InformationKind = Literal["exact", "diagonal", "adafisher"]
+
+
+class InformationMeasure(Protocol):
+    """A growing set S with the marginal gain of every candidate."""
+
+    @property
+    def num_candidates(self) -> int:
+        """N, the number of candidates."""
+
+    @property
+    def information(self) -> float:
+        """F(S): the sum of the gains of what was added, in order."""
+
+    def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Returns upper bounds on the current gains, and which of them are the gains themselves."""
+
+    def gains(self, indices: Sequence[int] | None = None) -> Float64[Tensor, " M"]:
+        """Returns the current gains of `indices`, or of all candidates."""
+
+    def add(self, index: int) -> float:
+        """Adds candidate `index` to S and returns the gain it had."""
+
+
+class ExactInformation:
+    """F(S) = log det(I + α Σ_S g gᵀ) from the Gram matrix, by an incremental Cholesky factor in O(N K²) a pass.
+
+        Δ(x|S) = log1p(α (K_xx − α K_xS (I + α K_SS)⁻¹ K_Sx))
+
+    Rows that cannot be picked (a non-finite or zero diagonal) have gain 0.
+
+    Args:
+        gram (`Tensor`): K, the inner products of the gradients, shape (N, N), any floating dtype; computed in float64.
+        fisher_alpha (`float`): α > 0.
+
+    Raises:
+        ValueError: If `gram` is not a Gram matrix or `fisher_alpha` is not positive and finite.
+    """
+
+    def __init__(self, gram: Float[Tensor, "N N"], *, fisher_alpha: float) -> None:
+        check_alpha(fisher_alpha)
+        gram = check_gram(gram)
+        sound = sound_rows(gram)
+        gram = torch.where(sound[:, None] & sound, gram, 0.0)
+        self._factor = conditional_factor(gram, fisher_alpha)
+        self._gains = self._factor.gains()
+        self._information = 0.0
+
+    @property
+    def num_candidates(self) -> int:
+        """N, the number of candidates."""
+        return self._gains.shape[0]
+
+    @property
+    def information(self) -> float:
+        """F(S): the sum of the gains of what was added."""
+        return self._information
+
+    def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Returns the current gains, all of them exact."""
+        return self._gains, torch.ones_like(self._gains, dtype=torch.bool)
+
+    def gains(self, indices: Sequence[int] | None = None) -> Float64[Tensor, " M"]:
+        """Returns the current gains of `indices`, or of all candidates."""
+        return self._gains.clone() if indices is None else self._gains[list(indices)]
+
+    def add(self, index: int) -> float:
+        """Adds candidate `index` to S and returns the gain it had."""
+        gain = float(self._gains[index])
+        self._factor.add(index)
+        self._gains = self._factor.gains()
+        self._information += gain
+        return gain
+
+
+def build_information(
+    kind: InformationKind,
+    *,
+    gram: Float[Tensor, "N N"],
+    gradients: Float[Tensor, "N D"] | None = None,
+    fisher_alpha: float,
+    row_weights: Float64[Tensor, " N"] | None = None,
+) -> InformationMeasure:
+    """Builds a measure with nothing added.
+
+    Args:
+        kind (`str`): "exact", "diagonal" or "adafisher".
+        gram (`Tensor`): Inner products of the gradients, shape (N, N); what "exact" reads.
+        gradients (`Tensor`, *optional*): Unsketched rows, shape (N, D); what "diagonal" and "adafisher" read.
+        fisher_alpha (`float`): α > 0.
+        row_weights (`Tensor`, *optional*): Multiplier of each row of `gradients`, shape (N,).
+
+    Returns:
+        [`InformationMeasure`]: The measure.
+
+    Raises:
+        ValueError: If `kind` is unknown, or the gradients it needs are missing or of another number of rows.
+    """
+    check_choice("information", kind, InformationKind)
+    if kind == "exact":
+        return ExactInformation(gram, fisher_alpha=fisher_alpha)
+    if gradients is None:
+        raise ValueError(
+            f'information="{kind}" reads the N×D gradients, because it depends on their coordinates, but gradients is '
+            'None. Pass the unsketched gradients, or use information="exact", which needs the Gram matrix alone.'
+        )
+    if gradients.shape[0] != gram.shape[0]:
+        raise ValueError(f"gradients has {gradients.shape[0]} rows but gram is for {gram.shape[0]} candidates.")
+    measure = DiagonalInformation if kind == "diagonal" else AdaFisherInformation
+    return measure(gradients, fisher_alpha=fisher_alpha, row_weights=row_weights)

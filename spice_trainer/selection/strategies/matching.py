@@ -1,0 +1,168 @@
+"""Rules whose picks' gradient is as near as K rows can bring it to the pool's mean gradient μ, from the Gram matrix K.
+
+Axes: N candidates of a pool, K picked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from spice_trainer.selection.checks import check_rules
+from spice_trainer.selection.greedy import Selection
+from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, describe_picks, lowest_tied
+
+# A slope smaller than this share of ‖μ‖ cannot be told from rounding.
+_FLAT = 1e-10
+
+
+@dataclass(frozen=True)
+class WeightedSelection:
+    """Picks with a weight each.
+
+    Args:
+        selection ([`Selection`]): The picks in order.
+        weights (`tuple[float, ...]`): Weight of each, at least 0, in the same order.
+    """
+
+    selection: Selection
+    weights: tuple[float, ...]
+
+
+def pick_matching(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+    """Picks greedily the candidate that brings the picks' mean gradient nearest the mean μ of all sound ones.
+
+        J(S) = ‖(1/|S|) Σ_S g_i − μ‖²,      gain(x|S) = J(S) − J(S∪x),      J(∅) = ‖μ‖²
+
+    Greedy herding: "Super-Samples from Kernel Herding" (2010) with the term ‖g_x‖² that it drops for kernels of
+    constant norm (here `gradient_normalization="unit"`). Makes sense when training on everything would be right and
+    only too dear: a small batch with the gradient of a large one. A gain can be negative, and |S| = K is taken all the
+    same. Costs the Gram matrix, then O(N²).
+
+    What the Trainer's token-mean loss will apply is Σ tokens·g / Σ tokens: with `gradient_normalization="tokens"` its
+    numerators are matched. Objectives within `tie_tolerance` times max(‖μ‖², the smallest) are tied.
+    """
+    gram = inputs.sound_gram()
+    remaining = inputs.eligible()
+    picks = Picks([], [])
+    if not bool(remaining.any()):
+        return picks
+    squared_norms = gram.diagonal()
+    to_mean = gram[:, remaining].mean(dim=1)
+    mean_square = float(to_mean[remaining].mean().clamp_min(0.0))
+    to_sum = torch.zeros_like(to_mean)
+    sum_square, sum_to_mean, objective = 0.0, 0.0, mean_square
+    for size in range(1, min(num_selected, int(remaining.sum())) + 1):
+        objectives = (sum_square + 2.0 * to_sum + squared_norms) / size**2
+        objectives = objectives - 2.0 * (sum_to_mean + to_mean) / size + mean_square
+        tolerance = tie_tolerance * max(mean_square, float(objectives[remaining].min()))
+        index = lowest_tied(-objectives, remaining, tolerance)
+        remaining[index] = False
+        sum_square += float(2.0 * to_sum[index] + squared_norms[index])
+        sum_to_mean += float(to_mean[index])
+        to_sum = to_sum + gram[:, index]
+        picks.indices.append(index)
+        picks.gains.append(objective - float(objectives[index]))
+        objective = float(objectives[index])
+    return picks
+
+
+def match_with_weights(
+    gram: Float[Tensor, "N N"],
+    sound: Bool[Tensor, " N"],
+    num_selected: int,
+    *,
+    fisher_alpha: float = 1.0,
+    tie_tolerance: float = 1e-6,
+) -> WeightedSelection:
+    """Picks and weights rows so that Σ_S w_i g_i, w >= 0, is nearest the mean μ of all sound gradients.
+
+        J(S) = min_{w >= 0} ‖Σ_S w_i g_i − μ‖²,      next pick: largest ⟨g_x, μ − Σ_S w_i g_i⟩ / ‖g_x‖
+
+    Orthogonal matching pursuit with a refit of all weights after each pick, as in "GRAD-MATCH: Gradient Matching based
+    Data Subset Selection for Efficient Deep Model Training" (2021), without its penalty on ‖w‖². Gradients are
+    compared by direction, where GRAD-MATCH's own code prefers large ones: a weight makes up for any length. Costs the
+    Gram matrix, then O(N K² + K⁴), mostly in the refits.
+
+    How to use the weights: multiply each row's label losses by w_i / mean(w) in a `compute_loss` of your own. Picks
+    with weight 0 pull the wrong way and can be left out. No `strategy` does so: the Trainer's loss takes no weights,
+    and this package leaves loss and step as they are.
+
+    Args:
+        gram (`torch.Tensor` of shape `(N, N)`): Inner products of the gradients.
+        sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked.
+        num_selected (`int`): K, the most samples to pick.
+        fisher_alpha (`float`, *optional*, defaults to 1.0): α of the information that is reported.
+        tie_tolerance (`float`, *optional*, defaults to 1e-6): Slopes within this times ‖μ‖ of the best are tied.
+
+    Returns:
+        [`WeightedSelection`]: Gains are J(S) − J(S∪x).
+
+    Raises:
+        ValueError: If an argument is out of range or `gram` is not a Gram matrix.
+    """
+    check_rules(num_selected, 0.0, None, None, tie_tolerance)
+    inputs = StrategyInputs(sound=sound, gram=gram)
+    gram = inputs.sound_gram()
+    remaining = inputs.eligible()
+    picks = Picks([], [])
+    weights = torch.zeros(0, dtype=torch.float64)
+    if bool(remaining.any()):
+        # With rows of unit length no scale is lost: w_i ‖g_i‖ are the weights of directions.
+        norms = torch.where(remaining, gram.diagonal(), 1.0).sqrt()
+        cosines = gram / norms[:, None] / norms
+        to_mean = gram[:, remaining].mean(dim=1) / norms
+        mean_square = float((to_mean * norms)[remaining].mean().clamp_min(0.0))
+        mean_norm = mean_square**0.5
+        objective = mean_square
+        for _ in range(min(num_selected, int(remaining.sum()))):
+            slopes = to_mean - cosines[:, picks.indices] @ weights
+            index = lowest_tied(slopes, remaining, tie_tolerance * mean_norm)
+            remaining[index] = False
+            picks.indices.append(index)
+            chosen, target = cosines[picks.indices][:, picks.indices], to_mean[picks.indices]
+            start = torch.cat([weights, weights.new_zeros(1)])
+            weights = nonnegative_weights(chosen, target, start=start, flat=_FLAT * mean_norm)
+            refitted = float(weights @ chosen @ weights - 2.0 * weights @ target) + mean_square
+            picks.gains.append(objective - refitted)
+            objective = refitted
+        weights = weights / norms[picks.indices]
+    return WeightedSelection(describe_picks(inputs, picks, fisher_alpha=fisher_alpha), tuple(weights.tolist()))
+
+
+def nonnegative_weights(
+    gram: Float64[Tensor, "K K"], target: Float64[Tensor, " K"], *, start: Float64[Tensor, " K"], flat: float
+) -> Float64[Tensor, " K"]:
+    """Returns the w >= 0 with the smallest wᵀGw − 2 wᵀt, by Lawson and Hanson's active set method.
+
+    Args:
+        gram (`torch.Tensor` of shape `(K, K)`): G, positive semi-definite.
+        target (`torch.Tensor` of shape `(K,)`): t.
+        start (`torch.Tensor` of shape `(K,)`): Weights to start from, at least 0.
+        flat (`float`): Half slopes t − Gw up to this count as 0.
+    """
+    size = target.shape[0]
+    weights = start
+    active = weights > 0
+    # Each set is visited once in exact arithmetic; the bound is for rounding.
+    for _ in range(3 * size + 3):
+        slopes = torch.where(active, -torch.inf, target - gram @ weights)
+        if bool(active.all()) or float(slopes.max()) <= flat:
+            break
+        active[int(slopes.argmax())] = True
+        while bool(active.any()):
+            solved = torch.zeros(size, dtype=torch.float64)
+            solved[active] = torch.linalg.lstsq(gram[active][:, active], target[active], driver="gelsd").solution
+            blocked = active & (solved <= 0)
+            if not bool(blocked.any()):
+                weights = solved
+                break
+            # As far toward the solution as every weight stays at or above 0; what reaches 0 leaves.
+            ratios = torch.where(blocked, weights / (weights - solved).clamp_min(1e-300), torch.inf)
+            weights = (weights + float(ratios.min()) * (solved - weights)).clamp_min(0.0)
+            active &= ratios > ratios.min()
+            weights[~active] = 0.0
+    return weights

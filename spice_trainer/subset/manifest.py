@@ -1,0 +1,248 @@
+"""The manifest of a selected subset: which rows were picked, by what, and from which data.
+
+    manifest.json    the dataset's and the model's fingerprints, settings, versions
+    manifest.jsonl   one line a picked row, in the order of picking, with the fields of `selections.jsonl`
+
+With the manifest and the dataset, [`rebuild_subset`] gives the subset again without the model that selected it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from spice_trainer.data.fingerprints import check_is_rows, fingerprint_dataset
+from spice_trainer.data.rows import fetch_rows
+from spice_trainer.version import __version__
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+ROWS_FILE = "manifest.jsonl"
+
+_LIBRARIES = ("torch", "transformers", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class SelectedRow:
+    """One picked row: a line of `selections.jsonl`.
+
+    Args:
+        index (`int`): Row of the dataset.
+        step (`int`): Selection step, from 0.
+        epoch (`int`): Epoch, from 0.
+        pool (`int`): Pool within the step, from 0.
+        order (`int`): Place within the pool's picks, from 0.
+        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises; `None` where
+            it maximises nothing.
+        conflict (`float`, *optional*): Its conflict with the picks before it; `None` where it was not computed.
+        score (`float`, *optional*): Gain less the weighted conflict.
+        gradient_norm (`float`, *optional*): Norm of its raw gradient; `None` where it was not computed.
+        label_tokens (`int`): Tokens that its loss counts.
+    """
+
+    index: int
+    step: int
+    epoch: int
+    pool: int
+    order: int
+    gain: float | None
+    conflict: float | None
+    score: float | None
+    gradient_norm: float | None
+    label_tokens: int
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of spice_trainer and of the libraries that a selection depends on; `None` for one not installed."""
+    versions: dict[str, str | None] = {"spice_trainer": __version__}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+@dataclass(frozen=True)
+class SubsetManifest:
+    """Everything that says how a subset came about, and all that is needed to build it again.
+
+    Args:
+        rows (`tuple[SelectedRow, ...]`): The picked rows, in the order of picking.
+        num_rows (`int`): Number of rows of the dataset.
+        dataset_fingerprint (`str`): [`fingerprint_dataset`] of the dataset.
+        model (`dict[str, Any]`): [`describe_model`] of the model that selected.
+        config (`dict[str, Any]`): [`SpiceConfig.to_dict`] of the settings.
+        samples_per_step (`int`): Number of rows of a selection step.
+        seed (`int`): Seed of the pools.
+        validation_fingerprint (`str`, *optional*): The same of the validation set, for a strategy that reads one.
+        versions (`dict[str, str | None]`, *optional*): Versions of the libraries. Defaults to the installed ones.
+        format_version (`int`, *optional*): Version of the two files. Defaults to the one this package writes.
+    """
+
+    rows: tuple[SelectedRow, ...]
+    num_rows: int
+    dataset_fingerprint: str
+    model: dict[str, Any]
+    config: dict[str, Any]
+    samples_per_step: int
+    seed: int
+    validation_fingerprint: str | None = None
+    versions: dict[str, str | None] = field(default_factory=installed_versions)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Checks that every picked row is one of the dataset's."""
+        for name, kind in (("model", Mapping), ("config", Mapping), ("versions", Mapping), ("num_rows", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is a {type(getattr(self, name)).__name__}, no {kind.__name__}")
+        object.__setattr__(self, "rows", tuple(self.rows))
+        outside = [row.index for row in self.rows if not 0 <= row.index < self.num_rows]
+        if outside:
+            raise ValueError(
+                f"The manifest picks row {outside[0]} of a dataset of {self.num_rows} rows. Likely cause: row numbers "
+                "of another dataset, or of a manifest.jsonl edited by hand. Fix: give the row numbers and num_rows of "
+                "the one dataset that was selected from."
+            )
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Rows of the dataset, in the order of picking."""
+        return tuple(row.index for row in self.rows)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `manifest.jsonl`, then `manifest.json`, which says by a checksum which rows belong to it.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where to. Made if missing; an earlier manifest there is replaced.
+
+        Raises:
+            ValueError: If a number is not finite, or a value is not JSON.
+        """
+        folder = Path(folder)
+        lines = "".join(_to_json(asdict(row), f"picked row {row.index}") + "\n" for row in self.rows)
+        metadata = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
+        metadata |= {"num_selected": len(self.rows), "rows_sha256": _sha256(lines.encode())}
+        text = _to_json(metadata, "the manifest's metadata", indent=1) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / ROWS_FILE, lines)
+        replace_file(folder / MANIFEST_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SubsetManifest:
+        """Reads a manifest.
+
+        Args:
+            folder (`str` or `os.PathLike`): Folder of `manifest.json` and `manifest.jsonl`.
+
+        Returns:
+            [`SubsetManifest`]
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If the two files do not belong together, or are of another format version.
+        """
+        path, rows_path = Path(folder) / MANIFEST_FILE, Path(folder) / ROWS_FILE
+        for item in (path, rows_path):
+            if not item.is_file():
+                raise FileNotFoundError(
+                    f"{item} is missing, so {folder} holds no whole subset. Likely cause: another folder, or a "
+                    "selection or export that was interrupted: manifest.json is written last. Fix: give the folder "
+                    "that holds manifest.json, or write it again."
+                )
+        content = rows_path.read_bytes()
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            if metadata.get("format_version") != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} is of format version {metadata.get('format_version')}, this version of spice_trainer "
+                    f"reads {FORMAT_VERSION}. Fix: read it with the version that wrote it, spice_trainer "
+                    f"{(metadata.get('versions') or {}).get('spice_trainer')}."
+                )
+            if metadata.pop("rows_sha256") != _sha256(content):
+                raise ValueError(
+                    f"{rows_path} is not the file that {path} was written with: its checksum differs. Likely cause: "
+                    "it was edited, or replaced by another selection that was interrupted. Fix: write both again."
+                )
+            del metadata["num_selected"]
+            rows = tuple(SelectedRow(**json.loads(line)) for line in content.decode().split("\n") if line)
+            return cls(rows=rows, **metadata)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a manifest of spice_trainer ({type(error).__name__}: {error}). Likely cause: a file "
+                "of the same name that another program wrote, or one edited by hand. Fix: give the folder of an "
+                "exported subset."
+            ) from error
+
+
+def rebuild_subset(manifest_or_folder: SubsetManifest | str | os.PathLike[str], dataset: Any) -> Any:
+    """Builds the subset again from the dataset it was selected from; no model is needed.
+
+    Args:
+        manifest_or_folder ([`SubsetManifest`], `str` or `os.PathLike`): The manifest, or the folder it was saved in.
+        dataset (`datasets.Dataset` or `Sequence[Mapping[str, Any]]`): The dataset that was selected from.
+
+    Returns:
+        `datasets.Dataset` or `list`: `dataset.select(indices)`, or a list of the rows where the dataset has no
+        `select`.
+
+    Raises:
+        ValueError: If this is another dataset: another number of rows, or other content. The content of a dataset of
+            more than 2,000 rows is compared on a sample, see [`fingerprint_dataset`].
+    """
+    manifest = manifest_or_folder
+    if not isinstance(manifest, SubsetManifest):
+        manifest = SubsetManifest.load(manifest)
+    check_is_rows(dataset)
+    if len(dataset) != manifest.num_rows:
+        raise ValueError(
+            f"The dataset has {len(dataset)} rows, but the manifest's has {manifest.num_rows}: its row numbers would "
+            "give other rows. Likely cause: the dataset was filtered, packed or extended since, or this is another "
+            "split. Fix: load the dataset that was selected from, prepared as it was then, or select anew."
+        )
+    fingerprint = fingerprint_dataset(dataset)
+    if fingerprint != manifest.dataset_fingerprint:
+        raise ValueError(
+            f"The dataset's content has the fingerprint {fingerprint}, but the manifest's dataset has "
+            f"{manifest.dataset_fingerprint}: its row numbers would give other rows. Likely cause: rows were edited, "
+            "shuffled or sorted since, or columns were added, removed, renamed or tokenised. Fix: load the dataset "
+            "that was selected from, prepared as it was then, or select anew."
+        )
+    if hasattr(dataset, "select"):
+        return dataset.select(manifest.indices)
+    return fetch_rows(dataset, manifest.indices)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, also where the machine stops in between."""
+    # Not from `tempfile`, whose files only their owner may read.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_json(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Cannot write {what} as JSON: {error}. Likely cause: a number that is not finite, or a value such as a "
+            f"tensor, in {str(value)[:200]}. Fix: give finite Python numbers, strings, lists and dicts."
+        ) from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

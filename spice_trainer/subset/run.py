@@ -1,0 +1,200 @@
+"""A selection with no target training, step by step, that can be interrupted and continued.
+
+    <output_dir>/spice/              the records, as in a training run
+    <output_dir>/selection-<step>/   the latest state: the selector's adapter and optimizer, position, sums
+
+A state is written in full beside the earlier one and only then takes its place, so one whole state is always there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from spice_trainer.distributed import Processes
+from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
+from spice_trainer.recording.metrics import RunTotals
+from spice_trainer.recording.records import RecordWriter
+from spice_trainer.recording.summary import print_summary
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.subset.manifest import SelectedRow
+from spice_trainer.utils.logging import logger
+from spice_trainer.utils.saved import reading_saved
+
+RECORDS_FOLDER = "spice"
+_STATE_FOLDER = re.compile(r"selection-(\d+)")
+
+
+class SubsetRun:
+    """Selects step by step, keeps records and states.
+
+    Args:
+        sampler ([`SpiceSampler`]):
+            Bound to a schedule and a selector.
+        output_dir (`str` or `os.PathLike`):
+            Where records and states go.
+        processes ([`Processes`]):
+            Those that select together; process 0 writes.
+        identity (`dict[str, Any]`):
+            What a continued selection must have in common with the one that was interrupted, as JSON values.
+        model (`dict[str, Any]`):
+            The selector as it was before it learned anything.
+        save_steps (`int`):
+            Steps between two states.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to begin anew where there is a state.
+    """
+
+    def __init__(
+        self,
+        sampler: SpiceSampler,
+        output_dir: str | os.PathLike[str],
+        *,
+        processes: Processes,
+        identity: dict[str, Any],
+        model: dict[str, Any],
+        save_steps: int,
+        overwrite: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.output_dir = Path(output_dir)
+        self.processes = processes
+        self.identity = identity
+        self.model = model
+        self.save_steps = save_steps
+        self.overwrite = overwrite
+        self.totals = RunTotals()
+        self._records = RecordWriter(self.output_dir / RECORDS_FOLDER) if processes.is_main else None
+
+    def run(self, *, show_progress: bool = True) -> None:
+        """Selects until the last step, from the latest state if there is one.
+
+        Args:
+            show_progress (`bool`, *optional*, defaults to `True`): Whether process 0 shows a progress bar.
+
+        Raises:
+            ValueError: If the latest state is of another selection.
+        """
+        from tqdm.auto import tqdm
+
+        first = self._resume()
+        steps = range(first, self.sampler.schedule.steps_per_epoch)
+        self.sampler.start_run(first)
+        is_shown = show_progress and self.processes.is_main
+        try:
+            for step in tqdm(steps, desc="Selecting", initial=first, total=first + len(steps), disable=not is_shown):
+                self._record(self.sampler.select_step(0, step))
+                if (step + 1) % self.save_steps == 0:
+                    self._save(step + 1)
+        finally:
+            self.sampler.close()
+            if self._records is not None:
+                self._records.close()
+
+    def finish(self) -> None:
+        """Prints the summary, and removes the states of a selection whose result has been written."""
+        if not self.processes.is_main:
+            return
+        print_summary(self.totals, os.fspath(self.output_dir / RECORDS_FOLDER), trains=False)
+        for _, folder in self._states():
+            shutil.rmtree(folder)
+
+    def selected_rows(self) -> tuple[SelectedRow, ...]:
+        """All picks from the records, in the order of picking. On process 0."""
+        text = (self.output_dir / RECORDS_FOLDER / "selections.jsonl").read_text()
+        return tuple(SelectedRow(**json.loads(line)) for line in text.splitlines())
+
+    def _record(self, selection: StepSelection) -> None:
+        self.totals.add_selection(selection)
+        if self._records is not None:
+            self._records.write_selection(selection)
+            self._records.write_costs(
+                {
+                    "step": selection.step,
+                    "epoch": selection.epoch,
+                    "seconds_scoring": selection.seconds_scoring,
+                    "seconds_selecting": selection.seconds_selecting,
+                    "seconds_learning": selection.seconds_learning,
+                    "seconds_ahead": selection.seconds_ahead,
+                    "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
+                }
+            )
+
+    def _states(self) -> list[tuple[int, Path]]:
+        """States that are there, the latest first."""
+        found = [
+            (int(match[1]), path)
+            for path in self.output_dir.glob("selection-*")
+            if (match := _STATE_FOLDER.fullmatch(path.name))
+        ]
+        return sorted(found, reverse=True)
+
+    def _save(self, step: int) -> None:
+        if self._records is None:
+            return
+        started = time.perf_counter()
+        earlier = self._states()
+        partial = self.output_dir / f".selection-{step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self._records.save(partial / RECORDS_COPY)
+        save_state(
+            partial,
+            {
+                "global_step": step,
+                "schedule": describe_schedule(self.sampler.schedule),
+                "config": self.sampler.config.to_dict(),
+                "identity": self.identity,
+                "model": self.model,
+                "sampler": self.sampler.state_dict(),
+                "totals": self.totals.state_dict(),
+            },
+            self.sampler.tensors(),
+        )
+        partial.rename(self.output_dir / f"selection-{step}")
+        for _, folder in earlier:
+            shutil.rmtree(folder)
+        logger.debug("SPICE: the state after %d steps was written in %.1f s.", step, time.perf_counter() - started)
+
+    def _resume(self) -> int:
+        """Loads the latest state, and returns how many steps it holds."""
+        states = self.processes.broadcast(self._states())
+        if self.overwrite and self.processes.is_main:
+            for _, folder in states:
+                shutil.rmtree(folder)
+        if self.overwrite or not states:
+            if self._records is not None:
+                self._records.start()
+            return 0
+        step, folder = states[0]
+        state, tensors = load_state(
+            folder, schedule=describe_schedule(self.sampler.schedule), config=self.sampler.config.to_dict()
+        )
+        with reading_saved(folder):
+            differing = self._differing(state["identity"])
+        if differing:
+            raise ValueError(
+                f"{self.output_dir} holds an unfinished selection of another kind: {'; '.join(differing)}. Continue "
+                "it with the same model, dataset and settings, choose another output_dir, or pass overwrite=True to "
+                "begin anew."
+            )
+        with reading_saved(folder):
+            self.sampler.load_state_dict(state["sampler"], tensors)
+            self.totals.load_state_dict(state["totals"])
+            self.model = dict(state["model"])
+        if self._records is not None:
+            self._records.resume(folder / RECORDS_COPY)
+        logger.info("SPICE: continuing the selection in %s after step %d.", self.output_dir, step)
+        return step
+
+    def _differing(self, identity: dict[str, Any]) -> list[str]:
+        return [
+            f"{name} was {value!r} and is {self.identity.get(name)!r}"
+            for name, value in identity.items()
+            if self.identity.get(name) != value
+        ]

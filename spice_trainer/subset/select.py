@@ -1,0 +1,291 @@
+"""Selection with no target training: pick a tenth once, then train on it with whatever trains.
+
+    dataset ─ pools ─ the selector's LoRA gradients ─ picks ─┬─ the selector learns from them (as in the paper)
+                                                             └─ records ─ manifest ─ dataset, JSONL, LLaMA-Factory
+
+One pass over the data: every row is a candidate once. The result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.data.fingerprints import describe_model, fingerprint_dataset
+from spice_trainer.distributed import Processes
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.sampling.build import build_selector
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.schedule import build_schedule
+from spice_trainer.scoring.passes import input_device
+from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subset
+from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
+from spice_trainer.subset.rows import check_selection, read_rows
+from spice_trainer.subset.run import SubsetRun
+from spice_trainer.trainer.checks import check_agreement
+from spice_trainer.utils.fields import whole_number
+from spice_trainer.utils.logging import logger, show_messages
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# The paper's T.
+POOLS_PER_STEP = 10
+SELECTOR_FOLDER = "selector"
+
+
+def select_subset(
+    model: nn.Module | ProxyModel,
+    dataset: Any,
+    config: SpiceConfig | None = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    processing_class: Any = None,
+    validation_dataset: Any = None,
+    data_collator: Any = None,
+    samples_per_step: int | None = None,
+    max_length: int | None = 1024,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    seed: int = 42,
+    save_steps: int = 10,
+    name: str = "spice_subset",
+    overwrite: bool = False,
+    verify: bool = True,
+    accelerator: Accelerator | None = None,
+) -> Any:
+    """Selects a subset of a dataset with a model that learns from its own picks, and writes it down.
+
+    Interrupted, it continues from its last state when called again with the same arguments; finished, it returns what
+    it found. Under `accelerate launch` all processes call it, score together, and return the same.
+
+    Args:
+        model (`torch.nn.Module` or [`ProxyModel`]):
+            The selector: a causal language model with a trainable LoRA adapter. A [`ProxyModel`] brings its own
+            optimizer settings; for a plain model they are `config.proxy_learning_rate` and
+            `config.proxy_update_every`.
+        dataset (`datasets.Dataset` or sequence):
+            Rows to select from, raw (`messages`, `prompt` and `completion`, or `text`, as TRL's SFT reads them) or
+            tokenised (`input_ids` and `labels`).
+        config ([`SpiceConfig`], *optional*):
+            Settings. Defaults to `SpiceConfig()`: 12 of every 120.
+        output_dir (`str` or `os.PathLike`):
+            Where the subset, its manifest, the records and the states go.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The selector's tokenizer. Needed for raw rows.
+        validation_dataset (`datasets.Dataset` or sequence, *optional*):
+            Rows like those of `dataset`, of whose first `config.validation_rows` the strategy `"less"` takes the mean
+            gradient.
+        data_collator (`Callable`, *optional*):
+            Collates tokenised rows. Defaults to right padding.
+        samples_per_step (`int`, *optional*):
+            Rows picked between two updates of the selector. Defaults to `pools_per_step` (10 if that is `None`) pools
+            of `num_selected`, 120 as in the paper.
+        max_length (`int`, *optional*, defaults to 1024):
+            Tokens that a raw row is cut to while scoring; the written rows stay whole.
+        completion_only_loss (`bool`, *optional*):
+            As in `SFTConfig`: whether only completions are label tokens. `None` does so for prompts and completions.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            As in `SFTConfig`: whether only the assistant's turns of `messages` are label tokens.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the pools, unless `config.pool_seed` is set, and of the selector's dropout.
+        save_steps (`int`, *optional*, defaults to 10):
+            Steps between two states, from which an interrupted selection continues.
+        name (`str`, *optional*, defaults to `"spice_subset"`):
+            Name of the JSONL file and of LLaMA-Factory's entry.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to begin anew where `output_dir` holds another selection.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to compare the batched sample gradients of two short rows with autograd's first.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            Gives device, precision and processes. Defaults to a new one.
+
+    Returns:
+        `datasets.Dataset`: The selected rows with all their columns, in the order of picking, from
+        `<output_dir>/dataset`. Beside it are `<name>.jsonl`, `dataset_info.json` for LLaMA-Factory, the manifest, and
+        the records under `spice/`.
+
+    Raises:
+        TypeError: If `model` or `config` is of another type.
+        ValueError: If something rules the selection out; the message says what and how to fix it.
+        FileExistsError: If `output_dir` holds another subset and `overwrite` is `False`.
+        RuntimeError: If processes were launched together but don't see each other.
+        ImportError: Without the library `datasets`.
+
+    Example:
+    ```python
+    >>> subset = select_subset(model, dataset, SpiceConfig(), output_dir="subset", processing_class=tokenizer)
+    >>> SFTTrainer(model="Qwen/Qwen2.5-7B", args=args, train_dataset=subset).train()
+    ```
+    """
+    from accelerate import Accelerator
+
+    config = SpiceConfig() if config is None else config
+    if not isinstance(config, SpiceConfig):
+        raise TypeError(f"config must be a SpiceConfig, got {type(config).__name__}.")
+    # Nothing trains beside the selector, and there is no other model to compare it with.
+    config = replace(config, overlap_scoring=False, proxy_check_pools=0)
+    # Not after hours of selecting.
+    if find_spec("datasets") is None:
+        raise ImportError("select_subset writes a `datasets.Dataset`. Fix: pip install spice-trainer[sft].")
+    check_name(name)
+    whole_number("select_subset", "save_steps", save_steps, 1, "it counts steps between two states")
+    whole_number("select_subset", "seed", seed, 0, "seeds are counted from 0")
+    if samples_per_step is not None:
+        whole_number("select_subset", "samples_per_step", samples_per_step, 1, "a step picks at least one row")
+    if max_length is not None:
+        whole_number("select_subset", "max_length", max_length, 1, "a row keeps at least one token")
+    accelerator = Accelerator() if accelerator is None else accelerator
+    _check_launch(accelerator)
+    processes = Processes.of(accelerator)
+    show_messages(is_main=processes.is_main)
+    proxy = model if isinstance(model, ProxyModel) else _as_proxy(model, config)
+    _move(proxy.model, accelerator.device)
+    with processes.failing_together("preparing the selection"):
+        read = partial(
+            read_rows,
+            proxy=proxy,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            max_length=max_length,
+            completion_only=completion_only_loss,
+            assistant_only=assistant_only_loss,
+        )
+        rows = read(dataset)
+        validation = read(validation_dataset) if validation_dataset is not None else None
+        if samples_per_step is None:
+            samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
+        schedule = build_schedule(
+            config,
+            len(dataset),
+            per_device_train_batch_size=samples_per_step,
+            num_slots=1,
+            token_normalized=True,
+            drop_last=False,
+            seed=seed,
+        )
+        selector = build_selector(
+            config,
+            schedule,
+            get_model=lambda: proxy.model,
+            rows=rows,
+            proxy=proxy,
+            validation=validation,
+            autocast=accelerator.autocast,
+            processes=processes,
+        )
+        identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
+        if config.strategy == "less":
+            identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
+    check_agreement(processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed})
+    sampler = SpiceSampler(config, proxy)
+    sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
+    described = processes.broadcast(describe_model(proxy.model) if processes.is_main else {})
+    # A fresh adapter is drawn anew when a selection is continued, and comes from its state.
+    identity["model"] = {key: value for key, value in described.items() if key != "fingerprint"}
+
+    output_dir = Path(output_dir)
+    with processes.failing_together("looking into output_dir"):
+        is_done = processes.is_main and not overwrite and _is_done(output_dir, config, identity)
+    if not processes.broadcast(is_done):
+        with processes.failing_together("verifying the sample gradients"):
+            check_selection(
+                selector.scorer, config, verify=verify and processes.is_main, autocast=accelerator.autocast
+            )
+        run = SubsetRun(
+            sampler,
+            output_dir,
+            processes=processes,
+            identity=identity,
+            model=described,
+            save_steps=save_steps,
+            overwrite=overwrite,
+        )
+        run.run()
+        with processes.failing_together("writing the subset"):
+            if processes.is_main:
+                manifest = SubsetManifest(
+                    rows=run.selected_rows(),
+                    num_rows=len(dataset),
+                    dataset_fingerprint=identity["dataset_fingerprint"],
+                    model=run.model,
+                    config=config.to_dict(),
+                    samples_per_step=samples_per_step,
+                    seed=schedule.seed,
+                    validation_fingerprint=identity.get("validation_fingerprint"),
+                )
+                export_subset(dataset, manifest, output_dir, name=name, overwrite=overwrite)
+                # The embedding is as it was; looking for it would ask the hub.
+                proxy.model.save_pretrained(output_dir / SELECTOR_FOLDER, save_embedding_layers=False)  # type: ignore[operator]
+        run.finish()
+    from datasets import load_from_disk
+
+    return load_from_disk(os.fspath(output_dir / DATASET_FOLDER))
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuses processes that were launched together and would each select alone, into the same folder."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise RuntimeError(
+            f"{launched} processes were launched, but this one would select alone, and so would each of the others. "
+            "On CPUs set ACCELERATE_USE_CPU=true, or pass accelerator=Accelerator(cpu=True), to select together."
+        )
+
+
+def _as_proxy(model: Any, config: SpiceConfig) -> ProxyModel:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"select_subset needs a model with a LoRA adapter, got {type(model).__name__}. Load it first, or write "
+            "`ProxyModel.from_pretrained(name_or_path)`."
+        )
+    return ProxyModel(model, learning_rate=config.proxy_learning_rate, update_every=config.proxy_update_every)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Onto this process's device, unless the user placed the model (`device_map`, quantised weights)."""
+    is_placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    if not is_placed and input_device(model).type != device.type:
+        model.to(device)
+
+
+def _identify(
+    proxy: ProxyModel, dataset: Any, config: SpiceConfig, *, samples_per_step: int, seed: int
+) -> dict[str, Any]:
+    """What two selections have in common that pick the same."""
+    return {
+        "dataset_fingerprint": fingerprint_dataset(dataset),
+        "samples_per_step": samples_per_step,
+        "seed": seed,
+        "learning_rate": proxy.learning_rate,
+        "update_every": proxy.update_every,
+        **config.to_dict(),
+    }
+
+
+def _is_done(output_dir: Path, config: SpiceConfig, identity: dict[str, Any]) -> bool:
+    """Whether `output_dir` holds the result of this very selection. Refuses to replace another one."""
+    if not (output_dir / MANIFEST_FILE).exists():
+        return False
+    found = SubsetManifest.load(output_dir)
+    theirs = vars(found) | {"model": {key: value for key, value in found.model.items() if key != "fingerprint"}}
+    ours = {"config": config.to_dict()} | {
+        key: identity.get(key)
+        for key in ("dataset_fingerprint", "validation_fingerprint", "samples_per_step", "seed", "model")
+    }
+    differing = [key for key, value in ours.items() if theirs[key] != value]
+    if differing:
+        raise FileExistsError(
+            f"{output_dir} holds a subset of another selection (other {', '.join(differing)}), which stays as it is. "
+            "Choose another output_dir, or pass overwrite=True to replace it."
+        )
+    logger.info("SPICE: %s holds the finished subset of this selection already; nothing is selected anew.", output_dir)
+    return True

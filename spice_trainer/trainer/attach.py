@@ -1,0 +1,136 @@
+"""SPICE in a Hugging Face Trainer: `attach_spice`, `detach_spice`, and classes for people who own theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.proxy.model import ProxyModel, resolve_proxy
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.trainer.checks import check_trainer
+from spice_trainer.trainer.hooks import SpiceHooks
+from spice_trainer.utils.logging import logger, show_messages
+
+
+def attach_spice(
+    trainer: Any,
+    config_or_sampler: SpiceConfig | SpiceSampler | None = None,
+    *,
+    proxy: ProxyModel | None = None,
+    verify: bool = True,
+) -> None:
+    """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
+
+    Everything that can be checked is checked here: the settings against the batch size and dataset, the model's LoRA
+    layers, the collator, the memory, and (with `verify`) the sample gradients against plain autograd.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
+        config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
+            Settings, or a sampler with settings. Defaults to `SpiceConfig()`. Attaching again with the same settings
+            does nothing.
+        proxy ([`ProxyModel`], *optional*):
+            A small model that scores instead of the trainer's. Without one, `config.proxy_model_name_or_path` is
+            loaded, if it is set.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to compare the batched sample gradients of two short rows with autograd's first.
+
+    Raises:
+        TypeError: If the trainer or the settings are of another type.
+        ValueError: If something rules SPICE out; the message says what and how to fix it.
+        GradientMismatchError: If `verify` finds that gradients would be wrong on this model.
+
+    Example:
+    ```python
+    >>> trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, peft_config=LoraConfig())
+    >>> attach_spice(trainer, SpiceConfig())
+    >>> trainer.train()
+    ```
+    """
+    if config_or_sampler is None:
+        config_or_sampler = SpiceConfig()
+    if not isinstance(config_or_sampler, SpiceConfig | SpiceSampler):
+        raise TypeError(
+            f"attach_spice needs a SpiceConfig or a SpiceSampler, got {type(config_or_sampler).__name__}. Write "
+            "`attach_spice(trainer, SpiceConfig(pool_size=..., num_selected=...))`."
+        )
+    if isinstance(config_or_sampler, SpiceSampler) and proxy is not None:
+        raise ValueError(
+            "A SpiceSampler brings its own proxy: pass it there, `SpiceSampler(config, proxy)`, and not to "
+            "attach_spice."
+        )
+    check_trainer(trainer)
+    attached = getattr(trainer, "_spice", None)
+    if isinstance(attached, SpiceHooks):
+        _check_same(attached.sampler, config_or_sampler, proxy)
+        return
+    sampler = config_or_sampler
+    if isinstance(sampler, SpiceConfig):
+        sampler = SpiceSampler(sampler, proxy)
+    show_messages(is_main=trainer.is_world_process_zero())
+    if sampler.progress is not None:
+        raise ValueError(
+            "This SpiceSampler is attached to another trainer, whose picks it follows. Build a SpiceSampler for each "
+            "trainer, or call detach_spice on the other one first."
+        )
+    sampler.proxy = resolve_proxy(sampler.proxy, sampler.config, device=trainer.args.device, seed=trainer.args.seed)
+    hooks = SpiceHooks(trainer, sampler)
+    hooks.check(verify=verify)
+    hooks.install()
+
+
+def _check_same(attached: SpiceSampler, wanted: SpiceConfig | SpiceSampler, proxy: ProxyModel | None) -> None:
+    """Attaching again is nothing new with the same settings, as when a notebook's cell runs twice; else an error."""
+    config = wanted.config if isinstance(wanted, SpiceSampler) else wanted
+    wanted_proxy = wanted.proxy if isinstance(wanted, SpiceSampler) else proxy
+    # One that the settings name was loaded when they were attached.
+    is_same_proxy = wanted_proxy is attached.proxy or (wanted_proxy is None and config.proxy_model_name_or_path)
+    if config == attached.config and is_same_proxy:
+        logger.info("SPICE: attached to this trainer already, with the same settings.")
+        return
+    differing = [
+        f"{name} is {value} and would be {getattr(config, name)}"
+        for name, value in attached.config.to_dict().items()
+        if getattr(config, name) != value
+    ] or ["the proxy would be another"]
+    raise ValueError(
+        f"SPICE is attached to this trainer already, with other settings: {'; '.join(differing)}. Call "
+        "detach_spice(trainer) first."
+    )
+
+
+def detach_spice(trainer: Any) -> None:
+    """Undoes [`attach_spice`]: every attribute of the trainer is as before.
+
+    Args:
+        trainer (`transformers.Trainer`): A trainer with SPICE attached.
+
+    Raises:
+        ValueError: If SPICE is not attached.
+    """
+    hooks = getattr(trainer, "_spice", None)
+    if not isinstance(hooks, SpiceHooks):
+        raise ValueError("SPICE is not attached to this trainer, so there is nothing to detach.")
+    hooks.remove()
+
+
+class SpiceTrainerMixin:
+    """Adds SPICE to a trainer class: `class MyTrainer(SpiceTrainerMixin, SFTTrainer)`.
+
+    Args:
+        sampler ([`SpiceSampler`] or [`SpiceConfig`], *optional*):
+            Picks the rows. Defaults to `SpiceSampler(SpiceConfig())`.
+        args and kwargs:
+            As the trainer class takes them.
+    """
+
+    def __init__(self, *args: Any, sampler: SpiceSampler | SpiceConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        attach_spice(self, sampler)
+
+
+class SpiceTrainer(SpiceTrainerMixin, Trainer):
+    """`Trainer` that trains each step on what SPICE picks: `SpiceTrainer(..., sampler=SpiceSampler())`."""

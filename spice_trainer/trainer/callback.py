@@ -1,0 +1,245 @@
+"""The callback: metrics, records, checkpoint state and what SPICE says of a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spice_trainer.distributed import Processes
+from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfer
+from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
+from spice_trainer.recording.ledger import CostLedger
+from spice_trainer.recording.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
+from spice_trainer.recording.records import RecordWriter
+from spice_trainer.recording.summary import (
+    WARN_AFTER_POOLS,
+    RunPlan,
+    describe_run,
+    print_summary,
+    warn_of_first_pools,
+    warn_of_share,
+)
+from spice_trainer.sampling.loader import SlotCollator
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.scoring.memory import MemoryPlan
+from spice_trainer.trainer.sharded_adapter import check_adapter_is_saved
+from spice_trainer.utils.logging import logger
+from spice_trainer.utils.saved import reading_saved
+
+RECORDS_FOLDER = "spice"
+
+
+class SpiceCallback(TrainerCallback):
+    """Records what a [`SpiceSampler`] picks during a Trainer's run.
+
+    [`attach_spice`] adds it; it is of no use on its own. It writes `<output_dir>/spice/*.jsonl`, keeps the averages
+    that join the Trainer's logs, puts SPICE's state into every checkpoint, restores it on resume, and prints a summary
+    at the end.
+
+    Args:
+        sampler ([`SpiceSampler`]):
+            The sampler of the run.
+    """
+
+    def __init__(self, sampler: SpiceSampler) -> None:
+        self.sampler = sampler
+        self.totals = RunTotals()
+        self.transfers = TransferTotals()
+        self.num_trained_before = 0
+        self.collator: SlotCollator | None = None
+        self.processes = Processes()
+        self.verify: Callable[[], None] | None = None
+        self.plan: RunPlan | None = None
+        self.measure_memory: Callable[[], MemoryPlan] | None = None
+        self.resume_from: str | None = None
+        self.run_dir: str | None = None
+        self.dataset_fingerprint: str | None = None
+        self._num_verifications = 0
+        self._window = MetricWindow()
+        self._records: RecordWriter | None = None
+        self._current: StepSelection | None = None
+        self._training_started = 0.0
+        self._device = torch.device("cpu")
+        sampler.add_listener(self.on_selection)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Both hold the model's scorer; a copy of a trainer goes without them.
+        return vars(self) | {"verify": None, "measure_memory": None}
+
+    def close(self) -> None:
+        """Stops listening and closes the record files."""
+        self.sampler.remove_listener(self.on_selection)
+        self.close_records()
+
+    def close_records(self) -> None:
+        """Closes the record files. What is picked from here on, until the next run begins, is not recorded."""
+        if self._records is not None:
+            self._records.close()
+        self._records = None
+
+    def discard_records(self) -> None:
+        """Removes the records of an attempt that the trainer repeats with another batch size."""
+        if self._records is not None:
+            self._records.discard()
+        self._records = None
+
+    # The Trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins or resumes records, metrics and the sampler's position, and says what will happen."""
+        if kwargs.get("model") is not None:
+            check_adapter_is_saved(kwargs["model"], is_resumed=self.resume_from is not None)
+        self._device = args.device
+        self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
+        self.transfers = TransferTotals()
+        self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
+        self._records = None
+        run_dir = self.run_dir if self.run_dir is not None else args.output_dir
+        if self.processes.is_main and run_dir is not None:
+            self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER)
+        if self.resume_from is not None:
+            self._restore(self.resume_from)
+        elif self._records is not None:
+            self._records.start()
+        # Without a batch the trainer's epochs would go round in vain.
+        control.should_training_stop = control.should_training_stop or self.sampler.is_over
+        self.num_trained_before = self.totals.num_trained
+        if self.plan is not None:
+            if self.measure_memory is not None:
+                self.plan = replace(self.plan, memory=self.measure_memory())
+            logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
+            share = warn_of_share(self.sampler.schedule, self.sampler.config)
+            if share is not None:
+                logger.warning("%s", share)
+        # While B of a fresh adapter is zero the gradients of A are too: look again once it is not.
+        self._num_verifications = 2
+        self._verify()
+
+    def on_selection(self, selection: StepSelection) -> None:
+        """Records a step's picks before it trains."""
+        warned = self.totals.num_pools >= WARN_AFTER_POOLS
+        self.totals.add_selection(selection)
+        self._current = selection
+        if self._records is not None:
+            self._records.write_selection(selection)
+        if not warned and self.totals.num_pools >= WARN_AFTER_POOLS:
+            for warning in warn_of_first_pools(self.totals, self.sampler.config):
+                logger.warning("%s", warning)
+        if selection.transfers:
+            for transfer in selection.transfers:
+                self.transfers.add(transfer)
+            if self.transfers.num_pools == self.sampler.config.proxy_check_pools:
+                logger.info("%s", describe_transfer(self.transfers))
+        self._training_started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the step's metrics, its seconds and tokens."""
+        selection = self._current
+        if selection is None:
+            return
+        if self._device.type == "cuda":
+            # The next scoring needs the updated weights anyway; without this its clock would count the update.
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - self._training_started
+        num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
+        num_tokens = sum(self.processes.gather(num_tokens))
+        self.totals.add_training(seconds, num_tokens)
+        self._window.add(step_metrics(selection) | transfer_metrics(selection))
+        if selection.pools:
+            self._window.add(clock_metrics(selection, seconds))
+        if self._records is not None:
+            self._records.write_costs(
+                {
+                    "step": selection.step,
+                    "epoch": selection.epoch,
+                    "seconds_scoring": selection.seconds_scoring,
+                    "seconds_selecting": selection.seconds_selecting,
+                    "seconds_learning": selection.seconds_learning,
+                    "seconds_checking": selection.seconds_checking,
+                    "seconds_ahead": selection.seconds_ahead,
+                    "seconds_training": seconds,
+                    "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
+                    "tokens_trained": num_tokens,
+                }
+            )
+        self._current = None
+        self._verify()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prints the summary and closes the record files."""
+        if self._records is not None and self.totals.num_steps:
+            ledger = self._ledger()
+            self._records.write_ledger(ledger.to_dict())
+            print_summary(self.totals, os.fspath(self._records.directory), ledger)
+        self.close_records()
+
+    def _verify(self) -> None:
+        if self.verify is not None and self._num_verifications > 0:
+            self._num_verifications -= 1
+            self.verify()
+
+    # What the Trainer's log and checkpoints get
+
+    def take_metrics(self) -> dict[str, float]:
+        """Averages since the last training log."""
+        return self._window.take()
+
+    def save_state(self, checkpoint: str) -> None:
+        """Writes SPICE's state into a checkpoint."""
+        if self._records is not None:
+            self._records.save(Path(checkpoint) / RECORDS_COPY)
+        save_state(
+            checkpoint,
+            {
+                "global_step": self.sampler.global_step,
+                "schedule": self._describe_schedule(),
+                "config": self.sampler.config.to_dict(),
+                "sampler": self.sampler.state_dict(),
+                "window": self._window.state_dict(),
+                "totals": self.totals.state_dict(),
+                "transfers": self.transfers.state_dict(),
+            },
+            self.sampler.tensors(),
+        )
+
+    def _restore(self, checkpoint: str) -> None:
+        state, tensors = load_state(
+            checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
+        )
+        with reading_saved(checkpoint):
+            self.sampler.load_state_dict(state["sampler"], tensors)
+            self._window.load_state_dict(state["window"])
+            self.totals.load_state_dict(state["totals"])
+            self.transfers.load_state_dict(state["transfers"])
+        if self._records is not None:
+            self._records.resume(Path(checkpoint) / RECORDS_COPY)
+
+    def _describe_schedule(self) -> dict[str, Any]:
+        return describe_schedule(self.sampler.schedule, dataset_fingerprint=self.dataset_fingerprint)
+
+    def _ledger(self) -> CostLedger:
+        # A proxy counts the candidates' tokens with its own tokenizer, rows may be scored in part, or not at all.
+        config = self.sampler.config
+        is_counted = self.sampler.proxy is None and config.strategy != "random" and config.scoring_max_tokens is None
+        mean_row_tokens = None if is_counted or self.plan is None else self.plan.mean_row_tokens
+        schedule = self.sampler.schedule
+        return CostLedger.from_totals(
+            self.totals,
+            num_rows=schedule.num_rows,
+            steps_per_epoch=schedule.steps_per_epoch,
+            mean_row_tokens=mean_row_tokens,
+        )

@@ -1,0 +1,282 @@
+"""What SPICE adds to one Trainer: six methods bound on the instance, each calling the original.
+
+    train                  where it resumes from the latest checkpoint, takes the latest that is complete
+    _inner_training_loop   learns which checkpoint is resumed and where the run writes, before the loader is built
+    get_train_dataloader   the trainer's own dataset and collator, with the rows SPICE picks
+    get_batch_samples      a step without label tokens must not divide by zero
+    log                    SPICE's averages join the training log's dict
+    save_model             SPICE's state goes into every checkpoint
+
+Everything else of the trainer is as it was, and removal puts these back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from spice_trainer.data.checks import check_collator, check_token_ids
+from spice_trainer.data.fingerprints import fingerprint_rows
+from spice_trainer.data.rows import sample_rows
+from spice_trainer.distributed import Processes
+from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
+from spice_trainer.sampling.loader import SlotCollator, build_dataloader
+from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.trainer.attachment import check_proxy, check_run, verify_run
+from spice_trainer.trainer.callback import SpiceCallback
+from spice_trainer.trainer.checks import check_agreement, check_dataset
+from spice_trainer.trainer.inputs import (
+    build_trainer_schedule,
+    build_trainer_selector,
+    measure_memory,
+    own_sampling,
+    plan_run,
+    training_rows,
+)
+from spice_trainer.trainer.progress import ScoringProgress
+from spice_trainer.utils.logging import logger
+
+HOOKED_METHODS = (
+    "train",
+    "_inner_training_loop",
+    "get_train_dataloader",
+    "get_batch_samples",
+    "log",
+    "save_model",
+)
+
+
+class HookedMethod:
+    """A method bound on one trainer. An object, so that a trainer can be copied and pickled with it.
+
+    Args:
+        hooks ([`SpiceHooks`]): What is called.
+        name (`str`): The trainer's method.
+    """
+
+    def __init__(self, hooks: SpiceHooks, name: str) -> None:
+        self.hooks = hooks
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the hook, or only the original once SPICE is detached (a user's wrapper may still hold this)."""
+        return self.hooks.call(self.name, *args, **kwargs)
+
+
+class SpiceHooks:
+    """What SPICE adds to one trainer."""
+
+    callback: SpiceCallback
+
+    def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
+        self.trainer = trainer
+        self.sampler = sampler
+        self._is_installed = False
+        self._verify_later: Callable[[], None] | None = None
+        self._measures_memory = False
+        self._replaced: dict[str, Any] = {}
+        self._bound: dict[str, HookedMethod] = {}
+        self._proxy_weights: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_verify_later": None}
+
+    def install(self) -> None:
+        """Binds the hooked methods and adds the callback."""
+        self.callback = SpiceCallback(self.sampler)
+        self.callback.verify = self._verify_later
+        for name in HOOKED_METHODS:
+            # An attribute a user bound on the instance is kept, called, and put back on removal.
+            self._replaced[name] = vars(self.trainer).get(name)
+            self._bound[name] = HookedMethod(self, name)
+            setattr(self.trainer, name, self._bound[name])
+        self.trainer.add_callback(self.callback)
+        self.trainer._spice = self
+        self.sampler.progress = ScoringProgress(self.trainer, self.sampler).report
+        if self.sampler.proxy is not None and self.trainer.model_init is not None:
+            # Every run begins with a new model then, and so must the proxy.
+            self._proxy_weights = {
+                name: value.detach().clone()
+                for name, value in self.sampler.proxy.model.named_parameters()
+                if value.requires_grad
+            }
+        self._is_installed = True
+
+    def remove(self) -> None:
+        """Puts everything back."""
+        self._is_installed = False
+        for name, value in self._replaced.items():
+            if vars(self.trainer).get(name) is not self._bound[name]:
+                logger.warning(
+                    "SPICE: trainer.%s was replaced after attach_spice and is left as it is.",
+                    name,
+                )
+            elif value is None:
+                delattr(self.trainer, name)
+            else:
+                setattr(self.trainer, name, value)
+        self.trainer.remove_callback(self.callback)
+        self.callback.close()
+        self.sampler.progress = None
+        del self.trainer._spice
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls the hook of a method, or the method alone once SPICE is detached."""
+        original = self._replaced[name]
+        if original is None:
+            original = MethodType(getattr(type(self.trainer), name), self.trainer)
+        if not self._is_installed:
+            return original(*args, **kwargs)
+        return getattr(self, f"on_{name.removeprefix('_')}")(original, *args, **kwargs)
+
+    def check(self, *, verify: bool) -> None:
+        """Checks settings, model, collator, memory and gradients without leaving a trace."""
+        processes = Processes.of(self.trainer.accelerator)
+        with processes.failing_together("attaching SPICE"):
+            dataset, collate = training_rows(self.trainer, self.trainer.get_train_dataloader)
+            schedule, selector = self._build(dataset, collate)
+            scorer, device = selector.scorer, self.trainer.args.device
+            rows = sample_rows(scorer.dataset, scorer.collate, device=device)
+            check_run(self.trainer.args, schedule, scorer, rows, config=self.sampler.config)
+            if self.sampler.proxy is not None:
+                check_proxy(self.sampler.proxy, self.trainer.model, device=device, rows=rows)
+            check_token_ids(rows, scorer.vocabulary)
+            check_collator(dataset, collate, num_rows=self.trainer.args.train_batch_size, device=device)
+        replaced = own_sampling(self.trainer)
+        if replaced is not None:
+            logger.warning(
+                "SPICE: %s keeps its dataset and collator, but the order of its rows is replaced by SPICE's picks.",
+                replaced,
+            )
+        check_agreement(
+            processes,
+            {
+                "the number of rows": len(dataset),
+                "the number of tokens of some rows": [row.num_tokens for row in rows],
+                "the SPICE configuration": self.sampler.config,
+                "the seed of the pools": schedule.seed,
+                "the number of optimizer steps of an epoch": schedule.steps_per_epoch,
+                "the number of LoRA layers": len(scorer.modules),
+            },
+        )
+        # Without a backward there is no gradient to verify, and no memory of one to measure.
+        self._measures_memory = verify and self.sampler.config.takes_gradients
+        if self._measures_memory:
+            self._verify_later = verify_run(self.trainer, scorer, rows)
+            if selector.target_scorer is not None:
+                target_rows = sample_rows(dataset, collate, device=device)
+                self._verify_later = verify_run(self.trainer, selector.target_scorer, target_rows)
+
+    # The hooked methods
+
+    def on_train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Asked for the latest checkpoint, the trainer would take one whose writing was interrupted."""
+        if args and args[0] is True:
+            args = (last_complete_checkpoint(self.trainer.args.output_dir) or True, *args[1:])
+        elif kwargs.get("resume_from_checkpoint") is True:
+            kwargs["resume_from_checkpoint"] = last_complete_checkpoint(self.trainer.args.output_dir) or True
+        return original(*args, **kwargs)
+
+    def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Tells the callback which checkpoint is resumed and where the run writes, before the loader is built."""
+        self.callback.resume_from = kwargs.get("resume_from_checkpoint")
+        # A trial of a hyperparameter search has a directory of its own.
+        self.callback.run_dir = self.trainer._get_output_dir(kwargs.get("trial"))
+        if self._proxy_weights and self.sampler.proxy is not None:
+            with torch.no_grad():
+                for name, parameter in self.sampler.proxy.model.named_parameters():
+                    if name in self._proxy_weights:
+                        parameter.copy_(self._proxy_weights[name])
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            if self.trainer.args.auto_find_batch_size and should_reduce_batch_size(error):
+                self.callback.discard_records()
+            raise
+        finally:
+            # Also after an exception; and a loader that is iterated outside a run must not append to its records.
+            self.callback.close_records()
+            self.sampler.close()
+
+    def on_get_train_dataloader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
+        """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
+        # It may be another one than when SPICE was attached.
+        check_dataset(self.trainer.train_dataset)
+        dataset, collate = training_rows(self.trainer, original)
+        schedule, selector = self._build(dataset, collate)
+        args, processes = self.trainer.args, selector.scorer.processes
+        plan = plan_run(
+            self.trainer, schedule, selector.scorer, dataset=dataset, collate=collate, proxy=self.sampler.proxy
+        )
+        self.sampler.prepare(schedule, selector, total_steps=plan.total_steps)
+        loader = build_dataloader(
+            self.sampler,
+            dataset,
+            collate=collate,
+            device=args.device,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+        )
+        self.callback.processes = processes
+        self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
+        self.callback.plan = plan
+        if self._measures_memory and processes.is_main:
+            self.callback.measure_memory = partial(measure_memory, selector.scorer, schedule, args.device)
+        self.callback.dataset_fingerprint = fingerprint_rows(dataset, device=args.device)
+        return loader
+
+    def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """A step whose rows are all fillers has no label token; its zero loss must not be divided by zero."""
+        batch_samples, num_items_in_batch = original(*args, **kwargs)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        elif num_items_in_batch == 0:
+            num_items_in_batch = 1
+        return batch_samples, num_items_in_batch
+
+    def on_log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        """SPICE's averages join the dict of a training log, the only one every reporter and `log_history` see."""
+        if "loss" in logs:
+            logs.update(self.callback.take_metrics())
+        elif logs.get("train_runtime") and "train_samples_per_second" in logs:
+            # The trainer assumes that every row of the dataset was trained on.
+            trained = self.callback.totals.num_trained - self.callback.num_trained_before
+            logs["train_samples_per_second"] = round(trained / logs["train_runtime"], 3)
+        return original(logs, *args, **kwargs)
+
+    def on_save_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A checkpoint gets SPICE's state before it is pushed, rotated, or marked complete by the trainer's state."""
+        output_dir: str = kwargs.get("output_dir", args[0] if args else None) or ""
+        is_checkpoint = (
+            self.trainer.is_in_train
+            and self.trainer.args.should_save
+            and os.path.basename(output_dir).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        )
+        if is_checkpoint:
+            mark_incomplete(output_dir)
+        result = original(*args, **kwargs)
+        if is_checkpoint:
+            self.callback.save_state(output_dir)
+        return result
+
+    # Parts
+
+    def _build(self, dataset: Any, collate: Callable[..., Any]) -> tuple[PoolSchedule, StepSelector]:
+        config = self.sampler.config
+        schedule = build_trainer_schedule(self.trainer, config, dataset)
+        selector = build_trainer_selector(
+            self.trainer, config, schedule, dataset=dataset, collate=collate, proxy=self.sampler.proxy
+        )
+        return schedule, selector

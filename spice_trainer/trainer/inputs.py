@@ -1,0 +1,257 @@
+"""What SPICE takes from a trainer: its rows and collator, and from them the schedule, the selector and the plan.
+
+trainer's own loader ─ dataset, collator ─ schedule of pools ─ selector (target or proxy) ─ plan of the run
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import sample_rows
+from spice_trainer.distributed import Processes
+from spice_trainer.gradients.momentum import SETTING as MOMENTUM
+from spice_trainer.gradients.preconditioning import SETTING as PRECONDITIONING
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.proxy.rows import TargetRows
+from spice_trainer.recording.summary import RunPlan
+from spice_trainer.sampling.build import build_selector, check_optimizer
+from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
+from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.memory import MemoryPlan, plan_memory
+from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.trainer.attachment import describe_rows, num_parameters
+from spice_trainer.trainer.checks import is_token_normalized
+from spice_trainer.utils.random import preserved_random_state
+
+
+def training_rows(
+    trainer: Any, get_loader: Callable[[], DataLoader[Any]], *, name: str = "get_train_dataloader"
+) -> tuple[Any, Callable[..., Any]]:
+    """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        get_loader (`Callable`): Its own `get_train_dataloader`, or `get_eval_dataloader`.
+        name (`str`, *optional*, defaults to `"get_train_dataloader"`): Which of them, for the message.
+
+    Returns:
+        `tuple`: The dataset, and the collator.
+
+    Raises:
+        ValueError: If the loader has no rows by number.
+    """
+    loaders = trainer.accelerator._dataloaders
+    num_loaders = len(loaders)
+    signature_columns = getattr(trainer, "_signature_columns", None)
+    try:
+        with preserved_random_state(trainer.args.device):
+            loader = get_loader()
+    finally:
+        # The accelerator keeps every loader it prepared, though this one is never iterated, and the trainer the
+        # columns it found the model to take.
+        del loaders[num_loaders:]
+        trainer._signature_columns = signature_columns
+    dataset = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not hasattr(loader, "collate_fn"):
+        raise ValueError(
+            f"The trainer's {name} gave a {type(loader).__name__} over a {type(dataset).__name__}, "
+            "which has no rows by number for SPICE to choose from. Return a torch.utils.data.DataLoader over a "
+            "dataset with a length and random access."
+        )
+    return dataset, loader.collate_fn
+
+
+def own_sampling(trainer: Any) -> str | None:
+    """Name of what decides over the order of the rows in place of the Trainer, which SPICE replaces.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        `str`, *optional*: A method of a subclass or bound on the instance; `None` for the Trainer's and TRL's own.
+    """
+    for name in ("get_train_dataloader", "_get_train_sampler"):
+        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), None)
+        if name in vars(trainer):
+            return f"trainer.{name}"
+        if owner is not None and owner.__module__.split(".")[0] not in ("transformers", "trl"):
+            return f"{owner.__name__}.{name}"
+    return None
+
+
+def build_trainer_schedule(trainer: Any, config: SpiceConfig, dataset: Any) -> PoolSchedule:
+    """The schedule of pools under the trainer's batch size, processes and seeds.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        config ([`SpiceConfig`]): The settings.
+        dataset (`Any`): Its rows.
+    """
+    args = trainer.args
+    return build_schedule(
+        config,
+        len(dataset),
+        per_device_train_batch_size=trainer._train_batch_size,
+        num_slots=args.world_size * args.gradient_accumulation_steps,
+        token_normalized=is_token_normalized(trainer),
+        drop_last=args.dataloader_drop_last,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+    )
+
+
+def build_trainer_selector(
+    trainer: Any,
+    config: SpiceConfig,
+    schedule: PoolSchedule,
+    *,
+    dataset: Any,
+    collate: Callable[..., Any],
+    proxy: ProxyModel | None,
+) -> StepSelector:
+    """What selects for the trainer's steps.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        config ([`SpiceConfig`]): The settings.
+        schedule ([`PoolSchedule`]): Candidates of every step.
+        dataset (`Any`): Its rows.
+        collate (`Callable`): Its collator.
+        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
+    """
+
+    def get_model() -> nn.Module:
+        model: nn.Module = trainer.model
+        return model
+
+    if proxy is None or config.proxy_check_pools > 0:
+        check_trainer_optimizer(trainer, config)
+    return build_selector(
+        config,
+        schedule,
+        get_model=get_model,
+        rows=describe_rows(trainer, dataset, collate, trainer.train_dataset),
+        proxy=proxy,
+        validation=validation_rows(trainer) if config.strategy == "less" else None,
+        autocast=trainer.accelerator.autocast,
+        processes=Processes.of(trainer.accelerator),
+        get_optimizer=lambda: trainer.optimizer,
+    )
+
+
+def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
+    """Refuses optimizers whose state the settings need and that cannot be read, as far as is known before training.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer; most make their optimizer when training begins.
+        config ([`SpiceConfig`]): The settings.
+
+    Raises:
+        ValueError: If its state is partitioned, or it is none of PyTorch's that keep what is needed.
+    """
+    takes = ((PRECONDITIONING, config.gradient_preconditioning == "adam"), (MOMENTUM, config.takes_momentum))
+    setting = next((setting for setting, is_taken in takes if is_taken), None)
+    if setting is None:
+        return
+    name = setting.partition("=")[0]
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"SpiceConfig: {setting} needs the whole state of the optimizer on every process, "
+            f"and {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} partitions it. Fix: leave "
+            f"{name} out, use DDP, or let a proxy score, which has an optimizer of its own."
+        )
+    if trainer.optimizer is not None:
+        check_optimizer(trainer.optimizer, config)
+        return
+    makes_its_own = type(trainer).create_optimizer is not Trainer.create_optimizer or trainer.optimizer_cls_and_kwargs
+    if not makes_its_own and trainer.args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+        raise ValueError(
+            f"SpiceConfig: {setting} reads the state of PyTorch's AdamW, and TrainingArguments has "
+            f"optim={OptimizerNames(trainer.args.optim).value!r}. Fix: set optim='adamw_torch_fused' or "
+            f"'adamw_torch', or leave {name} out."
+        )
+
+
+def validation_rows(trainer: Any) -> TargetRows | None:
+    """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        [`TargetRows`], *optional*
+
+    Raises:
+        ValueError: If it has several, or one without rows by number.
+    """
+    given = trainer.eval_dataset
+    if given is None:
+        return None
+    if isinstance(given, dict):
+        raise ValueError(
+            f"SpiceConfig: strategy='less' compares candidates with one validation set, and the Trainer's "
+            f"eval_dataset holds {len(given)}: {', '.join(map(str, given))}. Fix: give it one dataset, such as "
+            "datasets.concatenate_datasets(list(eval_dataset.values())), or choose another strategy."
+        )
+    dataset, collate = training_rows(trainer, trainer.get_eval_dataloader, name="get_eval_dataloader")
+    return describe_rows(trainer, dataset, collate, given)
+
+
+def plan_run(
+    trainer: Any,
+    schedule: PoolSchedule,
+    scorer: GradientScorer,
+    *,
+    dataset: Any,
+    collate: Callable[..., Any],
+    proxy: ProxyModel | None,
+) -> RunPlan:
+    """What is known of the run before it starts.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        schedule ([`PoolSchedule`]): Candidates of every step.
+        scorer ([`GradientScorer`]): Scores them.
+        dataset (`Any`): Its rows.
+        collate (`Callable`): Its collator.
+        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
+    """
+    args = trainer.args
+    rows = sample_rows(dataset, collate, device=args.device)
+    candidates = rows if proxy is None else sample_rows(scorer.dataset, scorer.collate, device=args.device)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
+    pool_size = min(schedule.pool_size, schedule.num_rows)
+    num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
+    return RunPlan(
+        num_rows=schedule.num_rows,
+        total_steps=total,
+        dimension=scorer.dimension,
+        num_features=scorer.num_features,
+        memory=MemoryPlan(scorer.feature_bytes(num_pools, num_pools * pool_size)),
+        num_processes=scorer.processes.world_size,
+        mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
+        mean_candidate_tokens=sum(scorer.shorten(row).num_tokens for row in candidates) / len(candidates),
+        num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
+        token_normalized=not schedule.shape.equal_slots,
+    )
+
+
+def measure_memory(scorer: GradientScorer, schedule: PoolSchedule, device: torch.device) -> MemoryPlan:
+    """What scoring will take, measured on the model as it trains: wrapped, on its device, in its precision.
+
+    Args:
+        scorer ([`GradientScorer`]): Scores the run.
+        schedule ([`PoolSchedule`]): Candidates of every step.
+        device (`torch.device`): Where training draws from, beside the CPU.
+    """
+    rows = sample_rows(scorer.dataset, scorer.collate, device=device)
+    pool_size = min(schedule.pool_size, schedule.num_rows)
+    return plan_memory(scorer, rows, num_pools=schedule.shape.pools_per_step, pool_size=pool_size)

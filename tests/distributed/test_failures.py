@@ -1,0 +1,72 @@
+"""A process that fails while scoring ends the run soon, with its error, and the checkpoint before stays good."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import setting
+from tests.distributed.launch import Launched, launch
+from tests.support.trainers import trained_indices
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that every process loads."""
+    return setting.save_model(tmp_path_factory.mktemp("model"))
+
+
+def fail(config: str, folder: Path, *options: str, place: str, way: str, model_folder: Path) -> Launched:
+    """A launch whose last process fails while scoring; ended by its launcher soon, with an error."""
+    places = (f"model={model_folder}", f"place={place}", f"way={way}")
+    launched = launch(config, folder, "fail", *places, *options, timeout=150)
+    ended = time.time()
+    assert not launched.timed_out and launched.returncode != 0, launched.stdout
+    # The launcher gives processes half a minute to end; the collective time-out is 30 minutes.
+    assert ended - float((folder / "failed_at").read_text()) < 60
+    checkpoints = sorted(path.name for path in (folder / "failing").glob("checkpoint-*"))
+    assert checkpoints == [f"checkpoint-{setting.SAVED_STEP}"]
+    return launched
+
+
+def test_an_error_while_scoring_ends_every_process(model_folder: Path, tmp_path: Path) -> None:
+    stderr = fail("multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder).stderr
+    assert "ValueError: the user's own error" in stderr
+    assert "SPICE: process 1 of 2 failed while reading candidates, so this one stops too" in stderr
+
+
+@pytest.mark.parametrize(
+    "spice",
+    [{}, {"scoring_prefilter": 0.6}, {"strategy": "loss"}, {"strategy": "ifd"}, {"strategy": "less"}],
+    ids=lambda spice: "-".join(map(str, spice.values())) or "spice",
+)
+def test_an_error_in_a_forward_reaches_the_others(spice: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    """Whichever forward it is: none may leave the others waiting for what this one found."""
+    options = f"spice={json.dumps(spice)}"
+    stderr = fail("multi_gpu", tmp_path, options, place="forward", way="raise", model_folder=model_folder).stderr
+    assert "ValueError: the user's own error" in stderr
+    assert "SPICE: process 1 of 2 failed while scoring candidates, so this one stops too" in stderr
+
+
+def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_folder: Path, tmp_path: Path) -> None:
+    stderr = fail("multi_gpu", tmp_path, place="forward", way="kill", model_folder=model_folder).stderr
+    assert "SIGKILL" in stderr and "local_rank: 1" in stderr
+
+    resumed = setting.single_trainer(model_folder, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "failing" / f"checkpoint-{setting.SAVED_STEP}"))
+    assert resumed.state.global_step == setting.NUM_STEPS
+    assert trained_indices(tmp_path / "resumed")[: setting.SAVED_STEP + 1] == trained_indices(tmp_path / "failing")
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero3"])
+def test_an_error_within_a_sharded_forward_ends_every_process(config: str, model_folder: Path, tmp_path: Path) -> None:
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    stderr = fail(config, tmp_path, place="forward", way="raise", model_folder=model_folder).stderr
+    assert "ValueError: the user's own error" in stderr

@@ -1,0 +1,74 @@
+"""What cannot be told apart by sample is refused while scoring, never silently wrong."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from torch import Tensor, nn
+
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.per_sample import SampleGradients
+from tests.support.gradient_loop import CollectingSink, batched_gradients, collate, example_rows
+from tests.support.models import tiny_lora_model
+
+
+def _score(model: nn.Module) -> None:
+    batched_gradients(model, example_rows())
+
+
+def test_a_bypassed_layer_is_refused() -> None:
+    model = tiny_lora_model()
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+
+    def fused(self: nn.Module, x: Tensor) -> Tensor:  # what fused kernels do: weights read, modules not called
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return self.base_layer(x) + x @ a.T @ b.T * self.scaling["default"]
+
+    layer.forward = types.MethodType(fused, layer)
+    with pytest.raises(RuntimeError, match=r"2 of 28 LoRA layers got no gradient.*layers\.1\.mlp\.up_proj\.lora_A"):
+        _score(model)
+
+
+def test_a_detached_layer_is_refused() -> None:
+    model = tiny_lora_model()
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(RuntimeError, match=r"6 of 28 LoRA layers got no gradient"):
+        _score(model)
+
+
+def test_a_merged_or_disabled_adapter_is_refused_while_scoring() -> None:
+    model = tiny_lora_model()
+    modules = find_lora_modules(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"28 of 28 LoRA layers got no gradient.*and 23 more.*unmerge the adapter"):
+        batched_gradients(model, example_rows(), modules=modules)
+
+
+def test_a_flattened_batch_is_refused() -> None:
+    model = tiny_lora_model()
+    mlp = model.base_model.model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.flatten(0, 1)).view(x.shape)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\..*shape \(70, 32\).*\(5 samples, .*mixture-of"):
+        _score(model)
+    mlp.forward = lambda x: forward(x.flatten(0, 1)[None]).view(x.shape)
+    with pytest.raises(RuntimeError, match=r"shape \(1, 70, 32\)"):
+        _score(model)
+
+
+def test_opts_flattened_feed_forward_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"layers\.0\.fc1.*target_modules"):
+        _score(tiny_lora_model("opt"))
+
+
+def test_inputs_embeds_are_refused() -> None:
+    model = tiny_lora_model()
+    inputs, labels = collate(example_rows())
+    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
+    with (
+        pytest.raises(RuntimeError, match="cannot score a model that is fed `inputs_embeds`"),
+        SampleGradients(model, find_lora_modules(model)) as sample_gradients,
+    ):
+        sample_gradients.compute(embedded, labels, CollectingSink())

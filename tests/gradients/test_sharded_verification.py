@@ -1,0 +1,122 @@
+"""The check of sample gradients that forms no gradient of any weight, for models whose weights are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spice_trainer.gradients.per_sample
+from spice_trainer.data.rows import collate_row
+from spice_trainer.gradients.layers import module_gradients
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.sharded_verification import verify_directions
+from spice_trainer.gradients.verification import GradientMismatchError
+from tests.gradients.test_verification import _bypass_both, _call_twice_on_halves, _flatten_batch, _mix_rows
+from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.traces import model_state, random_states
+from tests.support.trainers import collate, make_trainer, tiny_rows
+
+
+def verify_two_rows(model: nn.Module, **settings: Any) -> float:
+    rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
+    return verify_directions(model, find_lora_modules(model), rows, device=torch.device("cpu"), **settings)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_sound_models_pass(architecture: str) -> None:
+    model = tiny_lora_model(architecture, lora_dropout=0.3).train()
+    assert 0 < verify_two_rows(model) < 1e-5
+    mixed = verify_two_rows(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    # Gemma's attention rounds alike with and without padding.
+    assert (0 if architecture == "gemma2" else 1e-4) < mixed < 0.15
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: add_lora(tiny_model(attention_bias=True, mlp_bias=True), lora_bias=True),
+        lambda: tiny_lora_model(randomize=False),
+    ],
+    ids=["lora_bias", "fresh_adapter"],
+)
+def test_other_sound_models_pass(build: Callable[[], nn.Module]) -> None:
+    assert verify_two_rows(build()) < 1e-5
+
+
+def test_a_layer_called_more_than_once_is_followed() -> None:
+    model = tiny_lora_model()
+    _call_twice_on_halves(model)
+    assert verify_two_rows(model) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("break_model", "error", "words"),
+    [
+        (_bypass_both, RuntimeError, r"2 of 28 LoRA layers got no gradient .*layers\.0\.self_attn\.q_proj.*fused"),
+        (_mix_rows, GradientMismatchError, r"differs from autograd's by .*rows of a batch influence each other"),
+        (_flatten_batch, RuntimeError, r"q_proj\.lora_A\.default' was fed a tensor of shape .*mixture-of-experts"),
+    ],
+)
+def test_models_that_the_hooks_cannot_follow_are_caught(
+    break_model: Callable[[nn.Module], None], error: type[Exception], words: str
+) -> None:
+    model = tiny_lora_model()
+    break_model(model)
+    with pytest.raises(error, match=f"(?s){words}"):
+        verify_two_rows(model)
+
+
+@pytest.mark.parametrize("factor", [1.1, -1.0, 0.0, float("nan")])
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_a_wrong_gradient_is_caught(matrix: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(inputs: Tensor, output_gradients: Tensor, *, bias: bool = False) -> Tensor:
+        is_matrix_a = output_gradients.shape[-1] == 4
+        gradients = module_gradients(inputs, output_gradients, bias=bias)
+        return gradients * factor if is_matrix_a == (matrix == "lora_A") else gradients
+
+    monkeypatch.setattr(spice_trainer.gradients.per_sample, "module_gradients", scaled)
+    with pytest.raises(GradientMismatchError, match=f"{matrix}.*differs from autograd's"):
+        verify_two_rows(tiny_lora_model())
+
+
+def test_the_check_leaves_no_trace() -> None:
+    model = tiny_lora_model(lora_dropout=0.3).train()
+    model.get_submodule("base_model.model.model.layers.1").training = False
+    before, states = random_states(), model_state(model)
+    verify_two_rows(model)
+    assert random_states() == before and model_state(model) == states
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_partitioned_model_is_verified_when_training_begins_and_once_more(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A's gradient is zero until B is not, so the second look is after the first update."""
+    monkeypatch.setattr("spice_trainer.trainer.attachment.has_whole_weights", lambda model: False)
+    steps: list[int] = []
+
+    def note(*args: Any, **kwargs: Any) -> float:
+        steps.append(trainer.state.global_step)
+        return verify_directions(*args, **kwargs)
+
+    monkeypatch.setattr("spice_trainer.trainer.attachment.verify_directions", note)
+    trainer = make_trainer(tmp_path, spice={}, verify=True, max_steps=4)
+    assert steps == []
+    trainer.train()
+    assert steps == [0, 1]
+    make_trainer(tmp_path, spice={}, verify=False, max_steps=4).train()
+    assert steps == [0, 1]
+
+
+def test_a_partitioned_model_that_is_wrong_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spice_trainer.trainer.attachment.has_whole_weights", lambda model: False)
+    model = tiny_lora_model()
+    _mix_rows(model)
+    trainer = make_trainer(tmp_path, spice={}, model=model, verify=True)
+    with pytest.raises(GradientMismatchError, match="rows of a batch influence each other"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -1,0 +1,136 @@
+"""SIGKILL at random moments, an incomplete checkpoint, the end of a run: resuming gives the uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spice_trainer.recording.checkpoint import last_complete_checkpoint
+from tests.support.trainers import make_trainer, read_records, same_weights, trainable_weights, trained_indices
+
+NUM_KILLS = 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_runs_survive_being_killed() -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.kills", str(NUM_KILLS)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert f"runs survived {NUM_KILLS}" in result.stdout or f"runs survived {NUM_KILLS + 1}" in result.stdout
+
+
+def make_checkpoint(folder: Path, step: int, *, state: str | None = '{"global_step": 1}') -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"...")
+    if state is not None:
+        (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def test_the_latest_complete_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_complete_checkpoint(tmp_path / "none") is None
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (2, 9, 10):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-99").write_text("a file")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not caplog.records
+    make_checkpoint(tmp_path, 11, state='{"global_st')
+    make_checkpoint(tmp_path, 12, state=None)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    said = f"SPICE: checkpoint-12, checkpoint-11 in {tmp_path} are not complete, its writing was interrupted. The run"
+    assert (
+        caplog.messages[0].startswith(said.replace("its", "their")) and "continues from checkpoint-10" in caplog.text
+    )
+
+
+def test_without_a_complete_checkpoint_the_way_out_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 1, state="")
+    with pytest.raises(
+        ValueError, match="No checkpoint in .* is complete: checkpoint-1 without a readable trainer_stat"
+    ):
+        last_complete_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="Start the run anew, without resume_from_checkpoint"):
+        make_trainer(tmp_path, spice={}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        make_trainer(tmp_path / "empty", spice={}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_resuming_past_an_incomplete_checkpoint(positional: bool, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    first = make_trainer(tmp_path, spice={}, **options)
+    first.train()
+    expected = (trainable_weights(first.model), read_records(tmp_path, "selections"))
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-5" / "spice")
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    second = make_trainer(tmp_path, spice={}, **options)
+    if positional:
+        second.train(True)
+    else:
+        second.train(resume_from_checkpoint=True)
+    assert same_weights(trainable_weights(second.model), expected[0])
+    assert read_records(tmp_path, "selections") == expected[1]
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, spice={}, **options).train()
+    folder = tmp_path / "checkpoint-1" / "spice"
+    for name in ("state.json", "state.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ValueError, match=r"SPICE's state in .* cannot be read .*damaged, or its writing was interr"
+        ):
+            make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=True)
+        (folder / name).write_bytes(whole)
+
+
+def test_a_checkpoint_that_is_overwritten_is_incomplete_until_its_last_file(tmp_path: Path) -> None:
+    """A run resumed from before an existing checkpoint writes over it: killed there, half of it is the old one."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(tmp_path, spice={}, **options).train()
+    trainer = make_trainer(tmp_path, spice={}, **options)
+    seen: list[bool] = []
+    save_optimizer = trainer._save_optimizer_and_scheduler
+
+    def watched(output_dir: str) -> None:
+        seen.append((Path(output_dir) / "trainer_state.json").exists())
+        save_optimizer(output_dir)
+
+    trainer._save_optimizer_and_scheduler = watched
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert seen == [False] and (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    # Saving elsewhere removes nothing.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "trainer_state.json").write_text("{}")
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "trainer_state.json").exists()
+
+
+def test_a_run_resumed_at_its_last_step_trains_no_further(tmp_path: Path) -> None:
+    """The stock trainer would train one step more, beyond `max_steps`, where that is within an epoch."""
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4, "num_train_epochs": 3}
+    first = make_trainer(tmp_path, spice={}, **options)
+    first.train()
+    second = make_trainer(tmp_path, spice={}, **options)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 4 and len(trained_indices(tmp_path)) == 4
+    assert same_weights(trainable_weights(first.model), trainable_weights(second.model))

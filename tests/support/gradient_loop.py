@@ -1,0 +1,113 @@
+"""Slow and obvious: one sample at a time through the model, its loss by hand, its gradient by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.per_sample import SampleGradients
+from tests.support.models import VOCAB_SIZE
+
+Row = tuple[list[int], list[int]]
+
+
+def example_rows(seed: int = 0) -> list[Row]:
+    """Five rows (input_ids, labels): whole text, prompt masked, two turns, a single label, the shortest possible."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+    whole, prompted, turns, single, shortest = draw(9), draw(14), draw(11), draw(6), draw(2)
+    return [
+        (whole, list(whole)),
+        (prompted, [-100] * 8 + prompted[8:]),
+        (turns, [-100] * 3 + turns[3:5] + [-100] * 3 + turns[8:]),
+        (single, [-100] * 5 + single[5:]),
+        (shortest, list(shortest)),
+    ]
+
+
+def collate(rows: Sequence[Row], *, extra_padding: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Right-pads with a token that means something, so that only the attention mask makes it harmless."""
+    length = max(len(input_ids) for input_ids, _ in rows) + extra_padding
+    input_ids = torch.full((len(rows), length), 5)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), -100)
+    for index, (row_ids, row_labels) in enumerate(rows):
+        input_ids[index, : len(row_ids)] = torch.tensor(row_ids)
+        attention_mask[index, : len(row_ids)] = 1
+        labels[index, : len(row_ids)] = torch.tensor(row_labels)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}, labels
+
+
+class CollectingSink:
+    """Keeps every module's gradients, and complains when one arrives twice."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[int, Tensor] = {}
+        self.rows: list[int] | None = None
+        self._again: set[int] = set()
+
+    def add(self, module_index: int, gradients: Tensor) -> None:
+        assert gradients.dtype == torch.float32
+        if self.rows is None:
+            assert module_index not in self.gradients
+            self.gradients[module_index] = gradients.clone()
+        else:
+            assert module_index not in self._again and len(gradients) == len(self.rows)
+            self._again.add(module_index)
+            self.gradients[module_index][self.rows] = gradients
+
+    def restart(self, rows: Sequence[int]) -> None:
+        assert self.rows is None
+        self.rows = list(rows)
+
+    def by_module(self) -> list[Tensor]:
+        return [self.gradients[index] for index in range(len(self.gradients))]
+
+
+def batched_gradients(
+    model: nn.Module, rows: Sequence[Row], *, extra_padding: int = 0, modules: Mapping[str, nn.Linear] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses and, per module, the sample gradients `(N, D_l)` of one batch."""
+    sink = CollectingSink()
+    with SampleGradients(model, find_lora_modules(model) if modules is None else modules) as sample_gradients:
+        losses = sample_gradients.compute(*collate(rows, extra_padding=extra_padding), sink)
+    return losses, sink.by_module()
+
+
+def looped_gradients(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, list[Tensor]]:
+    """The same by one forward and one `torch.autograd.grad` a row, unpadded."""
+    modules = find_lora_modules(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    losses, gradients = [], []
+    for input_ids, labels in rows:
+        outputs = model(input_ids=torch.tensor([input_ids]))
+        logits = outputs["logits"][0]
+        predictions = [
+            logits[position].log_softmax(-1)[labels[position + 1]]
+            for position in range(len(labels) - 1)
+            if labels[position + 1] != -100
+        ]
+        loss = -sum(predictions) / len(predictions)
+        parameters = [
+            [module.weight] + ([module.bias] if module.bias is not None and module.bias.requires_grad else [])
+            for module in modules.values()
+        ]
+        flat = iter(torch.autograd.grad(loss, [parameter for group in parameters for parameter in group]))
+        gradients.append([torch.cat([next(flat).flatten() for _ in group]) for group in parameters])
+        losses.append(loss.detach())
+    for module, training in modes:
+        module.training = training
+    return torch.stack(losses), [torch.stack(module) for module in zip(*gradients, strict=True)]
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest ‖g − g*‖ / ‖g*‖ over the samples, over all modules together."""
+    difference = torch.cat(list(found), dim=1).double() - torch.cat(list(expected), dim=1).double()
+    return float((difference.norm(dim=1) / torch.cat(list(expected), dim=1).double().norm(dim=1)).max())
