@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-# A module of this folder each, imported only when it is asked for: most bring transformers and TRL.
-COMMANDS = {"select": "Select a subset of a dataset with no target training."}
+
+def _select(arguments: list[str]) -> None:
+    # Imported only when it is asked for: it brings transformers and TRL.
+    from spice_trainer.cli.select import main
+
+    main(arguments)
+
+
+COMMANDS = {"select": (_select, "Select a subset of a dataset with no target training.")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,12 +25,12 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: If the first argument names no command.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
-    if name not in COMMANDS:
-        commands = "\n".join(f"  {command:10} {purpose}" for command, purpose in COMMANDS.items())
-        usage = f"usage: spice-trainer COMMAND [--help] [ARGUMENTS]\n\n{commands}"
-        if name in ("-h", "--help"):
-            print(usage)
-            return
+    if name in COMMANDS:
+        COMMANDS[name][0](arguments)
+        return
+    commands = "\n".join(f"  {command:10} {purpose}" for command, (_, purpose) in COMMANDS.items())
+    usage = f"usage: spice-trainer COMMAND [--help] [ARGUMENTS]\n\n{commands}"
+    if name not in ("-h", "--help"):
         print(usage, file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(f"spice_trainer.cli.{name}").main(arguments)
+    print(usage)
