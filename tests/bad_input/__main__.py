@@ -1,7 +1,6 @@
-"""Writes the table into README."""
+"""Writes docs/errors.md."""
 
-from tests.bad_input.table import README, as_markdown, in_readme
+from tests.bad_input.table import ERRORS, as_markdown
 
 if __name__ == "__main__":
-    before, _, after = in_readme()
-    README.write_text(before + as_markdown() + after, encoding="utf-8")
+    ERRORS.write_text(as_markdown(), encoding="utf-8")
