@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_head import LabelHead
-from spice_trainer.gradients.label_losses import sample_losses
+from spice_trainer.gradients.label_head import LabelHead, sample_losses
 from spice_trainer.gradients.lora import forward_parameters
 
 

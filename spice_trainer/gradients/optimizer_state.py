@@ -3,15 +3,40 @@
 Two settings read it: `gradient_preconditioning` Adam's second moment (module `preconditioning`), and
 `conflict_reference="momentum"` the mean of past gradients (module `momentum`). Both read it when they score, as a
 Trainer makes its optimizer after everything else, and restores its state later still.
+
+Sample gradients as Adam would apply them: divided by the root of its second moment.
+
+    P(g) = g / (√v̂⁺ + ε),      v̂⁺ = (β₂ v + (1 − β₂) g²) / (1 − β₂^(t+1))
+
+with v Adam's second moment after its t updates, by coordinate. It is the step that Adam would take on this sample
+alone without momentum (β₁ = 0), but for the learning rate: samples are compared by what they would do to the weights.
+LESS takes the momentum in as well, which is the same for all samples. The sample's own g² is in v̂⁺, as there: without
+it a coordinate that has had no gradient yet (all of LoRA's A in the first update) would count a hundred million times.
+Before the first update P(g) is the signs of g.
+
+Axes: N samples, D_l gradient coordinates of a layer.
+
+The optimizer's momentum: the direction of the last steps, which a candidate may oppose.
+
+    c(x) = max(0, −cos(g_x, m)),      m = Adam's first moment (`exp_avg`), or SGD's momentum buffer
+
+m is a mean of the gradients that the last steps trained on, with the gradients' own sign. With
+`gradient_preconditioning="adam"` it is taken as Adam applies it, m / (√v̂ + ε), v̂ being the second moment at the last
+update, as the candidates' gradients then are. m is seen through the same features as they are, exact or sketched; only
+its direction counts. Before the first update it is 0, and nothing conflicts.
+
+Axes: D_l gradient coordinates of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spice_trainer.gradients.layers import trainable_bias
@@ -79,3 +104,182 @@ def layer_states(optimizer: Any, modules: Mapping[str, nn.Linear], *, setting: s
             )
         found.append(LayerState(groups[id(module.weight)], [optimizer.state.get(weight) or {} for weight in weights]))
     return found
+
+
+PRECONDITIONING_SETTING = "gradient_preconditioning='adam'"
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """What Adam remembers of one layer's squared gradients.
+
+    Args:
+        values (`torch.Tensor` of shape `(D_l,)`, *optional*): v, weight first (row-major), then bias. `None` before
+            the first update.
+        num_updates (`int`): t.
+        decay (`float`): β₂.
+        epsilon (`float`): ε.
+    """
+
+    values: Float[Tensor, " D_l"] | None
+    num_updates: int
+    decay: float
+    epsilon: float
+
+
+def precondition_(gradients: Float[Tensor, "N D_l"], moment: SecondMoment) -> Float[Tensor, "N D_l"]:
+    """Preconditions one layer's sample gradients, in place.
+
+    Args:
+        gradients (`torch.Tensor` of shape `(N, D_l)`): Raw gradients. Overwritten. Where one is not finite, neither is
+            what comes of it.
+        moment ([`SecondMoment`]): Adam's, of this layer.
+
+    Returns:
+        `torch.Tensor`: `gradients`.
+    """
+    root = gradients * math.sqrt(1.0 - moment.decay)
+    if moment.values is None:
+        root.abs_()
+    else:
+        # A hypotenuse rather than a root of squares: gradients of 1e-30 would vanish, and of 1e+30 overflow.
+        torch.hypot(root, moment.values.to(root).mul(moment.decay).sqrt_(), out=root)
+    root /= math.sqrt(1.0 - moment.decay ** (moment.num_updates + 1))
+    root += moment.epsilon
+    if moment.epsilon == 0.0:
+        root.masked_fill_(root == 0, 1.0)
+    return gradients.div_(root)
+
+
+class AdamMoments:
+    """Reads the second moments of LoRA layers from the optimizer that trains them.
+
+    Args:
+        get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
+        modules (`Mapping[str, torch.nn.Linear]`): The layers.
+    """
+
+    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Linear]) -> None:
+        self.get_optimizer = get_optimizer
+        self.modules = modules
+
+    def read(self) -> list[SecondMoment]:
+        """The moments of now, in the layers' order.
+
+        Raises:
+            ValueError: If the optimizer is no Adam, or has not been given a layer's weights.
+        """
+        optimizer = unwrap_optimizer(self.get_optimizer())
+        check_adam(optimizer)
+        return [_read(state) for state in layer_states(optimizer, self.modules, setting=PRECONDITIONING_SETTING)]
+
+
+def check_adam(optimizer: Any) -> None:
+    """Refuses what keeps no second moment, or another than PyTorch's Adam.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    given = f"SpiceConfig: {PRECONDITIONING_SETTING} divides gradients by the optimizer's second moment"
+    if optimizer is None:
+        raise ValueError(
+            f"{given}, and there is no optimizer. Fix: pass `optimizer=` to SpiceSampler.bind, or leave "
+            "gradient_preconditioning out."
+        )
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"{given}, and {type(optimizer).__name__} is not PyTorch's Adam or AdamW: it keeps none, or in a form of "
+            "its own (8 bits, factors). Fix: set optim='adamw_torch_fused' or 'adamw_torch', or leave "
+            "gradient_preconditioning out."
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{given}, and with amsgrad=True {type(optimizer).__name__} divides by the largest one so far instead. "
+            "Fix: set amsgrad=False, or leave gradient_preconditioning out."
+        )
+
+
+def _read(state: LayerState) -> SecondMoment:
+    decay, epsilon = float(state.group["betas"][1]), float(state.group["eps"])
+    values = state.flat("exp_avg_sq")
+    num_updates = 0 if values is None else int(state.parameters[0]["step"])
+    return SecondMoment(values, num_updates, decay, epsilon)
+
+
+MOMENTUM_SETTING = "conflict_reference='momentum'"
+
+
+class OptimizerMomentum:
+    """Reads the momentum of LoRA layers from the optimizer that trains them.
+
+    Args:
+        get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
+        modules (`Mapping[str, torch.nn.Linear]`): The layers.
+    """
+
+    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Linear]) -> None:
+        self.get_optimizer = get_optimizer
+        self.modules = modules
+
+    def read(self, moments: Sequence[SecondMoment] | None = None) -> list[Float[Tensor, " D_l"] | None]:
+        """The momentum of now.
+
+        Args:
+            moments (`Sequence[SecondMoment]`, *optional*): Adam's second moments of the layers, to apply it with.
+
+        Returns:
+            `list[torch.Tensor | None]`: Of each layer, weight first (row-major), then bias; `None` before its first
+            update.
+
+        Raises:
+            ValueError: If the optimizer keeps none, or has not been given a layer's weights.
+        """
+        optimizer = unwrap_optimizer(self.get_optimizer())
+        check_momentum(optimizer)
+        name = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
+        states = layer_states(optimizer, self.modules, setting=MOMENTUM_SETTING)
+        found = [state.flat(name) for state in states]
+        if moments is None:
+            return found
+        return [_applied(momentum, moment) for momentum, moment in zip(found, moments, strict=True)]
+
+
+def check_momentum(optimizer: Any) -> None:
+    """Refuses optimizers that keep no momentum, or in a form of their own.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    given = f"SpiceConfig: {MOMENTUM_SETTING} holds gradients against the optimizer's momentum"
+    if optimizer is None:
+        raise ValueError(
+            f"{given}, and there is no optimizer. Fix: pass `optimizer=` to SpiceSampler.bind, or leave "
+            "conflict_reference out."
+        )
+    if isinstance(optimizer, torch.optim.SGD):
+        if all(group.get("momentum") for group in optimizer.param_groups):
+            return
+        raise ValueError(
+            f"{given}, and SGD with momentum=0 keeps none. Fix: give it a momentum, or leave conflict_reference out."
+        )
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"{given}, and {type(optimizer).__name__} is not PyTorch's Adam, AdamW or SGD: it keeps none, or in a "
+            "form of its own (8 bits, factors). Fix: set optim='adamw_torch_fused' or 'adamw_torch', or leave "
+            "conflict_reference out."
+        )
+
+
+def _applied(momentum: Float[Tensor, " D_l"] | None, moment: SecondMoment) -> Float[Tensor, " D_l"] | None:
+    """Divides a momentum as Adam does."""
+    if momentum is None or moment.values is None:
+        return None
+    root = moment.values.to(momentum).sqrt() / math.sqrt(1.0 - moment.decay**moment.num_updates) + moment.epsilon
+    # ε may be 0, and where no gradient has come yet so is everything else.
+    return momentum / torch.where(root > 0, root, 1.0)

@@ -16,9 +16,7 @@ from torch import nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
-from spice_trainer.gradients.momentum import check_momentum
-from spice_trainer.gradients.optimizer_state import unwrap_optimizer
-from spice_trainer.gradients.preconditioning import check_adam
+from spice_trainer.gradients.optimizer_state import check_adam, check_momentum, unwrap_optimizer
 from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.proxy.rows import TargetRows, rows_for_proxy, shared_rows

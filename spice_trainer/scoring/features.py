@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.preconditioning import SecondMoment, precondition_
+from spice_trainer.gradients.optimizer_state import SecondMoment, precondition_
 from spice_trainer.gradients.sketch import GradientSketch
 
 

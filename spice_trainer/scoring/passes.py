@@ -23,9 +23,8 @@ from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.layers import trainable_size
-from spice_trainer.gradients.momentum import OptimizerMomentum
+from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
-from spice_trainer.gradients.preconditioning import AdamMoments
 from spice_trainer.gradients.sketch import GradientSketch
 from spice_trainer.scoring.features import DiscardedGradients, FeatureBuffer
 from spice_trainer.scoring.out_of_memory import TokenBudget, explained, features_error, lockstep_error

@@ -27,9 +27,8 @@ from spice_trainer.data.checks import check_token_ids, vocabulary_sizes
 from spice_trainer.data.rows import CandidateRow, RowShape, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.backends import rows_influence_each_other
-from spice_trainer.gradients.momentum import OptimizerMomentum
-from spice_trainer.gradients.preconditioning import AdamMoments
-from spice_trainer.gradients.scored_modules import choose_modules
+from spice_trainer.gradients.lora import choose_modules
+from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.scoring.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.scoring.measure import PoolScores, measure_pool
 from spice_trainer.scoring.out_of_memory import TokenBudget

@@ -12,8 +12,7 @@ from transformers import TrainingArguments
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import CandidateRow
 from spice_trainer.gradients.backends import changes_when_training_begins, warn_of_quantization
-from spice_trainer.gradients.sharded_verification import verify_directions
-from spice_trainer.gradients.verification import has_whole_weights, verify_gradients
+from spice_trainer.gradients.verification import has_whole_weights, verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.proxy.rows import TargetRows, embedding_size, vocabulary_size
 from spice_trainer.sampling.schedule import PoolSchedule

@@ -18,8 +18,8 @@ from transformers.training_args import OptimizerNames
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import sample_rows
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.momentum import SETTING as MOMENTUM
-from spice_trainer.gradients.preconditioning import SETTING as PRECONDITIONING
+from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
+from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.proxy.rows import TargetRows
 from spice_trainer.recording.summary import RunPlan

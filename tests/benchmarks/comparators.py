@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_losses import sample_losses
+from spice_trainer.gradients.label_head import sample_losses
 
 MicroBatch = tuple[dict[str, Tensor], Tensor]
 Collect = Callable[[], Tensor]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_head import LabelHead
-from spice_trainer.gradients.label_losses import sample_losses
+from spice_trainer.gradients.label_head import LabelHead, sample_losses
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import spice_trainer.gradients.label_losses
-from spice_trainer.gradients.label_losses import sample_losses, token_losses
+import spice_trainer.gradients.label_head
+from spice_trainer.gradients.label_head import sample_losses, token_losses
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
@@ -17,7 +17,7 @@ from spice_trainer.gradients.label_losses import sample_losses, token_losses
 def test_losses_and_gradients_are_those_of_cross_entropy(
     chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spice_trainer.gradients.label_losses, "CHUNK_NUMBERS", 11 * chunk)
+    monkeypatch.setattr(spice_trainer.gradients.label_head, "CHUNK_NUMBERS", 11 * chunk)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight, targets = torch.randn(11, 5, dtype=torch.float64), torch.randint(0, 11, (7,))
     bias = torch.randn(11, dtype=torch.float64) if with_bias else None
@@ -35,7 +35,7 @@ def test_no_tensor_of_all_logits_is_held(monkeypatch: pytest.MonkeyPatch) -> Non
     """Nothing larger than a chunk of logits, beside what has the hidden states' size."""
     largest = 0
     positions, vocabulary, features = 64, 512, 8
-    monkeypatch.setattr(spice_trainer.gradients.label_losses, "CHUNK_NUMBERS", 4 * vocabulary)
+    monkeypatch.setattr(spice_trainer.gradients.label_head, "CHUNK_NUMBERS", 4 * vocabulary)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

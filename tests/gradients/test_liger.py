@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spice_trainer.gradients.backends import changes_when_training_begins
-from spice_trainer.gradients.label_losses import sample_losses
+from spice_trainer.gradients.label_head import sample_losses
 
 LIGER_FORWARD = "liger_kernel.transformers.model.llama"
 needs_liger = pytest.mark.skipif(

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.data.rows import RowShape
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.gradients.momentum import OptimizerMomentum
-from spice_trainer.gradients.preconditioning import AdamMoments
+from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.sketch import GradientSketch
 from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.features import FeatureBuffer

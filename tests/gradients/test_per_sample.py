@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_losses import sample_losses
+from spice_trainer.gradients.label_head import sample_losses
 from spice_trainer.gradients.layers import module_gradients, trainable_size
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients

@@ -13,8 +13,7 @@ import spice_trainer.gradients.per_sample
 from spice_trainer.data.rows import collate_row
 from spice_trainer.gradients.layers import module_gradients
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.gradients.sharded_verification import verify_directions
-from spice_trainer.gradients.verification import GradientMismatchError
+from spice_trainer.gradients.verification import GradientMismatchError, verify_directions
 from tests.gradients.test_verification import _bypass_both, _call_twice_on_halves, _flatten_batch, _mix_rows
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
 from tests.support.traces import model_state, random_states

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import spice_trainer.gradients.label_losses
+import spice_trainer.gradients.label_head
 import spice_trainer.scoring.memory
 from spice_trainer import SpiceConfig
 from spice_trainer.data.rows import CandidateRow, pad_rows, sample_rows
@@ -116,7 +116,7 @@ def test_a_pass_of_any_shape_is_predicted(architecture: str, precision: str, pad
 def test_logits_of_a_chunk_alone_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary so large that the logits of 64 label tokens are most of what a pass holds."""
     model = add_lora(tiny_model(vocab_size=4096))
-    monkeypatch.setattr(spice_trainer.gradients.label_losses, "CHUNK_NUMBERS", 64 * 4096)
+    monkeypatch.setattr(spice_trainer.gradients.label_head, "CHUNK_NUMBERS", 64 * 4096)
     scorer = _scorer(model)
     memory = spice_trainer.scoring.memory._measure_passes(scorer, _sample(), padded=True)
     assert memory is not None

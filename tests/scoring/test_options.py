@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import collate_row, keep_first_labels
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import choose_modules, find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
-from spice_trainer.gradients.scored_modules import choose_modules
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.pool import select_pool
 from tests.support.gradient_loop import batched_gradients, example_rows, looped_gradients
