@@ -38,16 +38,15 @@ _PREAMBLE = """\
 <!-- Written by `python -m tests.bad_input`; a test compares. -->
 # Errors
 
-Mistakes are noticed as early as they can be, most of them when SPICE is attached. The error says what is wrong, in which
-row, layer or setting, the likely cause and the fix, and an attempt that fails alters nothing of the trainer, the model,
-the dataset and the files. What only some row can show (32 rows of a dataset are looked at before training) ends the run
-at that row, by name.
+Mistakes are noticed as early as they can be, most of them when SPICE is attached. The error says what is wrong, in
+which row, layer or setting, the likely cause and the fix, and an attempt that fails alters nothing of the trainer, the
+model, the dataset and the files. What only some row can show (32 rows of a dataset are looked at before training) ends
+the run at that row, by name.
 
-Nothing that is read is executed: checkpoints are JSON and safetensors, never pickle, and no path in one is followed. Chat
-templates are rendered by the tokenizer, in its sandbox. `trust_remote_code` is what you say, and off otherwise.
+Nothing that is read is executed: checkpoints are JSON and safetensors, never pickle, and no path in one is followed.
+Chat templates are rendered by the tokenizer, in its sandbox. `trust_remote_code` is what you say, and off otherwise.
 
-Below are {num_rows} mistakes: when each is noticed, what is raised, and what the text says. A test makes every one of
-them.
+Below are {num_rows} mistakes: when each is noticed, what is raised, and what the text says. A test makes every one.
 """
 
 
