@@ -13,14 +13,17 @@ dimension, m features kept per candidate.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.scoring.allocations import AllocationTrace, LabelChunk, PassMemory, PassShape
@@ -198,3 +201,47 @@ def _gram_bytes(scorer: GradientScorer, pool_size: int) -> int:
     # The coordinates' own measure has one denominator for each, and a chunk of them.
     denominators = 8 * (scorer.num_features + chunk) if scorer.keep_gradients else 0
     return max(converted, denominators) + _GRAM_MATRICES * pool_size * pool_size * 8
+
+
+def check_memory(
+    feature_bytes: int, num_rows: int, *, num_features: int, dimension: int, device: torch.device, config: SpiceConfig
+) -> None:
+    """Refuses exact or sketched features that cannot fit in free memory.
+
+    Args:
+        feature_bytes (`int`): What a process needs to score one pool.
+        num_rows (`int`): Candidates of a pool.
+        num_features (`int`): Numbers kept per candidate.
+        dimension (`int`): D.
+        device (`torch.device`): Where they would live.
+        config ([`SpiceConfig`]): The settings, for the message.
+
+    Raises:
+        ValueError: If one pool's features exceed free memory; names the `sketch_dim` that fits.
+    """
+    free = free_memory(device)
+    if feature_bytes <= free:
+        return
+    # A quarter of what is free: activations, the optimizer and the data need room too.
+    fitting = int(free / 4 / num_rows / 4)
+    power = 2 ** max(4, fitting.bit_length() - 1)
+    if config.information == "exact":
+        fix = f"set sketch_dim={min(power, dimension)}, which fits, or a smaller pool_size"
+    else:
+        fix = (
+            f'set a pool_size of at most {max(2, int(free / 2 / num_features / 4))}, or information="exact", which '
+            "can be sketched"
+        )
+    raise ValueError(
+        f"Scoring a pool of {num_rows} candidates with {num_features:,} gradient numbers each needs "
+        f"{feature_bytes / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    # The processes of a machine share its memory.
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -9,6 +9,8 @@ One pass over the data: every row is a candidate once. The result does not depen
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,18 +21,25 @@ import torch
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.checks import check_token_ids
 from spice_trainer.data.fingerprints import describe_model, fingerprint_dataset
+from spice_trainer.data.raw_rows import find_raw_format
+from spice_trainer.data.rows import sample_rows
+from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
 from spice_trainer.distributed import Processes
+from spice_trainer.gradients.verification import verify_gradients
 from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.proxy.rows import TargetRows, check_is_labelled, embedding_size
 from spice_trainer.sampling.build import build_selector
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.schedule import build_schedule
+from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
+from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subset
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
-from spice_trainer.subset.rows import check_selection, read_rows
 from spice_trainer.subset.run import SubsetRun
-from spice_trainer.trainer.checks import check_agreement
+from spice_trainer.trainer.checks import check_agreement, check_dataset
 from spice_trainer.utils.fields import whole_number
 from spice_trainer.utils.logging import logger, show_messages
 
@@ -289,3 +298,54 @@ def _is_done(output_dir: Path, config: SpiceConfig, identity: dict[str, Any]) ->
         )
     logger.info("SPICE: %s holds the finished subset of this selection already; nothing is selected anew.", output_dir)
     return True
+
+
+def read_rows(
+    dataset: Any, proxy: ProxyModel, processing_class: Any, data_collator: Any, **tokenization: Any
+) -> TargetRows:
+    """The dataset's rows as the selector reads them."""
+    processing_class = proxy.processing_class if processing_class is None else processing_class
+    known = {"processing_class": processing_class, "vocab_size": embedding_size(proxy.model)}
+    check_dataset(dataset)
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    is_raw = find_raw_format(columns) is not None
+    if "input_ids" in columns and ("labels" in columns or data_collator is not None or not is_raw):
+        if data_collator is None:
+            check_is_labelled(dataset, "The dataset", "data_collator=...")
+        return TargetRows(dataset, data_collator if data_collator is not None else collate_rows, **known)
+    if processing_class is None and is_raw:
+        raise ValueError(
+            f"The dataset holds raw rows ({', '.join(sorted(columns))}) and select_subset has no tokenizer to read "
+            "them with. Pass `processing_class=`, the selector's tokenizer."
+        )
+    rows = TokenizedRows(dataset, processing_class, **tokenization)
+    return TargetRows(rows, rows.collate, **known)
+
+
+def check_selection(
+    scorer: GradientScorer,
+    config: SpiceConfig,
+    *,
+    verify: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Looks at some rows, the memory and two gradients before anything is selected."""
+    rows = sample_rows(scorer.dataset, scorer.collate, device=scorer.device)
+    if not any(row.num_label_tokens > 0 for row in rows):
+        raise ValueError(
+            f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
+            "scored. Look at the prompt masking and at `max_length`."
+        )
+    check_token_ids(rows, scorer.vocabulary)
+    num_candidates = min(config.pool_size, len(scorer.dataset))
+    check_memory(
+        scorer.feature_bytes(1, num_candidates),
+        num_candidates,
+        num_features=scorer.num_features,
+        dimension=scorer.dimension,
+        device=scorer.device,
+        config=config,
+    )
+    if verify and config.takes_gradients:
+        shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
+        verify_gradients(scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=autocast)

@@ -30,7 +30,7 @@ from spice_trainer.sampling.loader import SlotCollator
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.memory import MemoryPlan
-from spice_trainer.trainer.sharded_adapter import check_adapter_is_saved
+from spice_trainer.trainer.checks import check_adapter_is_saved
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
 

@@ -7,30 +7,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import peft
 import torch
 import transformers
 from packaging.version import Version
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import CandidateRow
 from spice_trainer.distributed import Processes, check_parallelism
+from spice_trainer.gradients.backends import changes_when_training_begins, warn_of_quantization
+from spice_trainer.gradients.verification import has_whole_weights, verify_directions, verify_gradients
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.proxy.rows import embedding_size
+from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.scoring.memory import check_memory
+from spice_trainer.scoring.passes import input_device
+from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.utils.logging import logger
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuses trainers and arguments that SPICE cannot select for.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer to attach to.
-
-    Raises:
-        TypeError: If it is not a `transformers.Trainer`.
-        ValueError: If its dataset, model or arguments rule SPICE out.
-    """
+    """Refuses trainers and arguments that SPICE cannot select for."""
     if not isinstance(trainer, Trainer):
         raise TypeError(
             f"attach_spice needs a transformers.Trainer or a subclass such as trl.SFTTrainer, got "
@@ -91,14 +97,7 @@ def check_dataset(dataset: Any) -> None:
 
 
 def check_objective(trainer: Any) -> None:
-    """Refuses trainers that train something else than the likelihood of label tokens, which is what SPICE scores.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer to attach to.
-
-    Raises:
-        ValueError: If it is one of TRL's other trainers, a `Seq2SeqTrainer`, or its model is an encoder-decoder.
-    """
+    """Refuses trainers that train something else than the likelihood of label tokens, which is what SPICE scores."""
     # The first one decides: trl's GKDTrainer, for one, is an SFTTrainer with another loss.
     theirs = (cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.split(".")[0] == "trl")
     other = next((name for name in theirs if name.endswith("Trainer")), "SFTTrainer")
@@ -141,14 +140,7 @@ def warn_of_arguments(args: TrainingArguments) -> None:
 
 
 def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows: int, samples_per_step: int) -> None:
-    """Warns, with the value to use instead, of arguments in steps that were meant for an epoch of all samples.
-
-    Args:
-        args (`transformers.TrainingArguments`): The trainer's arguments.
-        steps_per_epoch (`int`): Optimizer steps of an epoch with SPICE.
-        num_rows (`int`): Rows of the training dataset.
-        samples_per_step (`int`): Samples of an optimizer step.
-    """
+    """Warns, with the value to use instead, of arguments in steps that were meant for an epoch of all samples."""
     plain = math.ceil(num_rows / samples_per_step)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.max_steps > 0 and args.max_steps > math.ceil(args.num_train_epochs * steps_per_epoch):
@@ -180,12 +172,6 @@ def is_token_normalized(trainer: Any) -> bool:
     Only then do micro-batches of unequal size train exactly like one batch. Known to be so: the Trainer's own loss
     where the model takes `num_items_in_batch`, `compute_loss_func`, and SFTTrainer's. A `compute_loss` of the user's
     own is not relied upon, unless the trainer's `loss_is_scaled_for_ga` says so.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-
-    Returns:
-        `bool`
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is not None:
@@ -226,47 +212,144 @@ def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
         )
 
 
-def check_memory(
-    feature_bytes: int, num_rows: int, *, num_features: int, dimension: int, device: torch.device, config: SpiceConfig
+def check_run(
+    args: TrainingArguments,
+    schedule: PoolSchedule,
+    scorer: GradientScorer,
+    rows: Sequence[CandidateRow],
+    *,
+    config: SpiceConfig,
 ) -> None:
-    """Refuses exact or sketched features that cannot fit in free memory.
-
-    Args:
-        feature_bytes (`int`): What a process needs to score one pool.
-        num_rows (`int`): Candidates of a pool.
-        num_features (`int`): Numbers kept per candidate.
-        dimension (`int`): D.
-        device (`torch.device`): Where they would live.
-        config ([`SpiceConfig`]): The settings, for the message.
-
-    Raises:
-        ValueError: If one pool's features exceed free memory; names the `sketch_dim` that fits.
-    """
-    free = free_memory(device)
-    if feature_bytes <= free:
-        return
-    # A quarter of what is free: activations, the optimizer and the data need room too.
-    fitting = int(free / 4 / num_rows / 4)
-    power = 2 ** max(4, fitting.bit_length() - 1)
-    if config.information == "exact":
-        fix = f"set sketch_dim={min(power, dimension)}, which fits, or a smaller pool_size"
-    else:
-        fix = (
-            f'set a pool_size of at most {max(2, int(free / 2 / num_features / 4))}, or information="exact", which '
-            "can be sketched"
+    """Warns of what fits badly, and refuses a run without memory for a pool or without labels."""
+    warn_of_arguments(args)
+    warn_of_quantization(scorer.get_model())
+    warn_of_schedule(
+        args,
+        steps_per_epoch=schedule.steps_per_epoch,
+        num_rows=schedule.num_rows,
+        samples_per_step=schedule.shape.samples_per_step,
+    )
+    num_candidates = min(schedule.pool_size, schedule.num_rows)
+    check_memory(
+        scorer.feature_bytes(1, num_candidates),
+        num_candidates,
+        num_features=scorer.num_features,
+        dimension=scorer.dimension,
+        device=scorer.device,
+        config=config,
+    )
+    if not any(row.num_label_tokens > 0 for row in rows):
+        raise ValueError(
+            f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be trained "
+            "or scored. Look at the prompt masking and at `max_length`."
         )
-    raise ValueError(
-        f"Scoring a pool of {num_rows} candidates with {num_features:,} gradient numbers each needs "
-        f"{feature_bytes / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
+
+
+def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Callable[[], None] | None:
+    """Compares sample gradients with autograd's, now and, where that tells too little, when training begins."""
+    shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
+    model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
+    is_target = model is trainer.model
+
+    def verify_when_wrapped() -> None:
+        error = verify_directions(
+            scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=accelerator.autocast
+        )
+        logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+
+    # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
+    is_ready = has_whole_weights(model) and (not is_target or input_device(model).type == accelerator.device.type)
+    is_ready = processes.broadcast(is_ready)
+    if is_ready:
+        with processes.failing_together("verifying the sample gradients"):
+            if processes.is_main:
+                error = verify_gradients(
+                    model, scorer.modules, shortest, device=input_device(model), autocast=accelerator.autocast
+                )
+                logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+    changes = is_target and changes_when_training_begins(trainer.args)
+    return verify_when_wrapped if not is_ready or changes else None
+
+
+def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, rows: Sequence[CandidateRow]) -> None:
+    """Refuses a proxy that cannot read the rows, and warns of one that hardly pays."""
+    trained = {id(parameter) for parameter in target.parameters() if parameter.requires_grad}
+    if any(id(parameter) in trained for parameter in proxy.model.parameters() if parameter.requires_grad):
+        raise ValueError(
+            "The proxy trains weights of the very model that it scores for, so two optimizers would change them. Fix: "
+            "leave the proxy out, which lets the model score itself, or give a ProxyModel of its own."
+        )
+    largest = max(int(row.inputs["input_ids"].max()) for row in rows)
+    if largest >= embedding_size(proxy.model):
+        raise ValueError(
+            f"A training row holds the token id {largest:,}, and the proxy's vocabulary ends at "
+            f"{embedding_size(proxy.model) - 1:,}. It was tokenised for another model: pass "
+            "`ProxyModel(..., processing_class=...)` with the proxy's own tokenizer, or a dataset tokenised by it."
+        )
+    ours, theirs = num_parameters(proxy.model), num_parameters(target)
+    if ours > theirs:
+        logger.warning(
+            "SPICE: the proxy has %s parameters, more than the %s of the model it scores for, so scoring costs more "
+            "than without it. Leave the proxy out, or take a smaller one.",
+            f"{ours:,}",
+            f"{theirs:,}",
+        )
+    place = input_device(proxy.model)
+    if place.type == "cpu" and device.type != "cpu":
+        logger.warning(
+            "SPICE: the proxy is on the CPU, where scoring is slow, and training runs on %s. Move it there with "
+            "`.to(device)` before ProxyModel(...).",
+            device,
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights of a model, also where they are partitioned (DeepSpeed) or packed two to a byte (bitsandbytes)."""
+    return sum(
+        int(getattr(parameter, "ds_numel", parameter.numel()))
+        * (2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1)
+        for parameter in model.parameters()
     )
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    import psutil
+def check_adapter_is_saved(model: nn.Module, *, is_resumed: bool) -> None:
+    """Warns before training that checkpoints will lack the adapter, and refuses to resume from one that does.
 
-    # The processes of a machine share its memory.
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    With PEFT 0.21 they lack it under FSDP1: PEFT looks in the full state dict for names that it makes from the model's
+    modules, and every layer that FSDP1 wraps adds `_fsdp_wrapped_module` to them. The adapter file is then written
+    empty, and resuming goes on from the weights the run began with, both without a word.
+    """
+    # By name: torch builds without distributed support have no such class.
+    if type(model).__name__ != "FullyShardedDataParallel" or finds_adapter(model):
+        return
+    problem = (
+        f"PEFT {peft.__version__} does not find the adapter in a model that FSDP1 has wrapped, so a checkpoint's "
+        "adapter file is empty"
+    )
+    fix = 'Use FSDP2: `fsdp_version: 2` in the accelerate configuration, or `fsdp_config={"version": 2}`'
+    if is_resumed:
+        raise ValueError(
+            f"This run cannot be resumed: {problem} and nothing of it is loaded. Training would go on from the "
+            f"adapter's initial weights with the optimizer's later state. {fix}, and start anew."
+        )
+    logger.warning("SPICE: %s, and so will be what is saved at the end. %s.", problem, fix)
+
+
+def finds_adapter(model: nn.Module) -> bool:
+    """Whether PEFT finds adapter weights among a wrapped model's names, as they stand in its full state dict.
+
+    PEFT itself is asked, with names alone, so that a release that finds them needs no change here.
+    """
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if peft_model is None:
+        return True
+    prefix = next(name for name, module in model.named_modules() if module is peft_model)
+    names = [name.removeprefix(f"{prefix}.") for name, _ in model.named_parameters()]
+    state_dict = {_plain(name): torch.empty(0, device="meta") for name in names}
+    return bool(get_peft_model_state_dict(peft_model, state_dict=state_dict))
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -33,9 +33,8 @@ from spice_trainer.sampling.loader import SlotCollator, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.trainer.attachment import check_proxy, check_run, verify_run
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_agreement, check_dataset
+from spice_trainer.trainer.checks import check_agreement, check_dataset, check_proxy, check_run, verify_run
 from spice_trainer.trainer.inputs import (
     build_trainer_schedule,
     build_trainer_selector,

@@ -21,15 +21,14 @@ from spice_trainer.distributed import Processes
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
 from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.proxy.rows import TargetRows
+from spice_trainer.proxy.rows import TargetRows, vocabulary_size
 from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.memory import MemoryPlan, plan_memory
 from spice_trainer.scoring.scorer import GradientScorer
-from spice_trainer.trainer.attachment import describe_rows, num_parameters
-from spice_trainer.trainer.checks import is_token_normalized
+from spice_trainer.trainer.checks import is_token_normalized, num_parameters
 from spice_trainer.utils.random import preserved_random_state
 
 
@@ -203,6 +202,39 @@ def validation_rows(trainer: Any) -> TargetRows | None:
         )
     dataset, collate = training_rows(trainer, trainer.get_eval_dataloader, name="get_eval_dataloader")
     return describe_rows(trainer, dataset, collate, given)
+
+
+def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_dataset: Any) -> TargetRows:
+    """Rows as the target reads them, with what a proxy of another tokenizer needs to read them itself.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        dataset (`Any`): Its tokenised rows, unused columns removed.
+        collate (`Callable`): Its collator.
+        raw_dataset (`Any`): The same rows with all columns that the trainer was given.
+
+    Returns:
+        [`TargetRows`]
+    """
+    args, tokenizer = trainer.args, getattr(trainer, "processing_class", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokenization = {
+        "max_length": getattr(args, "max_length", None),
+        "truncation_mode": getattr(args, "truncation_mode", "keep_start"),
+        "completion_only": getattr(args, "completion_only_loss", None),
+        "assistant_only": bool(getattr(args, "assistant_only_loss", False)),
+        "dataset_text_field": getattr(args, "dataset_text_field", "text"),
+        # SFTTrainer writes it into plain texts.
+        "target_eos_token": getattr(tokenizer, "eos_token", None),
+    }
+    return TargetRows(
+        dataset,
+        collate,
+        processing_class=tokenizer,
+        raw_dataset=raw_dataset,
+        tokenization=tokenization,
+        vocab_size=vocabulary_size(trainer.model),
+    )
 
 
 def plan_run(

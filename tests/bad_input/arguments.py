@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
-import spice_trainer.trainer.checks
+import spice_trainer.scoring.memory
 from tests.bad_input.scene import ATTACHING, BadInput, Scene
 from tests.support.trainers import tiny_dataset
 from tests.support.versions import before
@@ -62,7 +62,7 @@ def _apart(scene: Scene) -> Callable[[], Any]:
 
 def _little_memory(**settings: Any) -> Callable[[Scene], Callable[[], Any]]:
     def prepare(scene: Scene) -> Callable[[], Any]:
-        scene.patch.setattr(spice_trainer.trainer.checks, "free_memory", lambda device: 100_000)
+        scene.patch.setattr(spice_trainer.scoring.memory, "free_memory", lambda device: 100_000)
         return scene.attach({"sketch_dim": 0} | settings)
 
     return prepare

@@ -95,14 +95,14 @@ def test_a_partitioned_model_is_verified_when_training_begins_and_once_more(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A's gradient is zero until B is not, so the second look is after the first update."""
-    monkeypatch.setattr("spice_trainer.trainer.attachment.has_whole_weights", lambda model: False)
+    monkeypatch.setattr("spice_trainer.trainer.checks.has_whole_weights", lambda model: False)
     steps: list[int] = []
 
     def note(*args: Any, **kwargs: Any) -> float:
         steps.append(trainer.state.global_step)
         return verify_directions(*args, **kwargs)
 
-    monkeypatch.setattr("spice_trainer.trainer.attachment.verify_directions", note)
+    monkeypatch.setattr("spice_trainer.trainer.checks.verify_directions", note)
     trainer = make_trainer(tmp_path, spice={}, verify=True, max_steps=4)
     assert steps == []
     trainer.train()
@@ -112,7 +112,7 @@ def test_a_partitioned_model_is_verified_when_training_begins_and_once_more(
 
 
 def test_a_partitioned_model_that_is_wrong_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spice_trainer.trainer.attachment.has_whole_weights", lambda model: False)
+    monkeypatch.setattr("spice_trainer.trainer.checks.has_whole_weights", lambda model: False)
     model = tiny_lora_model()
     _mix_rows(model)
     trainer = make_trainer(tmp_path, spice={}, model=model, verify=True)

@@ -19,7 +19,7 @@ import triton.language as tl
 from liger_kernel.ops import rms_norm
 from triton.runtime import interpreter
 
-import spice_trainer.trainer.attachment
+import spice_trainer.trainer.checks
 from tests.support.gradient_loop import batched_gradients, collate, example_rows, looped_gradients, relative_error
 from tests.support.models import add_lora, tiny_model
 from tests.support.replays import train_and_replay
@@ -93,9 +93,7 @@ def train() -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         for name in ("verify_gradients", "verify_directions"):
-            patch.setattr(
-                spice_trainer.trainer.attachment, name, watched(getattr(spice_trainer.trainer.attachment, name))
-            )
+            patch.setattr(spice_trainer.trainer.checks, name, watched(getattr(spice_trainer.trainer.checks, name)))
         trainer = train_and_replay(make, Path(folder), patch, num_steps=2)
     return {"forward": trainer.model.get_base_model().forward.__module__, "verified": forwards}
 

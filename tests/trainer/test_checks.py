@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import spice_trainer.trainer.checks
+import spice_trainer.scoring.memory
 from spice_trainer import SpiceConfig, attach_spice
 from spice_trainer.trainer.inputs import build_trainer_schedule
 from tests.bad_input.settings import ADAPTIVE, OwnLoss
@@ -32,7 +32,7 @@ def test_adaptive_stopping_is_taken_where_the_loss_counts_tokens(tmp_path: Path)
 
 
 def test_the_sketch_that_is_said_to_fit_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spice_trainer.trainer.checks, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(spice_trainer.scoring.memory, "free_memory", lambda device: 100_000)
     attach_spice(make_trainer(tmp_path), SpiceConfig(pool_size=10, num_selected=4, sketch_dim=512))
 
 

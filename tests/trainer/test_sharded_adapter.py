@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from spice_trainer import SpiceConfig, SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.sharded_adapter import check_adapter_is_saved, finds_adapter
+from spice_trainer.trainer.checks import check_adapter_is_saved, finds_adapter
 from tests.support.models import tiny_lora_model, tiny_model
 
 # Alone, a process has nothing to shard.
