@@ -10,6 +10,7 @@ The paper is SPICE (arXiv 2601.23155). One line adds it to a working script:
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spice_trainer.config import SpiceConfig
@@ -19,10 +20,11 @@ from spice_trainer.selection.greedy import Selection, select, select_from_gradie
 from spice_trainer.subset.select import select_subset
 from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.version import __version__
 
 if TYPE_CHECKING:
     from spice_trainer.trainer.sft import SpiceSFTTrainer
+
+__version__ = version("spice-trainer")
 
 __all__ = [
     "ProxyModel",

@@ -7,10 +7,10 @@ Accelerate; features through one `all_to_all`, so that a candidate's features ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -145,6 +145,31 @@ class Processes:
                     f"SPICE: process {rank} of {self.world_size} failed while {doing}, so this one stops too. The "
                     f"error there, with its traceback in that process's output: {failure}"
                 )
+
+
+def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
+    """Refuses processes that see different data or settings: they would pick, and wait, for different things.
+
+    Args:
+        processes ([`Processes`]): The processes of the run; each calls this.
+        seen (`Mapping[str, Any]`): What must be the same on all of them, by name.
+
+    Raises:
+        ValueError: On every process, naming what differs.
+    """
+    everyones = processes.gather(dict(seen))
+    differing = [
+        f"{name} is {everyones[0][name]!r} on process 0 and {other[name]!r} on process {rank}"
+        for rank, other in enumerate(everyones)
+        for name in seen
+        if other[name] != everyones[0][name]
+    ]
+    if differing:
+        raise ValueError(
+            f"The processes of this run don't see the same: {'; '.join(differing)}. They must build the same dataset "
+            "and the same settings: give random filters and shuffles a seed, and let every process load the whole "
+            "dataset rather than a part of it."
+        )
 
 
 def check_parallelism(accelerator: Accelerator) -> None:

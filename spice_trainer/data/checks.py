@@ -6,91 +6,88 @@ the process, or not at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spice_trainer.data.rows import CandidateRow, name_of
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
-
-if TYPE_CHECKING:
-    from spice_trainer.data.rows import CandidateRow
 
 # With other inputs (pixels, say) a model may use ids outside its vocabulary as marks.
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "completion_mask"})
 _MAX_LISTED = 8
 
 
-def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, where: str) -> dict[str, Any]:
-    """Collates one dataset row, and checks what comes out.
+def check_dataset(dataset: Any) -> None:
+    """Refuses what is no dataset with rows by number.
 
     Args:
-        row (`Any`): What the dataset holds there.
-        collate (`Callable`): The trainer's collator.
-        where (`str`): Which row of what it is, for messages.
-
-    Returns:
-        `dict[str, Any]`: With `input_ids` and `labels` of shape `(1, S)`.
+        dataset (`Any`): The rows to select from.
 
     Raises:
-        ValueError: If the collator fails, or gives something else.
+        ValueError: If it is missing, streamed, empty, a dict of splits or a name.
     """
-    try:
-        made: Any = collate([row])
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
+    if dataset is None:
+        raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
+    if isinstance(dataset, str | os.PathLike):
         raise ValueError(
-            f"The data collator ({name_of(collate)}) failed on {where} ({type(error).__name__}: {error}), which holds "
-            f"{_describe(row)}. Likely cause: a column that is missing, empty or of another type than the collator "
-            "reads. Fix: correct the row or leave it out, or pass a collator for these columns."
-        ) from error
-    try:
-        batch: dict[str, Any] = dict(made)
-    except (TypeError, ValueError):
+            f"The training dataset is a {type(dataset).__name__}, {os.fspath(dataset)!r}, and not its rows. Load it "
+            'first, such as with `datasets.load_dataset("json", data_files=..., split="train")`.'
+        )
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
         raise ValueError(
-            f"The data collator ({name_of(collate)}) gave a {type(made).__name__} for {where}, not a dict of "
-            f"tensors. {_FIX_COLLATOR}"
-        ) from None
-    for key in ("input_ids", "labels"):
-        if not isinstance(batch.get(key), Tensor):
-            raise ValueError(
-                f"The data collator ({name_of(collate)}) gave no tensor {key!r} for {where}, only "
-                f"{_describe(batch)}. {_FIX_COLLATOR}"
-            )
-    if batch["input_ids"].numel() == 0:
-        # `torch.tensor([[]])` is of a floating point type.
-        batch |= {key: value.long() for key, value in batch.items() if isinstance(value, Tensor)}
-    _check_shapes(batch, name_of(collate), where)
-    return batch
+            f"The training dataset ({type(dataset).__name__}) is a dict of splits or columns, {splits}, which has no "
+            f"rows by number. Pass one of them, such as `dataset[{splits[0] if splits else 'train'!r}]`."
+        )
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not _has_length(dataset):
+        raise ValueError(
+            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
+            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
+            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(
+            "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
+            "that made it."
+        )
 
 
-def _check_shapes(batch: Mapping[str, Any], name: str, where: str) -> None:
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-    if ids.dim() != 2 or len(ids) != 1:
+def check_is_labelled(dataset: Any, name: str, option: str) -> None:
+    """Refuses tokenised rows that the default collator cannot read.
+
+    Args:
+        dataset (`Any`): The rows.
+        name (`str`): What they are, for the message.
+        option (`str`): How a collator is given, for the message.
+
+    Raises:
+        ValueError: If the first row has no `input_ids` or no `labels`.
+    """
+    missing = [key for key in ("input_ids", "labels") if len(dataset) and key not in dataset[0]]
+    if missing:
         raise ValueError(
-            f"The data collator ({name}) gave input_ids of shape {tuple(ids.shape)} for {where} alone, where (1, "
-            "tokens) was expected. SPICE scores a row at a time: a collator must give one row for one, not several "
-            "(pairs, augmentations) and not one without the batch's dimension."
+            f"{name} has rows of {sorted(dataset[0])}, without {' and '.join(missing)}. Fix: give each row "
+            "`input_ids` and `labels` (the same ids, -100 where nothing is trained), or a collator that makes them, "
+            f"{option}."
         )
-    others = [("labels", labels)]
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        others.append(("attention_mask", mask))
-    for key, value in others:
-        if value.shape != ids.shape:
-            raise ValueError(
-                f"The data collator ({name}) gave {key} of shape {tuple(value.shape)} beside input_ids of shape "
-                f"{tuple(ids.shape)} for {where}. Every token needs its own. Likely cause: {key} that were cut, "
-                "lengthened or made for other tokens. Fix: tokenise the row again, or leave it out."
-            )
-    if ids.is_floating_point() or ids.dtype == torch.bool or labels.dtype != torch.int64:
-        raise ValueError(
-            f"The data collator ({name}) gave input_ids of type {ids.dtype} and labels of type {labels.dtype} for "
-            f"{where}. Both are token ids: make them torch.int64."
-        )
+
+
+def embedding_size(model: nn.Module) -> int:
+    """Rows of a model's input embedding."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.num_embeddings)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Entries of a model's vocabulary as its configuration says, which no wrapper hides."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
@@ -203,27 +200,11 @@ def naming_rows(rows: Sequence[CandidateRow], model: nn.Module) -> Iterator[None
         raise
 
 
-def name_of(collate: Callable[..., Any]) -> str:
-    """A collator's name for messages, also where the trainer wrapped it to remove columns."""
-    collate = getattr(collate, "data_collator", collate)
-    return getattr(collate, "__name__", type(collate).__name__)
-
-
-_FIX_COLLATOR = (
-    "SPICE scores causal language models on token ids and labels: use a collator that returns both, such as "
-    "`DataCollatorForLanguageModeling(tokenizer, mlm=False)` or `DataCollatorForSeq2Seq(tokenizer)`."
-)
-
-
-def _describe(row: Any) -> str:
-    """Names and types of columns; never their content."""
-    if not isinstance(row, Mapping):
-        return f"a {type(row).__name__}"
-    parts = [
-        f"{key} ({type(value).__name__}{f' of {len(value)}' if isinstance(value, list | str) else ''})"
-        for key, value in sorted(row.items(), key=lambda item: str(item[0]))
-    ]
-    return ", ".join(parts[:_MAX_LISTED]) + (" ..." if len(parts) > _MAX_LISTED else "") if parts else "no column"
+def _has_length(dataset: Any) -> bool:
+    try:
+        return len(dataset) is not None
+    except (TypeError, AttributeError):  # Ray's datasets raise the second.
+        return False
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -9,14 +9,13 @@ Axes: N samples, S tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spice_trainer.data.checks import collate_alone
 from spice_trainer.utils.random import preserved_random_state
 
 # Looked at before a run starts.
@@ -27,6 +26,12 @@ VALIDATION = "validation dataset"
 
 # What flattening collators tell variable-length attention kernels; meaningless once rows are padded into a batch.
 _FLATTENED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
+_FIX_COLLATOR = (
+    "SPICE scores causal language models on token ids and labels: use a collator that returns both, such as "
+    "`DataCollatorForLanguageModeling(tokenizer, mlm=False)` or `DataCollatorForSeq2Seq(tokenizer)`."
+)
+_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,28 @@ class CandidateRow:
         return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys, self.num_dropped_tokens)
 
 
+@dataclass(frozen=True)
+class TargetRows:
+    """The training rows as the target reads them, and what is known of how they came about.
+
+    Args:
+        dataset (`Any`): Tokenised rows by index.
+        collate (`Callable`): The trainer's collator.
+        processing_class (`Any`, *optional*): The target's tokenizer.
+        raw_dataset (`Any`, *optional*): The same rows with their raw columns, if they are still there.
+        tokenization (`Mapping[str, Any]`, *optional*): How the target's rows were tokenised: options of
+            [`TokenizedRows`].
+        vocab_size (`int`, *optional*): Rows of the target's input embedding.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], Mapping[str, Any]]
+    processing_class: Any = None
+    raw_dataset: Any = None
+    tokenization: Mapping[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
 def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
     """Rows of a dataset, in one call where it can (`datasets.Dataset` reads a batch much faster than row by row)."""
     if hasattr(dataset, "__getitems__"):
@@ -130,6 +157,50 @@ def collate_row(
         can_be_padded=can_be_padded,
         source=source,
     )
+
+
+def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, where: str) -> dict[str, Any]:
+    """Collates one dataset row, and checks what comes out.
+
+    Args:
+        row (`Any`): What the dataset holds there.
+        collate (`Callable`): The trainer's collator.
+        where (`str`): Which row of what it is, for messages.
+
+    Returns:
+        `dict[str, Any]`: With `input_ids` and `labels` of shape `(1, S)`.
+
+    Raises:
+        ValueError: If the collator fails, or gives something else.
+    """
+    try:
+        made: Any = collate([row])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The data collator ({name_of(collate)}) failed on {where} ({type(error).__name__}: {error}), which holds "
+            f"{_describe(row)}. Likely cause: a column that is missing, empty or of another type than the collator "
+            "reads. Fix: correct the row or leave it out, or pass a collator for these columns."
+        ) from error
+    try:
+        batch: dict[str, Any] = dict(made)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"The data collator ({name_of(collate)}) gave a {type(made).__name__} for {where}, not a dict of "
+            f"tensors. {_FIX_COLLATOR}"
+        ) from None
+    for key in ("input_ids", "labels"):
+        if not isinstance(batch.get(key), Tensor):
+            raise ValueError(
+                f"The data collator ({name_of(collate)}) gave no tensor {key!r} for {where}, only "
+                f"{_describe(batch)}. {_FIX_COLLATOR}"
+            )
+    if batch["input_ids"].numel() == 0:
+        # `torch.tensor([[]])` is of a floating point type.
+        batch |= {key: value.long() for key, value in batch.items() if isinstance(value, Tensor)}
+    _check_shapes(batch, name_of(collate), where)
+    return batch
 
 
 def sample_rows(
@@ -202,6 +273,48 @@ def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, 
         [row.inputs.get("attention_mask", torch.ones_like(row.inputs["input_ids"])) for row in rows], 0
     )
     return inputs, pad([row.labels for row in rows], -100)
+
+
+def name_of(collate: Callable[..., Any]) -> str:
+    """A collator's name for messages, also where the trainer wrapped it to remove columns."""
+    collate = getattr(collate, "data_collator", collate)
+    return getattr(collate, "__name__", type(collate).__name__)
+
+
+def _check_shapes(batch: Mapping[str, Any], name: str, where: str) -> None:
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    if ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(
+            f"The data collator ({name}) gave input_ids of shape {tuple(ids.shape)} for {where} alone, where (1, "
+            "tokens) was expected. SPICE scores a row at a time: a collator must give one row for one, not several "
+            "(pairs, augmentations) and not one without the batch's dimension."
+        )
+    others = [("labels", labels)]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        others.append(("attention_mask", mask))
+    for key, value in others:
+        if value.shape != ids.shape:
+            raise ValueError(
+                f"The data collator ({name}) gave {key} of shape {tuple(value.shape)} beside input_ids of shape "
+                f"{tuple(ids.shape)} for {where}. Every token needs its own. Likely cause: {key} that were cut, "
+                "lengthened or made for other tokens. Fix: tokenise the row again, or leave it out."
+            )
+    if ids.is_floating_point() or ids.dtype == torch.bool or labels.dtype != torch.int64:
+        raise ValueError(
+            f"The data collator ({name}) gave input_ids of type {ids.dtype} and labels of type {labels.dtype} for "
+            f"{where}. Both are token ids: make them torch.int64."
+        )
+
+
+def _describe(row: Any) -> str:
+    """Names and types of columns; never their content."""
+    if not isinstance(row, Mapping):
+        return f"a {type(row).__name__}"
+    parts = [
+        f"{key} ({type(value).__name__}{f' of {len(value)}' if isinstance(value, list | str) else ''})"
+        for key, value in sorted(row.items(), key=lambda item: str(item[0]))
+    ]
+    return ", ".join(parts[:_MAX_LISTED]) + (" ..." if len(parts) > _MAX_LISTED else "") if parts else "no column"
 
 
 def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -9,39 +9,16 @@ another tokenizer, no raw columns     an error: the ids would mean other words
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
+from spice_trainer.data.checks import check_is_labelled, embedding_size
+from spice_trainer.data.rows import TargetRows
 from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
 from spice_trainer.proxy.model import ProxyModel
 
 # Rows of an embedding beyond the tokenizer's are padding to a round number: 128 lie between Qwen2.5's 0.5B and 7B,
 # which share a tokenizer. Vocabularies further apart than this are different ones.
 _VOCABULARY_PADDING = 1024
-
-
-@dataclass(frozen=True)
-class TargetRows:
-    """The training rows as the target reads them, and what is known of how they came about.
-
-    Args:
-        dataset (`Any`): Tokenised rows by index.
-        collate (`Callable`): The trainer's collator.
-        processing_class (`Any`, *optional*): The target's tokenizer.
-        raw_dataset (`Any`, *optional*): The same rows with their raw columns, if they are still there.
-        tokenization (`Mapping[str, Any]`, *optional*): How the target's rows were tokenised: options of
-            [`TokenizedRows`].
-        vocab_size (`int`, *optional*): Rows of the target's input embedding.
-    """
-
-    dataset: Any
-    collate: Callable[[list[Any]], Mapping[str, Any]]
-    processing_class: Any = None
-    raw_dataset: Any = None
-    tokenization: Mapping[str, Any] = field(default_factory=dict)
-    vocab_size: int | None = None
 
 
 def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
@@ -105,26 +82,6 @@ def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
     return TargetRows(rows, proxy.data_collator or rows.collate)
 
 
-def check_is_labelled(dataset: Any, name: str, option: str) -> None:
-    """Refuses tokenised rows that the default collator cannot read.
-
-    Args:
-        dataset (`Any`): The rows.
-        name (`str`): What they are, for the message.
-        option (`str`): How a collator is given, for the message.
-
-    Raises:
-        ValueError: If the first row has no `input_ids` or no `labels`.
-    """
-    missing = [key for key in ("input_ids", "labels") if len(dataset) and key not in dataset[0]]
-    if missing:
-        raise ValueError(
-            f"{name} has rows of {sorted(dataset[0])}, without {' and '.join(missing)}. Fix: give each row "
-            "`input_ids` and `labels` (the same ids, -100 where nothing is trained), or a collator that makes them, "
-            f"{option}."
-        )
-
-
 def has_same_vocabulary(proxy: ProxyModel, target: TargetRows) -> bool:
     """Whether a proxy reads the target's token ids as the same tokens, as far as can be told.
 
@@ -136,18 +93,6 @@ def has_same_vocabulary(proxy: ProxyModel, target: TargetRows) -> bool:
     if ours is not None and theirs is not None:
         return ours is theirs or bool(ours.get_vocab() == theirs.get_vocab())
     return target_size(target) - _VOCABULARY_PADDING <= size <= target_size(target) + _VOCABULARY_PADDING
-
-
-def embedding_size(model: nn.Module) -> int:
-    """Rows of a model's input embedding."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.num_embeddings)
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Entries of a model's vocabulary as its configuration says, which no wrapper hides."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def target_size(target: TargetRows) -> int:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from spice_trainer.data.checks import vocabulary_size
+from spice_trainer.data.rows import TargetRows
 from spice_trainer.distributed import Processes, without_wrapper
 from spice_trainer.proxy.model import resolve_proxy
-from spice_trainer.proxy.rows import TargetRows, vocabulary_size
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.loader import build_dataloader
 from spice_trainer.sampling.schedule import build_schedule

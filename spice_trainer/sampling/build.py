@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import TargetRows
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
 from spice_trainer.gradients.optimizer_state import check_adam, check_momentum, unwrap_optimizer
 from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.proxy.rows import TargetRows, rows_for_proxy, shared_rows
+from spice_trainer.proxy.rows import rows_for_proxy, shared_rows
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer

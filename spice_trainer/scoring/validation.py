@@ -19,8 +19,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from spice_trainer.data.checks import check_token_ids
-from spice_trainer.data.rows import VALIDATION, CandidateRow, collate_row, fetch_rows
-from spice_trainer.proxy.rows import TargetRows
+from spice_trainer.data.rows import VALIDATION, CandidateRow, TargetRows, collate_row, fetch_rows
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.sharing import share_candidates
 from spice_trainer.selection.gram import float64_device

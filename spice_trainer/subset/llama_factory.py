@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spice_trainer.data.fingerprints import to_json_value, without_nulls
+from spice_trainer.data.json_values import to_json_value, without_nulls
 
 _ROLE_TAGS = {
     "user_tag": "user",

@@ -20,13 +20,12 @@ from typing import Any
 
 from spice_trainer.data.fingerprints import check_is_rows, fingerprint_dataset
 from spice_trainer.data.rows import fetch_rows
-from spice_trainer.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ROWS_FILE = "manifest.jsonl"
 
-_LIBRARIES = ("torch", "transformers", "peft", "datasets")
+_LIBRARIES = ("spice_trainer", "torch", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class SelectedRow:
 
 def installed_versions() -> dict[str, str | None]:
     """Versions of spice_trainer and of the libraries that a selection depends on; `None` for one not installed."""
-    versions: dict[str, str | None] = {"spice_trainer": __version__}
+    versions: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -21,15 +21,14 @@ import torch
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.checks import check_token_ids
-from spice_trainer.data.fingerprints import describe_model, fingerprint_dataset
+from spice_trainer.data.checks import check_dataset, check_is_labelled, check_token_ids, embedding_size
+from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.raw_rows import find_raw_format
-from spice_trainer.data.rows import sample_rows
+from spice_trainer.data.rows import TargetRows, sample_rows
 from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
-from spice_trainer.distributed import Processes
+from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.gradients.verification import verify_gradients
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.proxy.rows import TargetRows, check_is_labelled, embedding_size
 from spice_trainer.sampling.build import build_selector
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.schedule import build_schedule
@@ -38,8 +37,8 @@ from spice_trainer.scoring.passes import input_device
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subset
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
+from spice_trainer.subset.model import describe_model
 from spice_trainer.subset.run import SubsetRun
-from spice_trainer.trainer.checks import check_agreement, check_dataset
 from spice_trainer.utils.fields import whole_number
 from spice_trainer.utils.logging import logger, show_messages
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -17,15 +17,14 @@ from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.checks import check_dataset, embedding_size
 from spice_trainer.data.rows import CandidateRow
-from spice_trainer.distributed import Processes, check_parallelism
+from spice_trainer.distributed import check_parallelism
 from spice_trainer.gradients.backends import changes_when_training_begins, warn_of_quantization
 from spice_trainer.gradients.verification import has_whole_weights, verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.proxy.rows import embedding_size
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
@@ -59,41 +58,6 @@ def check_trainer(trainer: Any) -> None:
         )
     if getattr(trainer, "hp_search_backend", None) is not None:
         raise ValueError("SPICE cannot be attached during a hyperparameter search. Attach it to a single run.")
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuses what is no dataset with rows by number.
-
-    Args:
-        dataset (`Any`): The rows to select from.
-
-    Raises:
-        ValueError: If it is missing, streamed, empty, a dict of splits or a name.
-    """
-    if dataset is None:
-        raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
-    if isinstance(dataset, str | os.PathLike):
-        raise ValueError(
-            f"The training dataset is a {type(dataset).__name__}, {os.fspath(dataset)!r}, and not its rows. Load it "
-            'first, such as with `datasets.load_dataset("json", data_files=..., split="train")`.'
-        )
-    if isinstance(dataset, Mapping):
-        splits = list(dataset)
-        raise ValueError(
-            f"The training dataset ({type(dataset).__name__}) is a dict of splits or columns, {splits}, which has no "
-            f"rows by number. Pass one of them, such as `dataset[{splits[0] if splits else 'train'!r}]`."
-        )
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
-        raise ValueError(
-            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
-            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
-            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
-        )
-    if len(dataset) == 0:
-        raise ValueError(
-            "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
-            "that made it."
-        )
 
 
 def check_objective(trainer: Any) -> None:
@@ -185,31 +149,6 @@ def is_token_normalized(trainer: Any) -> bool:
     if trainer.label_smoother is not None and Version(transformers.__version__) < Version("5.15.0"):
         return False
     return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
-
-
-def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
-    """Refuses processes that see different data or settings: they would pick, and wait, for different things.
-
-    Args:
-        processes ([`Processes`]): The processes of the run; each calls this.
-        seen (`Mapping[str, Any]`): What must be the same on all of them, by name.
-
-    Raises:
-        ValueError: On every process, naming what differs.
-    """
-    everyones = processes.gather(dict(seen))
-    differing = [
-        f"{name} is {everyones[0][name]!r} on process 0 and {other[name]!r} on process {rank}"
-        for rank, other in enumerate(everyones)
-        for name in seen
-        if other[name] != everyones[0][name]
-    ]
-    if differing:
-        raise ValueError(
-            f"The processes of this run don't see the same: {'; '.join(differing)}. They must build the same dataset "
-            "and the same settings: give random filters and shuffles a seed, and let every process load the whole "
-            "dataset rather than a part of it."
-        )
 
 
 def check_run(

@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spice_trainer.data.checks import check_collator, check_token_ids
+from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import sample_rows
-from spice_trainer.distributed import Processes
+from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
 from spice_trainer.sampling.loader import SlotCollator, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_agreement, check_dataset, check_proxy, check_run, verify_run
+from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
 from spice_trainer.trainer.inputs import (
     build_trainer_schedule,
     build_trainer_selector,

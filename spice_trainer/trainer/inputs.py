@@ -16,12 +16,12 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.rows import sample_rows
+from spice_trainer.data.checks import vocabulary_size
+from spice_trainer.data.rows import TargetRows, sample_rows
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
 from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.proxy.rows import TargetRows, vocabulary_size
 from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from torch import nn
 
-from spice_trainer.data.fingerprints import describe_model, fingerprint_dataset, fingerprint_model
+from spice_trainer.data.fingerprints import fingerprint_dataset
+from spice_trainer.subset.model import describe_model, fingerprint_model
 from tests.support.models import PlainLanguageModel, tiny_lora_model, tiny_model
 
 ROWS: list[dict[str, Any]] = [

@@ -12,9 +12,8 @@ from datasets import Dataset
 
 from spice_trainer import SpiceConfig, attach_spice
 from spice_trainer.data.answers import bos_tokens, split_answer
-from spice_trainer.data.rows import CandidateRow, collate_row
+from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.proxy.rows import TargetRows
 from spice_trainer.scoring.out_of_memory import MemoryReport
 from spice_trainer.scoring.row_scores import RowScores
 from spice_trainer.scoring.scorer import GradientScorer

@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 
 from spice_trainer import SpiceConfig
-from spice_trainer.data.fingerprints import describe_model, fingerprint_dataset
+from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.subset.manifest import SubsetManifest, installed_versions, rebuild_subset
+from spice_trainer.subset.model import describe_model
 from tests.support.models import tiny_lora_model
 from tests.support.subsets import make_manifest
 
