@@ -10,18 +10,18 @@ The paper is SPICE (arXiv 2601.23155). One line adds it to a working script:
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from spice_trainer.config import SpiceConfig
-from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.selection.greedy import Selection, select, select_from_gradients
-from spice_trainer.subset.select import select_subset
-from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
-from spice_trainer.trainer.callback import SpiceCallback
-
 if TYPE_CHECKING:
+    from spice_trainer.config import SpiceConfig
+    from spice_trainer.proxy.model import ProxyModel
+    from spice_trainer.sampling.sampler import SpiceSampler
+    from spice_trainer.selection.greedy import Selection, select, select_from_gradients
+    from spice_trainer.subset.select import select_subset
+    from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
+    from spice_trainer.trainer.callback import SpiceCallback
     from spice_trainer.trainer.sft import SpiceSFTTrainer
 
 __version__ = version("spice-trainer")
@@ -43,13 +43,36 @@ __all__ = [
     "select_subset",
 ]
 
+if not TYPE_CHECKING:
+    # Imported when first asked for: transformers, PEFT and accelerate cost seconds that selecting on a Gram matrix and
+    # reading a manifest have no use for.
+    _MODULES = {
+        "ProxyModel": "proxy.model",
+        "Selection": "selection.greedy",
+        "SpiceCallback": "trainer.callback",
+        "SpiceConfig": "config",
+        "SpiceSFTTrainer": "trainer.sft",
+        "SpiceSampler": "sampling.sampler",
+        "SpiceTrainer": "trainer.attach",
+        "SpiceTrainerMixin": "trainer.attach",
+        "attach_spice": "trainer.attach",
+        "detach_spice": "trainer.attach",
+        "select": "selection.greedy",
+        "select_from_gradients": "selection.greedy",
+        "select_subset": "subset.select",
+    }
 
-def __getattr__(name: str) -> Any:
-    if name == "SpiceSFTTrainer":
-        # TRL is optional and slow to import.
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            from spice_trainer.trainer.sft import SpiceSFTTrainer
+            value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         except ImportError as error:
+            if name != "SpiceSFTTrainer":
+                raise
             raise ImportError(f"SpiceSFTTrainer needs TRL: pip install trl. ({error})") from error
-        return SpiceSFTTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
