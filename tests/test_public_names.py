@@ -72,4 +72,4 @@ def test_type_checkers_see_the_names_where_they_are() -> None:
 
 def test_another_name_is_an_error() -> None:
     with pytest.raises(AttributeError, match="module 'spice_trainer' has no attribute 'selct'"):
-        spice_trainer.selct
+        _ = spice_trainer.selct
