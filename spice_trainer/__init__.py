@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from spice_trainer.config import SpiceConfig
     from spice_trainer.proxy.model import ProxyModel
     from spice_trainer.sampling.sampler import SpiceSampler
-    from spice_trainer.selection.greedy import Selection, select, select_from_gradients
+    from spice_trainer.selection.greedy import select, select_from_gradients
+    from spice_trainer.selection.results import Selection
     from spice_trainer.subset.select import select_subset
     from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
     from spice_trainer.trainer.callback import SpiceCallback
@@ -48,7 +49,7 @@ if not TYPE_CHECKING:
     # reading a manifest have no use for.
     _MODULES = {
         "ProxyModel": "proxy.model",
-        "Selection": "selection.greedy",
+        "Selection": "selection.results",
         "SpiceCallback": "trainer.callback",
         "SpiceConfig": "config",
         "SpiceSFTTrainer": "trainer.sft",

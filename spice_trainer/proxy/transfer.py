@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float64
@@ -25,6 +25,7 @@ from spice_trainer.selection.checks import sound_rows
 from spice_trainer.selection.gram import normalization_weights
 from spice_trainer.selection.information import InformationMeasure, build_information
 from spice_trainer.selection.pool import select_pool
+from spice_trainer.selection.results import PoolTransfer
 from spice_trainer.utils.statistics import spearman
 
 NUM_RANDOM_SUBSETS = 200
@@ -34,35 +35,6 @@ _EQUAL_GAINS = 1e-6
 
 # What the target's picks must add over random ones, relative to F, to be told from rounding.
 _LEAST_SPAN = 1e-9
-
-
-@dataclass(frozen=True)
-class PoolTransfer:
-    """How a proxy's picks from one pool compare with the target's.
-
-    Args:
-        pool (`int`): Which of the step's pools.
-        num_selected (`int`): Picks of the target, |S|.
-        num_selected_proxy (`int`): Picks of the proxy, |S′|. Differs from |S| only where a pool stops early, or where
-            rows cannot be picked.
-        num_shared (`int`): Picks that both make.
-        rank_correlation (`float`, *optional*): Spearman correlation of the two models' first gains.
-        retained (`float`, *optional*): See [`compare_pools`].
-        retained_by_length (`float`, *optional*): The same of picks that only know how long the answers are.
-    """
-
-    pool: int
-    num_selected: int
-    num_selected_proxy: int
-    num_shared: int
-    rank_correlation: float | None
-    retained: float | None
-    retained_by_length: float | None = None
-
-    @property
-    def overlap(self) -> float | None:
-        """Share of the target's picks that the proxy makes too, or `None` without picks."""
-        return self.num_shared / self.num_selected if self.num_selected else None
 
 
 def compare_pools(

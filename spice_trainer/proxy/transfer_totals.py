@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from spice_trainer.proxy.transfer import PoolTransfer
+from spice_trainer.selection.results import PoolTransfer
 from spice_trainer.utils.saved import saved_number
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spice_trainer.recording.metrics import RunTotals
+from spice_trainer.selection.results import StepTimes
 
 _BESIDE = (
     " Another {} of scoring ran beside the training; what it slowed that by is in the seconds a trained token, so "
@@ -32,12 +33,7 @@ class CostLedger:
         tokens_scored (`int`): Their tokens.
         num_rows_trained (`int`): Samples trained on.
         tokens_trained (`int`): Their tokens.
-        seconds_scoring (`float`): Collating, forward, backward, features, Gram.
-        seconds_selecting (`float`): α, greedy, conflict, stopping, diagnosis.
-        seconds_learning (`float`): A proxy's own updates.
-        seconds_checking (`float`): Comparing a proxy with the target.
-        seconds_training (`float`): The steps themselves.
-        seconds_ahead (`float`, *optional*, defaults to 0): Scoring that ran beside the training, and slowed it.
+        times ([`StepTimes`]): What it took, scoring that ran beside the training (and slowed it) apart.
         is_mean_of_candidates (`bool`, *optional*, defaults to `True`): Whether `mean_row_tokens` is the mean of the
             candidates scored.
     """
@@ -49,12 +45,7 @@ class CostLedger:
     tokens_scored: int
     num_rows_trained: int
     tokens_trained: int
-    seconds_scoring: float
-    seconds_selecting: float
-    seconds_learning: float
-    seconds_checking: float
-    seconds_training: float
-    seconds_ahead: float = 0.0
+    times: StepTimes
     is_mean_of_candidates: bool = True
 
     @classmethod
@@ -86,31 +77,21 @@ class CostLedger:
             tokens_scored=totals.tokens_scored,
             num_rows_trained=totals.num_trained,
             tokens_trained=totals.tokens_trained,
-            seconds_scoring=totals.seconds_scoring,
-            seconds_selecting=totals.seconds_selecting,
-            seconds_learning=totals.seconds_learning,
-            seconds_checking=totals.seconds_checking,
-            seconds_training=totals.seconds_training,
-            seconds_ahead=totals.seconds_ahead,
+            times=totals.times,
             is_mean_of_candidates=is_mean_of_candidates,
         )
 
     @property
     def seconds(self) -> float:
         """What the run took, measured: its steps' selection and training."""
-        return self.seconds_overhead + self.seconds_training
-
-    @property
-    def seconds_overhead(self) -> float:
-        """What the run took beside training."""
-        return self.seconds_scoring + self.seconds_selecting + self.seconds_learning + self.seconds_checking
+        return self.times.total
 
     @property
     def seconds_per_trained_token(self) -> float | None:
         """Measured; `None` where no token was trained or no time was taken."""
-        if self.tokens_trained <= 0 or self.seconds_training <= 0:
+        if self.tokens_trained <= 0 or self.times.training <= 0:
             return None
-        return self.seconds_training / self.tokens_trained
+        return self.times.training / self.tokens_trained
 
     @property
     def seconds_on_all_data(self) -> float | None:
@@ -129,7 +110,9 @@ class CostLedger:
         """The ledger as JSON values, with what follows from it."""
         derived = ("seconds", "seconds_per_trained_token", "seconds_on_all_data", "cost_ratio")
         names = {"seconds_on_all_data": "estimated_seconds_on_all_data"}
-        return asdict(self) | {names.get(name, name): getattr(self, name) for name in derived}
+        known = asdict(self) | self.times.to_dict()
+        del known["times"]
+        return known | {names.get(name, name): getattr(self, name) for name in derived}
 
     def describe(self) -> str:
         """The break-even sentence of the summary.
@@ -138,7 +121,7 @@ class CostLedger:
             `str`: What scoring and the run took and, where a token was trained, what training on all the data would
             have taken.
         """
-        took = f"Scoring took {format_duration(self.seconds_scoring)}; this run took {format_duration(self.seconds)}"
+        took = f"Scoring took {format_duration(self.times.scoring)}; this run took {format_duration(self.seconds)}"
         per_token, on_all, ratio = self.seconds_per_trained_token, self.seconds_on_all_data, self.cost_ratio
         if per_token is None or on_all is None or ratio is None:
             return f"{took}; what training on all the data would have taken cannot be estimated from it."
@@ -148,7 +131,7 @@ class CostLedger:
             f"{took}; training on all the data would have taken about {format_duration(on_all)} (estimated from the "
             f"measured {_microseconds(per_token)} a trained token and {self.mean_row_tokens:,.1f} tokens a row{mean})."
             f" So far this run has cost {verdict} that: {ratio:.2f} times as much."
-            f"{_BESIDE.format(format_duration(self.seconds_ahead)) if self.seconds_ahead > 0 else ''}"
+            f"{_BESIDE.format(format_duration(self.times.ahead)) if self.times.ahead > 0 else ''}"
         )
 
 
@@ -164,11 +147,11 @@ def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple
         no row.
     """
     parts = [
-        ("Scoring", totals.seconds_scoring, " of the steps' time"),
-        ("Selecting", totals.seconds_selecting, ""),
-        ("Learning (proxy)", totals.seconds_learning, ""),
-        ("Checking (proxy)", totals.seconds_checking, ""),
-        ("Training", totals.seconds_training, ""),
+        ("Scoring", totals.times.scoring, " of the steps' time"),
+        ("Selecting", totals.times.selecting, ""),
+        ("Learning (proxy)", totals.times.learning, ""),
+        ("Checking (proxy)", totals.times.checking, ""),
+        ("Training", totals.times.training, ""),
     ]
     whole = sum(seconds for _, seconds, _ in parts)
     rows = [
@@ -176,8 +159,8 @@ def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple
         for name, seconds, unit in parts
         if seconds > 0 or not name.endswith("(proxy)")
     ]
-    if totals.seconds_ahead > 0:
-        rows.insert(1, ("Scoring beside the training", format_duration(totals.seconds_ahead)))
+    if totals.times.ahead > 0:
+        rows.insert(1, ("Scoring beside the training", format_duration(totals.times.ahead)))
     if ledger is not None and ledger.seconds_on_all_data is not None:
         epochs = f"{ledger.num_epochs:.3g} epoch{'' if ledger.num_epochs == 1 else 's'}"
         estimate = f"{format_duration(ledger.seconds_on_all_data)} for {epochs} of {ledger.num_rows:,} rows"

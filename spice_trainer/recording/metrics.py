@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection, StepTimes
 from spice_trainer.utils.saved import saved_number, saved_numbers
 
 
@@ -73,15 +73,13 @@ def clock_metrics(selection: StepSelection, seconds_training: float) -> dict[str
         `dict[str, float]`: Seconds scoring and selecting, and learning where a proxy learned; `spice/overhead` is the
         share of the step's time that went into anything but training.
     """
-    learning = selection.seconds_learning
-    overhead = selection.seconds_scoring + selection.seconds_selecting + learning + selection.seconds_checking
-    total = overhead + seconds_training
+    times = replace(selection.times, training=seconds_training)
     metrics = {
-        "spice/seconds_scoring": selection.seconds_scoring,
-        "spice/seconds_selecting": selection.seconds_selecting,
-        "spice/overhead": overhead / total if total > 0 else 0.0,
+        "spice/seconds_scoring": times.scoring,
+        "spice/seconds_selecting": times.selecting,
+        "spice/overhead": times.overhead / times.total if times.total > 0 else 0.0,
     }
-    return metrics | {"spice/seconds_learning": learning} if learning > 0 else metrics
+    return metrics | {"spice/seconds_learning": times.learning} if times.learning > 0 else metrics
 
 
 class MetricWindow:
@@ -141,12 +139,7 @@ class RunTotals:
     information_top_norm: float = 0.0
     tokens_scored: int = 0
     tokens_trained: int = 0
-    seconds_scoring: float = 0.0
-    seconds_selecting: float = 0.0
-    seconds_learning: float = 0.0
-    seconds_checking: float = 0.0
-    seconds_ahead: float = 0.0
-    seconds_training: float = 0.0
+    times: StepTimes = field(default_factory=StepTimes)
 
     def add_selection(self, selection: StepSelection) -> None:
         """Adds one step's picks."""
@@ -154,11 +147,7 @@ class RunTotals:
         self.num_replayed_steps += not selection.pools
         self.num_trained += len(selection.indices)
         self.num_fillers += selection.num_fillers
-        self.seconds_scoring += selection.seconds_scoring
-        self.seconds_selecting += selection.seconds_selecting
-        self.seconds_learning += selection.seconds_learning
-        self.seconds_checking += selection.seconds_checking
-        self.seconds_ahead += selection.seconds_ahead
+        self.times += selection.times
         for pool in selection.pools:
             picked = len(pool.indices)
             self.num_pools += 1
@@ -182,7 +171,7 @@ class RunTotals:
 
     def add_training(self, seconds: float, num_tokens: int) -> None:
         """Adds one step's training."""
-        self.seconds_training += seconds
+        self.times += StepTimes(training=seconds)
         self.tokens_trained += num_tokens
 
     @property
@@ -202,12 +191,17 @@ class RunTotals:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums as JSON values."""
-        return asdict(self)
+        sums = asdict(self)
+        del sums["times"]
+        return sums | self.times.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores [`RunTotals.state_dict`]; sums that an older version did not keep begin at their default."""
-        for field in fields(self):
-            setattr(self, field.name, saved_number(state.get(field.name, field.default)))
+        for one in fields(self):
+            if one.name != "times":
+                setattr(self, one.name, saved_number(state.get(one.name, one.default)))
+        seconds = {name: saved_number(state.get(f"seconds_{name}", 0.0)) for name in asdict(StepTimes())}
+        self.times = StepTimes(**seconds)
 
 
 def _mean(values: list[float]) -> float:

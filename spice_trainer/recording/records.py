@@ -25,7 +25,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 from spice_trainer.utils.logging import logger
 
 RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from spice_trainer.selection.pool import PoolSelection
+from spice_trainer.selection.results import PoolSelection
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import saved_whole_number
 

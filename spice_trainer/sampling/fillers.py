@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 
 
 class FillerRow:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spice_trainer.data.rows import fetch_rows
 from spice_trainer.sampling.schedule import PoolSchedule, deal, slot_index
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 
 
 class PickSource(Protocol):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from spice_trainer.sampling.schedule import PoolSchedule, replay_epoch
-from spice_trainer.sampling.step_selection import StepSelection, too_few_picks
+from spice_trainer.selection.pool import too_few_picks
+from spice_trainer.selection.results import StepSelection
 from spice_trainer.utils.saved import saved_whole_number
 
 

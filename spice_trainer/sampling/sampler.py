@@ -22,9 +22,9 @@ from spice_trainer.sampling.empty_steps import EmptyStepWatch
 from spice_trainer.sampling.fillers import FillerRow
 from spice_trainer.sampling.replay import PickReplay
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.results import StepSelection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,9 +20,8 @@ from torch import Tensor
 from spice_trainer.config import SpiceConfig
 from spice_trainer.proxy.ahead import ScoringAhead
 from spice_trainer.proxy.learner import AdapterLearner
-from spice_trainer.proxy.transfer import PoolTransfer, compare_pools
+from spice_trainer.proxy.transfer import compare_pools
 from spice_trainer.sampling.schedule import StepPools
-from spice_trainer.sampling.step_selection import StepSelection, round_down_picks
 from spice_trainer.sampling.step_shape import StepShape
 from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.out_of_memory import MemoryReport
@@ -30,7 +29,8 @@ from spice_trainer.scoring.row_scores import RowScores
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.strategy_scoring import score_for_strategy
 from spice_trainer.scoring.validation import ValidationRows
-from spice_trainer.selection.pool import PoolSelection, select_pool
+from spice_trainer.selection.pool import round_down_picks, select_pool
+from spice_trainer.selection.results import PoolSelection, PoolTransfer, StepSelection, StepTimes
 from spice_trainer.utils.saved import saved_whole_number
 
 
@@ -136,9 +136,11 @@ class StepSelector:
                 indices=indices,
                 pools=tuple(pools),
                 num_fillers=max(0, self.shape.num_slots - len(indices)),
-                seconds_scoring=time.perf_counter() - started - seconds_selecting,
-                seconds_selecting=seconds_selecting,
-                seconds_ahead=seconds_ahead,
+                times=StepTimes(
+                    scoring=time.perf_counter() - started - seconds_selecting,
+                    selecting=seconds_selecting,
+                    ahead=seconds_ahead,
+                ),
             )
         )
         if num_checked > 0:
@@ -167,12 +169,11 @@ class StepSelector:
         is_due = self.config.strategy != "random" and (selection.step + 1) % self.update_every == 0
         if self.learner is not None and is_due:
             self.learner.learn(self.scorer.collate_alone(selection.indices))
-            selection = replace(selection, seconds_learning=time.perf_counter() - started)
+            selection = _with_times(selection, StepTimes(learning=time.perf_counter() - started))
         if self.config.overlap_scoring and next_plan is not None:
             started = time.perf_counter()
             self._ahead = ScoringAhead(self.scorer, next_plan.pools)
-            seconds = selection.seconds_scoring + time.perf_counter() - started
-            selection = replace(selection, seconds_scoring=seconds)
+            selection = _with_times(selection, StepTimes(scoring=time.perf_counter() - started))
         return selection
 
     def _check_transfer(
@@ -190,11 +191,8 @@ class StepSelector:
         self._memory_report.tell([notice for _, notice in gathered])
         everyones = {pool: part for parts, _ in gathered for pool, part in parts.items()}
         self._num_checked += num_checked
-        return replace(
-            selection,
-            transfers=tuple(everyones[pool] for pool in range(num_checked)),
-            seconds_checking=time.perf_counter() - started,
-        )
+        selection = replace(selection, transfers=tuple(everyones[pool] for pool in range(num_checked)))
+        return _with_times(selection, StepTimes(checking=time.perf_counter() - started))
 
     def close(self) -> None:
         """Waits for scoring that has begun and that nobody will ask for."""
@@ -228,3 +226,7 @@ class StepSelector:
             )
         if self.learner is not None:
             self.learner.load_state_dict(tensors)
+
+
+def _with_times(selection: StepSelection, more: StepTimes) -> StepSelection:
+    return replace(selection, times=selection.times + more)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,29 +28,9 @@ from spice_trainer.selection.information import (
     InformationMeasure,
     build_information,
 )
+from spice_trainer.selection.results import Selection
 
 ConflictReference = Literal["selected", "candidates", "pool"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a greedy pass picked, in the order it was picked.
-
-    Args:
-        indices (`tuple[int, ...]`): Positions of the picks in the pool.
-        gains (`tuple[float, ...]`): Δ of each pick when it was picked.
-        conflicts (`tuple[float, ...]`): Conflict c of each pick when it was picked, in [0, 1].
-        scores (`tuple[float, ...]`): Δ − λ c of each pick.
-        information (`float`): F of all picks.
-        stopped_early (`bool`): Whether `stop_ratio` or `min_gain` ended the pass.
-    """
-
-    indices: tuple[int, ...]
-    gains: tuple[float, ...]
-    conflicts: tuple[float, ...]
-    scores: tuple[float, ...]
-    information: float
-    stopped_early: bool
 
 
 def select(

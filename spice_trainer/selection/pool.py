@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,88 +21,13 @@ from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.prefilter import WholePool
 from spice_trainer.scoring.row_scores import RowScores
 from spice_trainer.selection.gram import scaled_alpha
-from spice_trainer.selection.greedy import Selection
 from spice_trainer.selection.information import InformationMeasure, build_information
+from spice_trainer.selection.results import PoolSelection, Selection
 from spice_trainer.selection.strategies.inputs import StrategyInputs
 from spice_trainer.selection.strategies.registry import select_by_strategy
 from spice_trainer.strategy_options import BY_INFORMATION, StrategyName
 
-
-@dataclass(frozen=True)
-class PoolSelection:
-    """One pool's picks.
-
-    Args:
-        candidates (`tuple[int, ...]`): Dataset rows in pool order.
-        selection ([`Selection`]): Picks as positions in the pool, in the order of picking.
-        gradient_norms (`tuple[float | None, ...]`): Raw gradient norm of each pick, where gradients were computed.
-        label_tokens (`tuple[int, ...]`): Label tokens of each pick.
-        num_tokens (`tuple[int, ...]`): Tokens of each pick.
-        alpha (`float`, *optional*): The α that was used, where there is a Gram matrix.
-        information_gains (`tuple[float, ...]`, *optional*): What each pick adds to F, where there is a Gram matrix.
-        top_norm (`tuple[int, ...]`, *optional*): Positions of as many candidates of largest raw gradient norm,
-            largest first, where gradients were computed.
-        top_norm_gains (`tuple[float, ...]`, *optional*): Their gains, added in that order, where there is a Gram
-            matrix.
-        without_conflict (`tuple[int, ...]`, *optional*): Positions that λ = 0 would have picked, in order, for
-            strategies that pick by information.
-        tokens_pool (`float`): Mean label tokens of the pool.
-        num_tokens_pool (`int`): Tokens of all candidates, what scoring had to read; 0 where the model read nothing.
-        nonfinite (`tuple[int, ...]`): Dataset rows whose gradient, or loss, is not finite.
-        zero (`tuple[int, ...]`): Dataset rows whose gradient is zero; where none was computed, rows without labels.
-        out_of_memory (`tuple[int, ...]`): Dataset rows that did not fit into memory alone, of which nothing is known.
-        filtered (`tuple[int, ...]`): Dataset rows that were dropped by their loss, whose gradient is unknown.
-    """
-
-    candidates: tuple[int, ...]
-    selection: Selection
-    gradient_norms: tuple[float | None, ...]
-    label_tokens: tuple[int, ...]
-    num_tokens: tuple[int, ...]
-    alpha: float | None
-    information_gains: tuple[float, ...] | None
-    top_norm: tuple[int, ...] | None
-    top_norm_gains: tuple[float, ...] | None
-    without_conflict: tuple[int, ...] | None
-    tokens_pool: float
-    num_tokens_pool: int
-    nonfinite: tuple[int, ...]
-    zero: tuple[int, ...]
-    out_of_memory: tuple[int, ...] = ()
-    filtered: tuple[int, ...] = ()
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """Dataset rows of the picks, in the order of picking."""
-        return tuple(self.candidates[position] for position in self.selection.indices)
-
-    @property
-    def information(self) -> float | None:
-        """F of the picks, or `None` without a Gram matrix."""
-        return None if math.isnan(self.selection.information) else self.selection.information
-
-    @property
-    def information_top_norm(self) -> float | None:
-        """F of as many candidates of largest gradient norm, or `None` without a Gram matrix."""
-        return None if self.top_norm_gains is None else sum(self.top_norm_gains)
-
-    @property
-    def overlap_top_norm(self) -> float | None:
-        """Share of the picks among the candidates of largest gradient norm; `None` without picks or norms."""
-        picked = self.selection.indices
-        return len(set(picked) & set(self.top_norm)) / len(picked) if picked and self.top_norm is not None else None
-
-    @property
-    def changed_by_conflict(self) -> int | None:
-        """Picks that λ = 0 would not have made, or `None` for strategies that have no λ."""
-        if self.without_conflict is None:
-            return None
-        return len(set(self.selection.indices) - set(self.without_conflict))
-
-    @property
-    def tokens_selected(self) -> float | None:
-        """Mean label tokens of the picks, or `None` without picks."""
-        return sum(self.label_tokens) / len(self.label_tokens) if self.label_tokens else None
+T = TypeVar("T")
 
 
 def select_pool(
@@ -254,3 +179,69 @@ def _in_pool_order(whole: WholePool, *groups: tuple[int, ...]) -> tuple[int, ...
 
 def _rows(scores: PoolScores | RowScores, mask: torch.Tensor) -> tuple[int, ...]:
     return tuple(scores.candidates[position] for position in mask.nonzero().squeeze(1).tolist())
+
+
+def round_down_picks(pools: Sequence[PoolSelection], num_slots: int, *, step: int) -> list[PoolSelection]:
+    """Rounds a step's picks down to a multiple of its micro-batches, for losses that need equal ones.
+
+    The schedule's budgets are multiples already; only rows that could not be picked make this necessary. The longest
+    pool loses its last pick first, the later one of two as long.
+
+    Args:
+        pools (`Sequence[PoolSelection]`): The step's pools.
+        num_slots (`int`): World size × gradient accumulation steps.
+        step (`int`): For the message.
+
+    Returns:
+        `list[PoolSelection]`
+
+    Raises:
+        RuntimeError: If there are fewer picks than slots.
+    """
+    rounded = list(pools)
+    num_picks = sum(len(pool.indices) for pool in rounded)
+    if num_picks < num_slots:
+        raise too_few_picks(step, num_slots)
+    for _ in range(num_picks % num_slots):
+        longest = max(range(len(rounded)), key=lambda position: (len(rounded[position].indices), position))
+        rounded[longest] = _drop_last_pick(rounded[longest])
+    return rounded
+
+
+def too_few_picks(step: int, num_slots: int) -> RuntimeError:
+    """The error of a step with fewer picks than micro-batches, where a filler would not be neutral."""
+    return RuntimeError(
+        f"SPICE could pick too few samples for step {step}: this model's loss is a mean per micro-batch (it does not "
+        f"use `num_items_in_batch`), so each of the {num_slots} micro-batches of a step needs at least one. Lower "
+        "`gradient_accumulation_steps`, or look for rows whose gradients are zero or not finite."
+    )
+
+
+def _drop_last_pick(pool: PoolSelection) -> PoolSelection:
+    # Whatever the strategy, a selection of K − 1 is the first K − 1 picks of one of K, so nothing is computed anew.
+    selection = pool.selection
+    kept = len(selection.indices) - 1
+
+    def keep(values: tuple[T, ...] | None) -> tuple[T, ...] | None:
+        return None if values is None else values[:kept]
+
+    gains = keep(pool.information_gains)
+    shorter = replace(
+        selection,
+        indices=selection.indices[:kept],
+        gains=selection.gains[:kept],
+        conflicts=selection.conflicts[:kept],
+        scores=selection.scores[:kept],
+        information=math.nan if gains is None else sum(gains),
+    )
+    return replace(
+        pool,
+        selection=shorter,
+        gradient_norms=pool.gradient_norms[:kept],
+        label_tokens=pool.label_tokens[:kept],
+        num_tokens=pool.num_tokens[:kept],
+        information_gains=gains,
+        top_norm=keep(pool.top_norm),
+        top_norm_gains=keep(pool.top_norm_gains),
+        without_conflict=keep(pool.without_conflict),
+    )

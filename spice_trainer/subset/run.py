@@ -22,13 +22,15 @@ from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.recording.records import RecordWriter
 from spice_trainer.recording.summary import print_summary
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 from spice_trainer.subset.manifest import SelectedRow
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
 
 RECORDS_FOLDER = "spice"
 _STATE_FOLDER = re.compile(r"selection-(\d+)")
+# What a step of a run that trains nothing cannot take.
+_UNTIMED = ("seconds_checking", "seconds_training")
 
 
 class SubsetRun:
@@ -118,10 +120,8 @@ class SubsetRun:
                 {
                     "step": selection.step,
                     "epoch": selection.epoch,
-                    "seconds_scoring": selection.seconds_scoring,
-                    "seconds_selecting": selection.seconds_selecting,
-                    "seconds_learning": selection.seconds_learning,
-                    "seconds_ahead": selection.seconds_ahead,
+                    # Nothing is trained here, and nothing compared.
+                    **{name: seconds for name, seconds in selection.times.to_dict().items() if name not in _UNTIMED},
                     "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
                 }
             )

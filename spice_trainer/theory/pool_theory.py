@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.selection.checks import check_gram, sound_rows
-from spice_trainer.selection.greedy import ConflictReference, Selection, select
+from spice_trainer.selection.greedy import ConflictReference, select
+from spice_trainer.selection.results import Selection
 from spice_trainer.theory.bounds import BoundCheck, check_bounds
 from spice_trainer.theory.correlations import ConflictCorrelations, ConflictGroup, conflict_groups, correlate
 from spice_trainer.theory.decay import GroupDecay, aumg, group_decays, half_life

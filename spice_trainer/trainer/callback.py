@@ -28,8 +28,8 @@ from spice_trainer.recording.summary import (
 )
 from spice_trainer.sampling.loader import SlotCollator
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.memory import MemoryPlan
+from spice_trainer.selection.results import StepSelection
 from spice_trainer.trainer.checks import check_adapter_is_saved
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
@@ -164,12 +164,7 @@ class SpiceCallback(TrainerCallback):
                 {
                     "step": selection.step,
                     "epoch": selection.epoch,
-                    "seconds_scoring": selection.seconds_scoring,
-                    "seconds_selecting": selection.seconds_selecting,
-                    "seconds_learning": selection.seconds_learning,
-                    "seconds_checking": selection.seconds_checking,
-                    "seconds_ahead": selection.seconds_ahead,
-                    "seconds_training": seconds,
+                    **replace(selection.times, training=seconds).to_dict(),
                     "tokens_scored": sum(pool.num_tokens_pool for pool in selection.pools),
                     "tokens_trained": num_tokens,
                 }

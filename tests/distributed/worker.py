@@ -28,9 +28,9 @@ from transformers import Trainer, set_seed
 
 from spice_trainer import ProxyModel, SpiceConfig, select_subset
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.results import StepSelection
 from tests.distributed import cpu_shims, setting
 from tests.distributed.launch import TIMEOUT
 from tests.distributed.observers import ScoreWatch, WeightProbe

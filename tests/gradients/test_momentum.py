@@ -14,10 +14,10 @@ from spice_trainer.data.rows import RowShape
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.sketch import GradientSketch
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.features import FeatureBuffer
 from spice_trainer.scoring.measure import measure_pool
 from spice_trainer.selection.gram import cosines_with, measure_rows
+from spice_trainer.selection.results import StepSelection
 from tests.gradients.test_optimizer_state import OwnOptimizer
 from tests.gradients.test_preconditioning import OPTIONS, ROWS, gradients_of, preconditioned
 from tests.runs.test_strategies import dual_gain

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.optimizer_state import AdamMoments, SecondMoment, precondition_
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 from tests.runs.test_strategies import dual_gain
 from tests.support.gradient_loop import looped_gradients
 from tests.support.greedy_oracle import greedy_oracle

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import RowShape
-from spice_trainer.proxy.transfer import PoolTransfer, _shuffles, compare_pools, scores_by_length
+from spice_trainer.proxy.transfer import _shuffles, compare_pools, scores_by_length
 from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfer
 from spice_trainer.scoring.measure import PoolScores, measure_pool
 from spice_trainer.selection.pool import select_pool
+from spice_trainer.selection.results import PoolTransfer
 from spice_trainer.utils.statistics import spearman
 from tests.support.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain
 

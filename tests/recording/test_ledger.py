@@ -9,14 +9,14 @@ import pytest
 
 from spice_trainer.recording.ledger import CostLedger, cost_rows, format_duration
 from spice_trainer.recording.metrics import RunTotals, clock_metrics
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection, StepTimes
 
 # 12 steps of 6 an epoch: two epochs of 500 rows of 40 tokens are 40,000 tokens. 4,000 were trained in 2 s, so 500 µs a
 # token, and all of them would have taken 20 s. Scoring 20,000 tokens (one epoch; the second replayed) took 5 s.
 TOTALS = RunTotals(
     num_steps=12, num_replayed_steps=6, num_candidates=500, num_trained=100,
     tokens_scored=20_000, tokens_trained=4_000,
-    seconds_scoring=5.0, seconds_selecting=0.25, seconds_learning=0.5, seconds_checking=0.25, seconds_training=2.0,
+    times=StepTimes(scoring=5.0, selecting=0.25, learning=0.5, checking=0.25, training=2.0),
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_the_arithmetic_by_hand() -> None:
     ledger = _ledger()
     assert ledger.num_epochs == 2.0
     assert ledger.mean_row_tokens == 40.0
-    assert ledger.seconds_overhead == 6.0
+    assert ledger.times.overhead == 6.0
     assert ledger.seconds == 8.0
     assert ledger.seconds_per_trained_token == pytest.approx(500e-6)
     assert ledger.seconds_on_all_data == pytest.approx(20.0)
@@ -48,7 +48,7 @@ def test_tokens_of_a_row_that_are_given_replace_the_candidates() -> None:
     assert ledger.seconds_on_all_data == pytest.approx(30.0)
     assert "and 60.0 tokens a row on average). So far" in ledger.describe()
     # Nothing scored: only what is given is known.
-    unscored = RunTotals(num_steps=6, tokens_trained=100, seconds_training=1.0)
+    unscored = RunTotals(num_steps=6, tokens_trained=100, times=StepTimes(training=1.0))
     assert CostLedger.from_totals(unscored, num_rows=10, steps_per_epoch=6).seconds_on_all_data is None
     given = CostLedger.from_totals(unscored, num_rows=10, steps_per_epoch=6, mean_row_tokens=20.0)
     assert given.seconds_on_all_data == pytest.approx(2.0)
@@ -160,9 +160,9 @@ def test_totals_add_a_proxys_learning_and_go_through_a_checkpoint() -> None:
     totals = RunTotals()
     for step in range(3):
         totals.add_selection(
-            StepSelection(step=step, epoch=0, indices=(1, 2), seconds_learning=0.5, seconds_checking=0.25)
+            StepSelection(step=step, epoch=0, indices=(1, 2), times=StepTimes(learning=0.5, checking=0.25))
         )
-    assert (totals.seconds_learning, totals.seconds_checking) == (1.5, 0.75)
+    assert (totals.times.learning, totals.times.checking) == (1.5, 0.75)
     resumed = RunTotals()
     resumed.load_state_dict(json.loads(json.dumps(totals.state_dict())))
     assert resumed == totals
@@ -172,23 +172,24 @@ def test_totals_of_a_version_that_knew_no_proxy_are_read() -> None:
     state = TOTALS.state_dict()
     del state["seconds_learning"], state["seconds_checking"]
     # A run that goes on in the same process must not keep what it had.
-    resumed = RunTotals(seconds_learning=9.0)
+    resumed = RunTotals(times=StepTimes(learning=9.0))
     resumed.load_state_dict(state)
-    assert (resumed.seconds_learning, resumed.seconds_checking) == (0.0, 0.0)
+    assert (resumed.times.learning, resumed.times.checking) == (0.0, 0.0)
     assert resumed.state_dict() == TOTALS.state_dict() | {"seconds_learning": 0.0, "seconds_checking": 0.0}
 
 
 def test_learning_is_overhead_in_the_log() -> None:
-    step = {"step": 0, "epoch": 0, "indices": (1,), "seconds_scoring": 2.0, "seconds_selecting": 1.0}
-    plain = clock_metrics(StepSelection(**step), 1.0)
+    step = {"step": 0, "epoch": 0, "indices": (1,)}
+    times = StepTimes(scoring=2.0, selecting=1.0)
+    plain = clock_metrics(StepSelection(**step, times=times), 1.0)
     assert plain == {"spice/seconds_scoring": 2.0, "spice/seconds_selecting": 1.0, "spice/overhead": 0.75}
-    learned = clock_metrics(StepSelection(**step, seconds_learning=3.0, seconds_checking=1.0), 1.0)
+    learned = clock_metrics(StepSelection(**step, times=times + StepTimes(learning=3.0, checking=1.0)), 1.0)
     assert learned == plain | {"spice/overhead": 0.875, "spice/seconds_learning": 3.0}
     assert clock_metrics(StepSelection(step=0, epoch=0, indices=()), 0.0)["spice/overhead"] == 0.0
 
 
 def test_the_sentence_owns_up_to_scoring_beside_the_training() -> None:
-    beside = replace(TOTALS, seconds_ahead=90.0)
+    beside = replace(TOTALS, times=TOTALS.times + StepTimes(ahead=90.0))
     ledger = CostLedger.from_totals(beside, num_rows=1000, steps_per_epoch=6)
     assert ledger.describe().endswith(
         " Another 1.5 min of scoring ran beside the training; what it slowed that by is in the seconds a trained "

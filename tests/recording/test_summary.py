@@ -15,6 +15,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, format_duration
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.recording.summary import print_summary, summarize_run, warn_of_first_pools
+from spice_trainer.selection.results import StepTimes
 from spice_trainer.utils import logging as logs
 from tests.support.trainers import make_trainer, read_records, tiny_rows, trained_indices
 from tests.trainer.test_checks import OwnLoss
@@ -229,7 +230,7 @@ def test_the_summary_of_a_run_with_its_ledger(
         monkeypatch.setitem(sys.modules, "rich.console", None)
     totals = RunTotals(
         num_steps=4, num_candidates=100, tokens_scored=2000, tokens_trained=200,
-        seconds_scoring=6.0, seconds_selecting=0.5, seconds_learning=1.5, seconds_training=2.0,
+        times=StepTimes(scoring=6.0, selecting=0.5, learning=1.5, training=2.0),
     )  # fmt: skip
     ledger = CostLedger.from_totals(totals, num_rows=100, steps_per_epoch=4)
     print_summary(totals, "records", ledger)
@@ -245,19 +246,19 @@ def test_the_summary_of_a_run_with_its_ledger(
     assert lines[begin : begin + 5] == costs
     assert lines[-2:] == [ledger.describe(), "Records: records"]
     # Without a ledger nothing is said of all the data, and without a proxy nothing of its learning.
-    print_summary(RunTotals(seconds_training=1.0), "records")
+    print_summary(RunTotals(times=StepTimes(training=1.0)), "records")
     plain = capsys.readouterr().out
     assert "all the data" not in plain and "proxy" not in plain and "Training" in plain
 
 
 def test_the_summary_of_a_selection_alone_says_nothing_of_training() -> None:
-    totals = RunTotals(num_steps=3, num_candidates=30, num_selected=6, num_trained=6, seconds_scoring=2.0)
+    totals = RunTotals(num_steps=3, num_candidates=30, num_selected=6, num_trained=6, times=StepTimes(scoring=2.0))
     names = [name for name, _ in summarize_run(totals, trains=False)]
     assert names[0] == "Steps" and "Samples picked" in names and "Scoring" in names
     assert not {"Optimizer steps", "Samples trained", "Training"} & set(names)
 
 
 def test_the_summary_tells_scoring_beside_the_training() -> None:
-    totals = RunTotals(num_steps=3, seconds_scoring=0.5, seconds_ahead=12.3)
+    totals = RunTotals(num_steps=3, times=StepTimes(scoring=0.5, ahead=12.3))
     assert dict(summarize_run(totals))["Scoring beside the training"] == "12.3 s"
     assert "Scoring beside the training" not in dict(summarize_run(RunTotals(num_steps=3)))

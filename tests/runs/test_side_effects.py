@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.results import StepSelection
 from tests.support.models import enable_checkpointing
 from tests.support.trainers import (
     checkpointing_options,

@@ -326,7 +326,7 @@ def test_resume_is_bit_identical(strategy: str, tmp_path: Path) -> None:
 
 def test_equal_micro_batches_keep_the_information_of_the_picks(tmp_path: Path) -> None:
     """A pick that is dropped for equal micro-batches takes its own information with it, not its gain."""
-    from spice_trainer.sampling.step_selection import round_down_picks
+    from spice_trainer.selection.pool import round_down_picks
 
     trainer = build(tmp_path, "matching", max_steps=1)
     heard: list[Any] = []

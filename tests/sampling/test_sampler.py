@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer import SpiceConfig, SpiceSampler
-from spice_trainer.sampling.step_selection import StepSelection
+from spice_trainer.selection.results import StepSelection
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import collate, tiny_rows
 

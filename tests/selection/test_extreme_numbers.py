@@ -30,12 +30,12 @@ from spice_trainer.proxy.transfer import compare_pools
 from spice_trainer.recording.metrics import RunTotals, step_metrics
 from spice_trainer.recording.records import RecordWriter
 from spice_trainer.recording.summary import summarize_run, warn_of_first_pools
-from spice_trainer.sampling.step_selection import StepSelection
 from spice_trainer.scoring.features import FeatureBuffer, order_for_owners, send_to_owners
 from spice_trainer.scoring.measure import PoolScores, measure_pool
 from spice_trainer.selection.gram import measure_rows, normalized_gram
 from spice_trainer.selection.greedy import select, select_from_gradients
-from spice_trainer.selection.pool import PoolSelection, select_pool
+from spice_trainer.selection.pool import select_pool
+from spice_trainer.selection.results import PoolSelection, StepSelection
 from tests.support.greedy_certificate import check_selection, coordinate_gains, gram_gains, log_det_gains
 
 # For a longer search by hand: EXAMPLES=5000 python -m pytest tests/selection/test_extreme_numbers.py

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
-from spice_trainer.selection.greedy import Selection, greedy, information_of, select, select_from_gradients
+from spice_trainer.selection.greedy import greedy, information_of, select, select_from_gradients
 from spice_trainer.selection.information import ExactInformation, build_information
+from spice_trainer.selection.results import Selection
 from tests.support.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain, mpmath_gain
 
 GAINS = {"exact": log_det_gain, "diagonal": diagonal_gain, "adafisher": adafisher_gain}

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from spice_trainer.selection.greedy import Selection, greedy, select, select_from_gradients
+from spice_trainer.selection.greedy import greedy, select, select_from_gradients
 from spice_trainer.selection.information import ExactInformation
+from spice_trainer.selection.results import Selection
 from tests.support.greedy_oracle import conflict, greedy_oracle, log_det_gain
 from tests.support.strategy_oracles import against_reference
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spice_trainer.selection.greedy import Selection, information_of, select
+from spice_trainer.selection.greedy import information_of, select
 from spice_trainer.selection.information import ExactInformation, build_information
+from spice_trainer.selection.results import Selection
 from spice_trainer.selection.strategies import (
     STRATEGIES,
     StrategyInputs,

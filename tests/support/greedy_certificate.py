@@ -14,7 +14,7 @@ import mpmath
 import torch
 from torch import Tensor
 
-from spice_trainer.selection.greedy import Selection
+from spice_trainer.selection.results import Selection
 
 EPSILON = 2.0**-52
 

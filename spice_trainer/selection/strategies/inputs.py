@@ -16,8 +16,9 @@ from torch import Tensor
 
 from spice_trainer.selection.checks import check_gram, check_matrix, sound_rows
 from spice_trainer.selection.conflict import conflicts_with_mean
-from spice_trainer.selection.greedy import Selection, information_of
+from spice_trainer.selection.greedy import information_of
 from spice_trainer.selection.information import ExactInformation
+from spice_trainer.selection.results import Selection
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 

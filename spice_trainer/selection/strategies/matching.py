@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.selection.checks import check_rules
-from spice_trainer.selection.greedy import Selection
+from spice_trainer.selection.results import Selection
 from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, describe_picks, lowest_tied
 
 # A slope smaller than this share of ‖μ‖ cannot be told from rounding.

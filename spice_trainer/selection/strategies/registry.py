@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spice_trainer.selection.checks import check_alpha, check_choice, check_rules
-from spice_trainer.selection.greedy import Selection, greedy
+from spice_trainer.selection.greedy import greedy
 from spice_trainer.selection.information import ExactInformation, InformationMeasure
+from spice_trainer.selection.results import Selection
 from spice_trainer.selection.strategies.coverage import pick_dpp, pick_facility_location
 from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, describe_picks
 from spice_trainer.selection.strategies.matching import pick_matching
