@@ -143,9 +143,9 @@ class StepTimes:
     """Seconds of an optimizer step, or of many together, by what they went into.
 
     `scoring` is collating, forward, backward, features and Gram (where the forward and backward ran beside the step
-    before, only what was waited for), `selecting` α, greedy, conflict, stopping and diagnosis, `learning` a proxy's
-    own update, `checking` scoring with the target too, to compare, `ahead` scoring beside the step before, and `training`
-    the step itself.
+    before, only what was waited for); `selecting` α, greedy, conflict, stopping and diagnosis; `learning` a proxy's
+    own update; `checking` scoring with the target too, to compare; `ahead` scoring beside the step before; and
+    `training` the step itself.
     """
 
     scoring: float = 0.0
