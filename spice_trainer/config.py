@@ -5,29 +5,123 @@ Per pool of N = `pool_size` candidates, greedy selection takes K = `num_selected
     s(x|S) = Δ(x|S) - λ c(x|S),    Δ(x|S) = F(S ∪ {x}) - F(S),    F(S) = log det(I + α Σ_{i∈S} g_i g_iᵀ)
 
 with α = `fisher_alpha` and λ = `conflict_penalty`. T = `pools_per_step` pools feed one optimizer step.
+
+Nothing here needs more than Python, so that a command line can be read without loading what the rules compute with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from spice_trainer.proxy_options import ProxyOptions
-from spice_trainer.scoring_options import DEFAULT_SKETCH_DIM, MIN_SKETCH_DIM, ScoringOptions
-from spice_trainer.strategy_options import BY_INFORMATION, ConflictReference, StrategyOptions
-from spice_trainer.utils.fields import one_of, real_number, whole_number
+from spice_trainer.utils.fields import Check, OneOf, RealNumber, WholeNumber, model_name, name_list, truth_value
 
 AlphaScaling = Literal["fixed", "pool"]
-Information = Literal["exact", "diagonal", "adafisher"]
+ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
+GradientPreconditioning = Literal["none", "adam"]
+Information = Literal["exact", "diagonal", "adafisher"]
+StrategyName = Literal[
+    "spice",
+    "fisher",
+    "random",
+    "top_norm",
+    "dpp",
+    "matching",
+    "facility_location",
+    "loss",
+    "perplexity",
+    "ifd",
+    "less",
+]
 
-__all__ = ["DEFAULT_SKETCH_DIM", "MIN_SKETCH_DIM", "SpiceConfig"]
+DEFAULT_SKETCH_DIM = 32_768
+"""Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""
+
+MIN_SKETCH_DIM = 16
+
+NEEDS: dict[StrategyName, tuple[str, ...]] = {
+    "spice": ("gram",),
+    "fisher": ("gram",),
+    "random": ("seed", "step", "pool"),
+    "top_norm": ("gradient_norms",),
+    "dpp": ("gram",),
+    "matching": ("gram",),
+    "facility_location": ("gram",),
+    "loss": ("losses", "label_tokens"),
+    "perplexity": ("losses",),
+    "ifd": ("losses", "losses_without_instruction"),
+    "less": ("gradient_norms", "alignment", "reference_norm"),
+}
+"""What each rule reads of a pool, fields of [`StrategyInputs`] beside `sound`."""
+
+BY_INFORMATION: tuple[StrategyName, ...] = ("spice", "fisher")
+"""Rules that maximise the Fisher information."""
+
+WITH_GRAM = tuple(name for name, needs in NEEDS.items() if "gram" in needs)
+"""Rules that compare all candidates' gradients with each other."""
+
+WITH_GRADIENTS = tuple(name for name, needs in NEEDS.items() if {"gram", "gradient_norms", "alignment"} & set(needs))
+"""Rules that need a backward through the model."""
+
+WITH_FEATURES = tuple(name for name, needs in NEEDS.items() if {"gram", "alignment"} & set(needs))
+"""Rules that compare gradients with something, and not only their norms."""
+
+WITH_MODEL = tuple(name for name in NEEDS if name != "random")
+"""Rules that need the model at all."""
+
+# Settings that mean something to some rules only: when they are set, the rules, and why not the others.
+_LIMITED = (
+    ("stop_ratio", None, BY_INFORMATION, "it is a share of a gain of information, which this strategy has none of"),
+    ("min_gain", None, BY_INFORMATION, "it is a gain of information, which this strategy has none of"),
+    ("information", "exact", BY_INFORMATION, "this strategy picks by something else than information"),
+    ("gradient_centering", False, BY_INFORMATION, "this strategy picks by something else than information"),
+    ("gradient_preconditioning", "none", WITH_FEATURES, "this strategy compares no gradients with each other"),
+    ("scoring_prefilter", None, WITH_GRADIENTS, "this strategy takes no gradients, which the filter would save"),
+    ("proxy_check_pools", 0, WITH_GRAM, "the comparison is of gains that come from a pool's Gram matrix"),
+    ("overlap_scoring", False, WITH_GRAM, "beside the training nothing but the Gram matrix's gradients is computed"),
+    ("proxy_model_name_or_path", None, WITH_MODEL, "this strategy scores nothing, so a proxy would have no work"),
+)
+
+# What each setting must be, whatever the others are. None is legal where it is the default.
+_CHECKS: dict[str, Check] = {
+    "pool_size": WholeNumber(2, "a pool needs at least two candidates to choose between"),
+    "num_selected": WholeNumber(1, "every pool must give at least one sample"),
+    "pools_per_step": WholeNumber(1, "every optimizer step needs at least one pool"),
+    "pool_seed": WholeNumber(0, "seeds are counted from 0"),
+    "fisher_alpha": RealNumber("above 0", "an alpha of 0 would make every gain 0", lambda x: x > 0),
+    "alpha_scaling": OneOf(get_args(AlphaScaling)),
+    "conflict_penalty": RealNumber("at least 0", "a negative penalty would reward conflict", lambda x: x >= 0),
+    "conflict_reference": OneOf(get_args(ConflictReference)),
+    "information": OneOf(get_args(Information)),
+    "gradient_normalization": OneOf(get_args(GradientNormalization)),
+    "stop_ratio": RealNumber("between 0 and 1, both excluded", "it is a share of the first gain", lambda x: 0 < x < 1),
+    "min_gain": RealNumber("at least 0", "gains are never negative", lambda x: x >= 0),
+    "selection_epochs": WholeNumber(1, "the first epoch has no earlier picks to replay"),
+    "tie_tolerance": RealNumber("at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1),
+    "strategy": OneOf(get_args(StrategyName)),
+    "gradient_centering": truth_value,
+    "gradient_preconditioning": OneOf(get_args(GradientPreconditioning)),
+    "validation_rows": WholeNumber(1, "a mean gradient needs at least one row"),
+    "sketch_dim": WholeNumber(-1, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
+    "scoring_tokens_per_batch": WholeNumber(1, "a scoring pass needs at least one token"),
+    "scoring_layers": WholeNumber(1, "scoring needs at least one layer"),
+    "scoring_target_modules": name_list,
+    "scoring_max_tokens": WholeNumber(1, "a row without label tokens has no gradient"),
+    "scoring_prefilter": RealNumber(
+        "between 0 and 1, both excluded", "it is a share of the pool, and None takes all of it", lambda x: 0 < x < 1
+    ),
+    "proxy_model_name_or_path": model_name,
+    "proxy_learning_rate": RealNumber("at least 0", "a negative rate would unlearn the picks", lambda x: x >= 0),
+    "proxy_update_every": WholeNumber(1, "it counts cycles from one update of the proxy to the next"),
+    "proxy_check_pools": WholeNumber(0, "it counts pools"),
+    "overlap_scoring": truth_value,
+}
 
 
 @dataclass
-class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
+class SpiceConfig:
     r"""Configuration class for SPICE, the selection of training samples by Fisher information and gradient conflict.
 
     Using [`~transformers.HfArgumentParser`] or [`~trl.TrlParser`] we can turn this class into command line arguments
@@ -81,8 +175,71 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
         tie_tolerance (`float`, *optional*, defaults to `1e-6`):
             Scores this close to the best one, relative to it, are tied and go to the earlier candidate. 0 is strict.
 
-        > Parameters that choose the rule are those of [`StrategyOptions`], those that control the scoring are of
-        [`ScoringOptions`], and a proxy's of [`ProxyOptions`].
+        > Parameters that choose the rule
+
+        strategy (`str`, *optional*, defaults to `"spice"`):
+            The rule that picks from a pool: most information and least conflict (`"spice"`), information alone
+            (`"fisher"`), `"random"` rows, the largest gradients (`"top_norm"`), the largest volume (`"dpp"`), the mean
+            gradient nearest the pool's (`"matching"`), a pick near every candidate (`"facility_location"`), the
+            largest total loss (`"loss"`), the largest loss per token (`"perplexity"`), the largest loss with over
+            loss without the instruction, below 1 (`"ifd"`), or the gradient most like that of the validation set
+            (`"less"`). What a rule does not read is not computed: `"random"` runs no forward, `"loss"`,
+            `"perplexity"` and `"ifd"` no backward. Only `"spice"` has a conflict penalty and, with `"fisher"`, a
+            `conflict_reference`; only rules with a Gram matrix read `gradient_normalization`; settings of gradients
+            are ignored where none are taken.
+        gradient_centering (`bool`, *optional*, defaults to `False`):
+            Whether `"spice"` and `"fisher"` take the mean gradient of a pool off each of its gradients, as far as
+            anything is left. For exact information.
+        gradient_preconditioning (`str`, *optional*, defaults to `"none"`):
+            `"adam"` takes gradients as Adam would apply them: divided by the root of its second moment, each
+            candidate's own square included, before they are normalised and compared, so that samples are told apart
+            by what they would do to the weights. For strategies that compare gradients, with PyTorch's Adam or AdamW
+            whole on every process (not FSDP or DeepSpeed; a proxy has its own). Preconditioned gradients are long, up
+            to the root of their dimension: set `alpha_scaling="pool"` with it, or `gradient_normalization="unit"`
+            (where it was measured, `"none"` picked the shortest answers of a pool and `"sqrt_tokens"` the longest).
+            With `"less"` the validation set's gradients stay as they are.
+        validation_rows (`int`, *optional*, defaults to `32`):
+            Number of first rows of the Trainer's `eval_dataset` whose mean gradient `"less"` compares with, taken
+            anew at every step.
+
+        > Parameters that control the scoring
+
+        sketch_dim (`int`, *optional*, defaults to `-1`):
+            Numbers kept of each sample gradient by a random projection: `-1` keeps 32,768 (all of them for
+            `"diagonal"` and `"adafisher"` information), 0 or `None` keeps the exact gradient, else at least 16.
+        scoring_tokens_per_batch (`int`, *optional*, defaults to `2048`):
+            Number of tokens, padding included, of one forward and backward pass of the scoring. Lower it to save
+            memory; it changes no pick beyond rounding.
+        scoring_layers (`int`, *optional*):
+            Scores by the LoRA modules of the last so many layers alone, and stops the backward there. `None`, or at
+            least as many as the model has: all of them.
+        scoring_target_modules (`list[str]`, *optional*):
+            Scores by the LoRA modules of these names alone, such as `q_proj`: full names or the ends of names, as in
+            `LoraConfig(target_modules=...)`. `None`: all of them.
+        scoring_max_tokens (`int`, *optional*):
+            Scores each row by its first so many label tokens; what comes after them is not computed. `None`: by all.
+        scoring_prefilter (`float`, *optional*):
+            Share of a pool's candidates, above 0 and below 1, whose gradients are computed: those of largest loss
+            (times the factor that `gradient_normalization` gives the gradient), after a forward of all of them. A
+            forward is half of the work, so a half saves nothing, and where lengths are divided out the loss says
+            little of the gradient. `None`: all of them.
+
+        > Parameters that control a proxy
+
+        proxy_model_name_or_path (`str`, *optional*):
+            A small causal language model, on the hub or in a folder, that scores instead of the one that trains and
+            learns from what it picked. It gets LoRA r 16 on all linear layers; for another adapter or tokenised rows
+            of its own pass a [`ProxyModel`] to [`attach_spice`].
+        proxy_learning_rate (`float`, *optional*, defaults to `0.0002`):
+            Constant learning rate of the proxy's own AdamW. 0 keeps the proxy as it is. For
+            `proxy_model_name_or_path`; a [`ProxyModel`] has its own.
+        proxy_update_every (`int`, *optional*, defaults to `1`):
+            Number of optimizer steps from one update of the proxy to the next. For `proxy_model_name_or_path`.
+        proxy_check_pools (`int`, *optional*, defaults to `0`):
+            Number of first pools that the target scores too. How well the proxy's gains and picks agree with the
+            target's is logged.
+        overlap_scoring (`bool`, *optional*, defaults to `False`):
+            Whether the proxy scores the next step's pools while the target trains on this one's. Changes no pick.
     """
 
     pool_size: int = field(default=120, metadata={"help": "Number of candidates in a pool [N]."})
@@ -130,52 +287,70 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
         metadata={"help": "Scores this close to the best one, relative to it, go to the earlier candidate."},
     )
 
+    _: KW_ONLY
+
+    strategy: StrategyName = field(default="spice", metadata={"help": "Rule that picks from a pool."})
+    gradient_centering: bool = field(
+        default=False, metadata={"help": "Take the pool's mean gradient off each gradient, for spice and fisher."}
+    )
+    gradient_preconditioning: GradientPreconditioning = field(
+        default="none", metadata={"help": "'adam' divides gradients by the root of the optimizer's second moment."}
+    )
+    validation_rows: int = field(
+        default=32, metadata={"help": "Number of first rows of eval_dataset that the strategy less compares with."}
+    )
+
+    sketch_dim: int | None = field(
+        default=-1,
+        metadata={"help": "Numbers kept of each sample gradient. -1: 32,768; 0 or None: exact."},
+    )
+    scoring_tokens_per_batch: int = field(
+        default=2048, metadata={"help": "Number of tokens, padding included, of one scoring pass."}
+    )
+    scoring_layers: int | None = field(
+        default=None, metadata={"help": "Score by the LoRA modules of the last so many layers. None: all layers."}
+    )
+    scoring_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Score by the LoRA modules of these names, such as q_proj. None: all."}
+    )
+    scoring_max_tokens: int | None = field(
+        default=None, metadata={"help": "Score each row by its first so many label tokens. None: by all."}
+    )
+    scoring_prefilter: float | None = field(
+        default=None,
+        metadata={"help": "Share of a pool, those of largest loss, whose gradients are computed. None: all."},
+    )
+
+    proxy_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A small model that scores instead of the one that trains. None: none does."}
+    )
+    proxy_learning_rate: float = field(
+        default=2e-4, metadata={"help": "Learning rate of the proxy's own updates on what it picked. 0: none."}
+    )
+    proxy_update_every: int = field(
+        default=1, metadata={"help": "Number of optimizer steps from one update of the proxy to the next."}
+    )
+    proxy_check_pools: int = field(
+        default=0, metadata={"help": "Number of first pools that the target scores too, to compare the proxy with it."}
+    )
+    overlap_scoring: bool = field(
+        default=False,
+        metadata={"help": "Let the proxy score the next step's pools while the target trains on this one's."},
+    )
+
     def __post_init__(self) -> None:
         """Check every field, and store whole numbers as `int`, real numbers as `float`, `sketch_dim=None` as 0."""
-        self._check_integer("pool_size", 2, "a pool needs at least two candidates to choose between")
-        self._check_integer("num_selected", 1, "every pool must give at least one sample")
-        if self.num_selected > self.pool_size:
-            raise ValueError(
-                f"SpiceConfig: num_selected={self.num_selected} is more than pool_size={self.pool_size}: a pool "
-                "cannot give more samples than it has candidates. Fix: lower num_selected to at most "
-                f"{self.pool_size}, or raise pool_size to at least {self.num_selected}."
-            )
-        if self.pools_per_step is not None:
-            self._check_integer("pools_per_step", 1, "every optimizer step needs at least one pool")
-        if self.pool_seed is not None:
-            self._check_integer("pool_seed", 0, "seeds are counted from 0")
-
-        self._check_real("fisher_alpha", "above 0", "an alpha of 0 would make every gain 0", lambda x: x > 0)
-        self._check_real(
-            "conflict_penalty", "at least 0", "a negative penalty would reward conflict", lambda x: x >= 0
-        )
-        if self.stop_ratio is not None:
-            self._check_real(
-                "stop_ratio", "between 0 and 1, both excluded", "it is a share of the first gain", lambda x: 0 < x < 1
-            )
-        if self.min_gain is not None:
-            self._check_real("min_gain", "at least 0", "gains are never negative", lambda x: x >= 0)
-        if self.selection_epochs is not None:
-            self._check_integer("selection_epochs", 1, "the first epoch has no earlier picks to replay")
-        self._check_real(
-            "tie_tolerance", "at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1
-        )
-        one_of("SpiceConfig", "alpha_scaling", self.alpha_scaling, get_args(AlphaScaling))
-        one_of("SpiceConfig", "conflict_reference", self.conflict_reference, get_args(ConflictReference))
-        one_of("SpiceConfig", "information", self.information, get_args(Information))
-        one_of("SpiceConfig", "gradient_normalization", self.gradient_normalization, get_args(GradientNormalization))
-        self.check_scoring_options(self.information)
-        self.check_proxy_options()
-        self.check_strategy_options(vars(self))
+        if self.sketch_dim is None:
+            self.sketch_dim = 0
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None or setting.default is not None:
+                setattr(self, setting.name, _CHECKS[setting.name]("SpiceConfig", setting.name, value))
+        self._check_picks()
+        self._check_sketch()
+        self._check_strategy()
         self._check_prefilter()
-
-        if self.is_adaptive and self.pools_per_step is None:
-            given = [f"{n}={getattr(self, n)}" for n in ("stop_ratio", "min_gain") if getattr(self, n) is not None]
-            raise ValueError(
-                f"SpiceConfig: {' and '.join(given)} with pools_per_step=None: under adaptive stopping num_selected "
-                "is only a cap, so the number of pools of a step cannot follow from the batch size. Fix: set "
-                "pools_per_step (the paper uses 10), or leave the adaptive stopping out."
-            )
+        self._check_stopping()
 
     @classmethod
     def paper(cls, *, adaptive: bool = False) -> SpiceConfig:
@@ -217,6 +392,16 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
         """Whether candidates are held against the optimizer's momentum."""
         return self.conflict_reference == "momentum" and self.strategy in BY_INFORMATION
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the strategy needs a backward through the model."""
+        return self.strategy in WITH_GRADIENTS
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether the strategy needs the Gram matrix of a pool's gradients."""
+        return self.strategy in WITH_GRAM
+
     def resolve_sketch_dim(self) -> int:
         """Return how many numbers of each sample gradient are kept.
 
@@ -225,7 +410,7 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
             and so does any number that is at least the gradient's own. The smallest where the `strategy` asks for
             norms alone, which are exact whatever is kept.
         """
-        if not self.takes_gram and self.strategy != "less":
+        if self.strategy not in WITH_FEATURES:
             return MIN_SKETCH_DIM
         if self.sketch_dim is not None and self.sketch_dim >= 0:
             return self.sketch_dim
@@ -235,13 +420,44 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
         """Return all fields, ready for JSON; `SpiceConfig(**config.to_dict()) == config`."""
         return asdict(self)
 
-    def _check_integer(self, name: str, minimum: int, reason: str) -> None:
-        setattr(self, name, whole_number("SpiceConfig", name, getattr(self, name), minimum, reason))
+    def _check_picks(self) -> None:
+        if self.num_selected > self.pool_size:
+            raise ValueError(
+                f"SpiceConfig: num_selected={self.num_selected} is more than pool_size={self.pool_size}: a pool "
+                "cannot give more samples than it has candidates. Fix: lower num_selected to at most "
+                f"{self.pool_size}, or raise pool_size to at least {self.num_selected}."
+            )
 
-    def _check_real(self, name: str, legal: str, reason: str, is_legal: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        number = real_number("SpiceConfig", name, value, legal=legal, reason=reason, is_legal=is_legal)
-        setattr(self, name, number)
+    def _check_sketch(self) -> None:
+        sketch_dim = self.sketch_dim or 0
+        if 0 < sketch_dim < MIN_SKETCH_DIM:
+            raise ValueError(
+                f"SpiceConfig: sketch_dim={sketch_dim} is below {MIN_SKETCH_DIM}: so few numbers cannot tell the "
+                f"gradients of a pool apart. Fix: set sketch_dim to at least {MIN_SKETCH_DIM}, to 0 for exact "
+                "gradients, or to -1 for the default."
+            )
+        if sketch_dim > 0 and self.information != "exact":
+            raise ValueError(
+                f"SpiceConfig: sketch_dim={sketch_dim} with information={self.information!r}: this measure sums "
+                "over single gradient coordinates, and a sketch mixes them, so the result would mean nothing. Fix: "
+                "set sketch_dim=0 (or -1), or information='exact'."
+            )
+
+    def _check_strategy(self) -> None:
+        for name, unset, strategies, reason in _LIMITED:
+            value = getattr(self, name)
+            if value != unset and self.strategy not in strategies:
+                listed = ", ".join(repr(strategy) for strategy in strategies)
+                raise ValueError(
+                    f"SpiceConfig: {name}={value!r} with strategy={self.strategy!r}: {reason}. Fix: leave {name} out, "
+                    f"or set strategy to one of {listed}."
+                )
+        if self.gradient_centering and self.information != "exact":
+            raise ValueError(
+                f"SpiceConfig: gradient_centering=True with information={self.information!r}: gradients are "
+                "centred in their Gram matrix, and this measure sums over their coordinates. Fix: leave "
+                "gradient_centering out, or set information='exact'."
+            )
 
     def _check_prefilter(self) -> None:
         if self.scoring_prefilter is None:
@@ -261,4 +477,13 @@ class SpiceConfig(StrategyOptions, ScoringOptions, ProxyOptions):
             raise ValueError(
                 f"{given} of pool_size={self.pool_size} is fewer candidates than num_selected={self.num_selected}. "
                 f"Fix: set scoring_prefilter to at least {self.num_selected / self.pool_size:.3g}."
+            )
+
+    def _check_stopping(self) -> None:
+        if self.is_adaptive and self.pools_per_step is None:
+            given = [f"{n}={getattr(self, n)}" for n in ("stop_ratio", "min_gain") if getattr(self, n) is not None]
+            raise ValueError(
+                f"SpiceConfig: {' and '.join(given)} with pools_per_step=None: under adaptive stopping num_selected "
+                "is only a cap, so the number of pools of a step cannot follow from the batch size. Fix: set "
+                "pools_per_step (the paper uses 10), or leave the adaptive stopping out."
             )

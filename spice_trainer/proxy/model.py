@@ -17,7 +17,7 @@ from torch import nn
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
-from spice_trainer.utils.fields import real_number, whole_number
+from spice_trainer.utils.fields import RealNumber, WholeNumber
 from spice_trainer.utils.random import seeded_random_state
 
 
@@ -83,23 +83,15 @@ class ProxyModel:
                 f"ProxyModel needs a model, got {type(model).__name__}. Load it first, or write "
                 "`ProxyModel.from_pretrained(name_or_path)`."
             )
+        at_least_0 = RealNumber("at least 0", "there is no less than none", lambda x: x >= 0)
         for name, value in (
             ("learning_rate", learning_rate),
             ("weight_decay", weight_decay),
             ("max_grad_norm", max_grad_norm),
         ):
-            number = real_number(
-                "ProxyModel",
-                name,
-                value,
-                legal="at least 0",
-                reason="there is no less than none",
-                is_legal=_at_least_0,
-            )
-            setattr(self, name, number)
-        self.update_every = whole_number(
-            "ProxyModel", "update_every", update_every, 1, "it counts cycles; learning_rate=0 keeps the proxy as it is"
-        )
+            setattr(self, name, at_least_0("ProxyModel", name, value))
+        counts_cycles = WholeNumber(1, "it counts cycles; learning_rate=0 keeps the proxy as it is")
+        self.update_every = counts_cycles("ProxyModel", "update_every", update_every)
         try:
             self.modules = find_lora_modules(model)
         except UnsupportedModelError as error:
@@ -193,7 +185,3 @@ def resolve_proxy(
             f"hub and no folder with one, or cannot be reached ({error}). Fix: correct the name, or load it yourself "
             "and pass `proxy=ProxyModel(model)` to attach_spice."
         ) from error
-
-
-def _at_least_0(value: float) -> bool:
-    return value >= 0

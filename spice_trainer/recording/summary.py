@@ -7,12 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from spice_trainer.config import SpiceConfig
+from spice_trainer.config import BY_INFORMATION, SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.scoring.memory import MemoryPlan
-from spice_trainer.strategy_options import BY_INFORMATION
 
 WARN_AFTER_POOLS = 5
 _ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from spice_trainer.config import GradientNormalization
 from spice_trainer.scoring.sharing import SharedCandidates
-from spice_trainer.selection.gram import GradientNormalization, normalization_weights
+from spice_trainer.selection.gram import normalization_weights
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from spice_trainer.config import AlphaScaling, GradientNormalization
 from spice_trainer.selection.checks import check_choice, check_matrix
-
-GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
-AlphaScaling = Literal["fixed", "pool"]
 
 # Columns whose squares are summed in the rows' own precision.
 _NORM_BLOCK = 2**12

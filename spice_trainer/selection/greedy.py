@@ -19,18 +19,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spice_trainer.config import Information
 from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, check_matrix, check_rules, sound_rows
 from spice_trainer.selection.conflict import conflicts_of_cosines, conflicts_with_mean
 from spice_trainer.selection.gram import measure_rows, normalized_gram
 from spice_trainer.selection.information import (
     ExactInformation,
-    InformationKind,
     InformationMeasure,
     build_information,
 )
 from spice_trainer.selection.results import Selection
 
-ConflictReference = Literal["selected", "candidates", "pool"]
+GramReference = Literal["selected", "candidates", "pool"]
+"""Conflict references that a pool's Gram matrix holds; an optimizer's momentum is none of its rows."""
 
 
 def select(
@@ -39,7 +40,7 @@ def select(
     *,
     fisher_alpha: float = 1.0,
     conflict_penalty: float = 0.1,
-    conflict_reference: ConflictReference = "selected",
+    conflict_reference: GramReference = "selected",
     stop_ratio: float | None = None,
     min_gain: float | None = None,
     tie_tolerance: float = 1e-6,
@@ -75,7 +76,7 @@ def select(
     ```
     """
     check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    check_choice("conflict_reference", conflict_reference, GramReference)
     return greedy(
         ExactInformation(gram, fisher_alpha=fisher_alpha),
         gram,
@@ -92,10 +93,10 @@ def select_from_gradients(
     gradients: Float[Tensor, "N D"],
     num_selected: int,
     *,
-    information: InformationKind = "exact",
+    information: Information = "exact",
     fisher_alpha: float = 1.0,
     conflict_penalty: float = 0.1,
-    conflict_reference: ConflictReference = "selected",
+    conflict_reference: GramReference = "selected",
     stop_ratio: float | None = None,
     min_gain: float | None = None,
     tie_tolerance: float = 1e-6,
@@ -121,8 +122,8 @@ def select_from_gradients(
         ValueError: If an argument is out of range or `gradients` is not a floating point matrix.
     """
     check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, ConflictReference)
-    check_choice("information", information, InformationKind)
+    check_choice("conflict_reference", conflict_reference, GramReference)
+    check_choice("information", information, Information)
     check_alpha(fisher_alpha)
     check_matrix(gradients, "gradients")
     rows = gradients.detach().clone()
@@ -149,7 +150,7 @@ def greedy(
     num_selected: int,
     *,
     conflict_penalty: float = 0.1,
-    conflict_reference: ConflictReference = "selected",
+    conflict_reference: GramReference = "selected",
     reference_cosines: Float[Tensor, " N"] | None = None,
     stop_ratio: float | None = None,
     min_gain: float | None = None,
@@ -177,7 +178,7 @@ def greedy(
         ValueError: If an argument is out of range, or `measure` and `gram` do not fit together.
     """
     check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    check_choice("conflict_reference", conflict_reference, GramReference)
     gram = check_gram(gram)
     if measure.num_candidates != gram.shape[0]:
         raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")

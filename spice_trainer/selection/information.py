@@ -14,12 +14,13 @@ Axes: N candidates, D gradient dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from spice_trainer.config import Information
 from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, sound_rows
 from spice_trainer.selection.cholesky import conditional_factor
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
@@ -28,12 +29,9 @@ __all__ = [
     "AdaFisherInformation",
     "DiagonalInformation",
     "ExactInformation",
-    "InformationKind",
     "InformationMeasure",
     "build_information",
 ]
-
-InformationKind = Literal["exact", "diagonal", "adafisher"]
 
 
 class InformationMeasure(Protocol):
@@ -109,7 +107,7 @@ class ExactInformation:
 
 
 def build_information(
-    kind: InformationKind,
+    kind: Information,
     *,
     gram: Float[Tensor, "N N"],
     gradients: Float[Tensor, "N D"] | None = None,
@@ -131,7 +129,7 @@ def build_information(
     Raises:
         ValueError: If `kind` is unknown, or the gradients it needs are missing or of another number of rows.
     """
-    check_choice("information", kind, InformationKind)
+    check_choice("information", kind, Information)
     if kind == "exact":
         return ExactInformation(gram, fisher_alpha=fisher_alpha)
     if gradients is None:

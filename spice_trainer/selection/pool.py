@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from spice_trainer.config import Information, SpiceConfig
+from spice_trainer.config import BY_INFORMATION, Information, SpiceConfig, StrategyName
 from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.prefilter import WholePool
 from spice_trainer.scoring.row_scores import RowScores
@@ -25,7 +25,6 @@ from spice_trainer.selection.information import InformationMeasure, build_inform
 from spice_trainer.selection.results import PoolSelection, Selection
 from spice_trainer.selection.strategies.inputs import StrategyInputs
 from spice_trainer.selection.strategies.registry import select_by_strategy
-from spice_trainer.strategy_options import BY_INFORMATION, StrategyName
 
 T = TypeVar("T")
 

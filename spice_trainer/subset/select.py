@@ -39,7 +39,7 @@ from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subse
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
 from spice_trainer.subset.model import describe_model
 from spice_trainer.subset.run import SubsetRun
-from spice_trainer.utils.fields import whole_number
+from spice_trainer.utils.fields import WholeNumber
 from spice_trainer.utils.logging import logger, show_messages
 
 if TYPE_CHECKING:
@@ -145,12 +145,12 @@ def select_subset(
     if find_spec("datasets") is None:
         raise ImportError("select_subset writes a `datasets.Dataset`. Fix: pip install spice-trainer[sft].")
     check_name(name)
-    whole_number("select_subset", "save_steps", save_steps, 1, "it counts steps between two states")
-    whole_number("select_subset", "seed", seed, 0, "seeds are counted from 0")
+    WholeNumber(1, "it counts steps between two states")("select_subset", "save_steps", save_steps)
+    WholeNumber(0, "seeds are counted from 0")("select_subset", "seed", seed)
     if samples_per_step is not None:
-        whole_number("select_subset", "samples_per_step", samples_per_step, 1, "a step picks at least one row")
+        WholeNumber(1, "a step picks at least one row")("select_subset", "samples_per_step", samples_per_step)
     if max_length is not None:
-        whole_number("select_subset", "max_length", max_length, 1, "a row keeps at least one token")
+        WholeNumber(1, "a row keeps at least one token")("select_subset", "max_length", max_length)
     accelerator = Accelerator() if accelerator is None else accelerator
     _check_launch(accelerator)
     processes = Processes.of(accelerator)

@@ -30,7 +30,7 @@ from torch import Tensor
 from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, sound_rows
 from spice_trainer.selection.cholesky import FLOAT64_LIMIT
 from spice_trainer.selection.conflict import mean_cosines
-from spice_trainer.selection.greedy import ConflictReference
+from spice_trainer.selection.greedy import GramReference
 from spice_trainer.selection.information import ExactInformation
 
 
@@ -101,7 +101,7 @@ def decompose(
     indices: Sequence[int],
     *,
     fisher_alpha: float = 1.0,
-    conflict_reference: ConflictReference = "selected",
+    conflict_reference: GramReference = "selected",
 ) -> Decomposition:
     """Decomposes the gains of picks, and of what could have been picked, on a pool's Gram matrix.
 
@@ -120,7 +120,7 @@ def decompose(
         ValueError: If `gram` is not a Gram matrix, α is not positive, or `indices` are not distinct sound rows.
     """
     check_alpha(fisher_alpha)
-    check_choice("conflict_reference", conflict_reference, ConflictReference)
+    check_choice("conflict_reference", conflict_reference, GramReference)
     gram = check_gram(gram)
     picks = _check_picks(gram, indices)
     sound = sound_rows(gram)
@@ -200,7 +200,7 @@ def _pairs(
     picks: Sequence[int],
     remaining: Tensor,
     alpha: float,
-    conflict_reference: ConflictReference,
+    conflict_reference: GramReference,
     base: Float64[Tensor, " N"],
     gains: Float64[Tensor, " N"],
     epsilons: Float64[Tensor, " N"],

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.selection.checks import check_gram, sound_rows
-from spice_trainer.selection.greedy import ConflictReference, select
+from spice_trainer.selection.greedy import GramReference, select
 from spice_trainer.selection.results import Selection
 from spice_trainer.theory.bounds import BoundCheck, check_bounds
 from spice_trainer.theory.correlations import ConflictCorrelations, ConflictGroup, conflict_groups, correlate
@@ -121,7 +121,7 @@ def analyse_pool(
     *,
     fisher_alpha: float = 1.0,
     conflict_penalty: float = 0.1,
-    conflict_reference: ConflictReference = "selected",
+    conflict_reference: GramReference = "selected",
     tie_tolerance: float = 1e-6,
     max_subsets: int = 20_000,
 ) -> PoolTheory:

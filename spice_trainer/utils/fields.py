@@ -1,96 +1,91 @@
-"""Checks of settings, with errors that say what is wrong, why, and the fix."""
+"""Checks of settings, with errors that say what is wrong, why, and the fix.
+
+Each is called with the class that has the setting, the setting's name and its value, and returns the value to keep.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral, Real
 
-
-def whole_number(owner: str, name: str, value: object, minimum: int, reason: str) -> int:
-    """Returns a setting as an `int`.
-
-    Args:
-        owner (`str`): The class that has it, for the message.
-        name (`str`): Its name.
-        value (`object`): Its value.
-        minimum (`int`): The smallest legal value.
-        reason (`str`): Why smaller ones are not.
-
-    Raises:
-        ValueError: If it is no whole number or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(
-            f"{owner}: {name}={value!r} is of type {type(value).__name__}, but {name} is a whole number. "
-            f"Fix: set {name} to an int of at least {minimum}, written without quotes or decimal point."
-        )
-    number = int(value)
-    if number < minimum:
-        raise ValueError(
-            f"{owner}: {name}={number} is below {minimum}: {reason}. Fix: set {name} to at least {minimum}."
-        )
-    return number
+Check = Callable[[str, str, object], object]
 
 
-def real_number(
-    owner: str, name: str, value: object, *, legal: str, reason: str, is_legal: Callable[[float], bool]
-) -> float:
-    """Returns a setting as a `float`.
+@dataclass(frozen=True)
+class WholeNumber:
+    """An integer of at least `minimum`; `reason` says why smaller ones are not legal."""
 
-    Args:
-        owner (`str`): The class that has it, for the message.
-        name (`str`): Its name.
-        value (`object`): Its value.
-        legal (`str`): Which values are legal, in words.
-        reason (`str`): Why others are not.
-        is_legal (`Callable[[float], bool]`): Whether a finite value is.
+    minimum: int
+    reason: str
 
-    Raises:
-        ValueError: If it is no finite number, or not a legal one.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(
-            f"{owner}: {name}={value!r} is of type {type(value).__name__}, but {name} is a number. Fix: set "
-            f"{name} to a float {legal}; YAML reads 1e-6 as text and 1.0e-6 as a number."
-        )
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{owner}: {name}={value} is not finite. Fix: set {name} to a float {legal}.")
-    if not is_legal(number):
-        raise ValueError(f"{owner}: {name}={value} is not {legal}: {reason}. Fix: set {name} to a float {legal}.")
-    return number
+    def __call__(self, owner: str, name: str, value: object) -> int:
+        """The value as an `int`."""
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(
+                f"{owner}: {name}={value!r} is of type {type(value).__name__}, but {name} is a whole number. "
+                f"Fix: set {name} to an int of at least {self.minimum}, written without quotes or decimal point."
+            )
+        number = int(value)
+        if number < self.minimum:
+            raise ValueError(
+                f"{owner}: {name}={number} is below {self.minimum}: {self.reason}. "
+                f"Fix: set {name} to at least {self.minimum}."
+            )
+        return number
 
 
-def truth_value(owner: str, name: str, value: object) -> None:
-    """Checks a setting that is on or off.
+@dataclass(frozen=True)
+class RealNumber:
+    """A finite number that `is_legal`; `legal` says in words which are, `reason` why others are not."""
 
-    Args:
-        owner (`str`): The class that has it, for the message.
-        name (`str`): Its name.
-        value (`object`): Its value.
+    legal: str
+    reason: str
+    is_legal: Callable[[float], bool]
 
-    Raises:
-        ValueError: If it is no `bool`.
-    """
+    def __call__(self, owner: str, name: str, value: object) -> float:
+        """The value as a `float`."""
+        fix = f"Fix: set {name} to a float {self.legal}"
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(
+                f"{owner}: {name}={value!r} is of type {type(value).__name__}, but {name} is a number. {fix}; YAML "
+                "reads 1e-6 as text and 1.0e-6 as a number."
+            )
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{owner}: {name}={value} is not finite. {fix}.")
+        if not self.is_legal(number):
+            raise ValueError(f"{owner}: {name}={value} is not {self.legal}: {self.reason}. {fix}.")
+        return number
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few texts."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, owner: str, name: str, value: object) -> object:
+        """The value as it is."""
+        if value not in self.choices:
+            listed = ", ".join(repr(choice) for choice in self.choices)
+            raise ValueError(f"{owner}: {name}={value!r} is unknown. Fix: set {name} to one of {listed}.")
+        return value
+
+
+def truth_value(owner: str, name: str, value: object) -> object:
+    """Checks a setting that is on or off."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {name}={value!r} is neither True nor False. Fix: set {name} to one of them.")
+    return value
 
 
 def model_name(owner: str, name: str, value: object) -> str | None:
-    """Returns the name of a model, or `None`.
-
-    Args:
-        owner (`str`): The class that has it, for the message.
-        name (`str`): Its name.
-        value (`object`): Its value. Argument parsers make the text "None" of `None`.
-
-    Raises:
-        ValueError: If it is neither a text nor `None`.
-    """
+    """Checks the name of a model, or `None`, of which argument parsers make the text "None"."""
     if value is None or value == "None":
         return None
     if not (isinstance(value, str) and value):
@@ -102,16 +97,7 @@ def model_name(owner: str, name: str, value: object) -> str | None:
 
 
 def name_list(owner: str, name: str, value: object) -> list[str] | None:
-    """Returns some names as a list, or `None`.
-
-    Args:
-        owner (`str`): The class that has them, for the message.
-        name (`str`): The setting.
-        value (`object`): Its value. Argument parsers make a list of the text "None" of `None`.
-
-    Raises:
-        ValueError: If it is no list of texts, or an empty one.
-    """
+    """Checks some names, kept as a list, or `None`, of which argument parsers make a list of the text "None"."""
     if value is None or value == ["None"]:
         return None
     if not isinstance(value, list | tuple) or not value or not all(isinstance(item, str) and item for item in value):
@@ -119,20 +105,3 @@ def name_list(owner: str, name: str, value: object) -> list[str] | None:
             f"{owner}: {name}={value!r} is no list of names. Fix: give a list such as ['q_proj', 'v_proj'], or None."
         )
     return list(value)
-
-
-def one_of(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Checks a setting that has a few legal values.
-
-    Args:
-        owner (`str`): The class that has it, for the message.
-        name (`str`): Its name.
-        value (`object`): Its value.
-        choices (`tuple[str, ...]`): The legal ones.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{owner}: {name}={value!r} is unknown. Fix: set {name} to one of {listed}.")

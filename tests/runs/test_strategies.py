@@ -14,9 +14,9 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
+from spice_trainer.config import NEEDS, StrategyName
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.scoring.features import FeatureBuffer
-from spice_trainer.strategy_options import NEEDS, StrategyName
 from tests.subset.test_select import picks as subset_picks
 from tests.subset.test_select import select
 from tests.support import strategy_oracles as oracle

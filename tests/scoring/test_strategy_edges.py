@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from spice_trainer import SpiceConfig, attach_spice
+from spice_trainer.config import NEEDS
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row
 from spice_trainer.gradients.lora import find_lora_modules
@@ -20,7 +21,6 @@ from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.strategy_scoring import score_for_strategy
 from spice_trainer.scoring.validation import ValidationRows, align, unit_rows
 from spice_trainer.selection.pool import select_pool
-from spice_trainer.strategy_options import NEEDS
 from tests.runs.test_unsound_rows import break_row, fragile_model, sound_rows
 from tests.support.models import tiny_lora_model
 from tests.support.short_memory import ShortMemory

@@ -38,11 +38,11 @@ candidates (module `selection`) or the optimizer's momentum (module `momentum`).
 Axes: N candidates of a pool, K picked.
 """
 
+from spice_trainer.config import StrategyName
 from spice_trainer.selection.strategies.inputs import StrategyInputs
 from spice_trainer.selection.strategies.matching import WeightedSelection, match_with_weights
 from spice_trainer.selection.strategies.registry import STRATEGIES, Strategy, select_by_strategy
 from spice_trainer.selection.strategies.variants import centred_gram
-from spice_trainer.strategy_options import StrategyName
 
 __all__ = [
     "STRATEGIES",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spice_trainer.config import NEEDS, ConflictReference, StrategyName
 from spice_trainer.selection.checks import check_alpha, check_choice, check_rules
 from spice_trainer.selection.greedy import greedy
 from spice_trainer.selection.information import ExactInformation, InformationMeasure
@@ -23,7 +24,6 @@ from spice_trainer.selection.strategies.ranking import (
     pick_random,
     pick_top_norm,
 )
-from spice_trainer.strategy_options import NEEDS, ConflictReference, StrategyName
 
 _WHAT = {
     "gram": "the Gram matrix of the candidates' gradients",
