@@ -1,7 +1,7 @@
 """SPICE's part of a checkpoint: `checkpoint-N/spice/`, never pickle.
 
     state.json, state.safetensors   replayed picks, a proxy's adapter and optimizer, the logging window, the totals
-    records/                        a copy of the record files (module `records`)
+    records/                        a copy of the record files
 
 The schedule is a function of (rows, settings, seed, step), so the state is small. Nothing in it names a path.
 """
@@ -42,13 +42,7 @@ _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes SPICE's state into a checkpoint.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`): The checkpoint's folder.
-        state (`Mapping[str, Any]`): JSON values.
-        tensors (`Mapping[str, torch.Tensor]`): Tensors.
-    """
+    """Writes SPICE's state, JSON values and tensors, into a checkpoint's folder."""
     folder = Path(checkpoint) / STATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "state.safetensors")
@@ -60,12 +54,7 @@ def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], ten
 
 
 def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None = None) -> dict[str, Any]:
-    """What decides which rows are candidates when, as JSON values.
-
-    Args:
-        schedule ([`PoolSchedule`]): The run's schedule.
-        dataset_fingerprint (`str`, *optional*): Fingerprint of the rows; `None` if they have none.
-    """
+    """What decides which rows are candidates when, as JSON values; rows may have no fingerprint."""
     return {
         "num_rows": schedule.num_rows,
         "dataset_fingerprint": dataset_fingerprint,
@@ -80,18 +69,10 @@ def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None
 def load_state(
     checkpoint: str | os.PathLike[str], *, schedule: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads SPICE's state from a checkpoint and checks that this run continues it.
+    """Reads the JSON values and tensors that [`save_state`] wrote, and checks that this run continues them.
 
-    Args:
-        checkpoint (`str` or `os.PathLike`): The checkpoint's folder.
-        schedule (`Mapping[str, Any]`): This run's schedule, as saved under `"schedule"`.
-        config (`Mapping[str, Any]`): This run's settings, as saved under `"config"`.
-
-    Returns:
-        `tuple`: The JSON values and the tensors.
-
-    Raises:
-        ValueError: If the checkpoint has no SPICE state, one of another format, or one of another schedule.
+    `schedule` and `config` are this run's, as saved under these names. A state that is missing, damaged, of another
+    format or of another schedule is a `ValueError`; other settings are a warning.
     """
     folder = Path(checkpoint) / STATE_FOLDER
     path = folder / "state.json"
@@ -153,19 +134,10 @@ def _check_continues(
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The checkpoint to resume from where the user asks for the latest one.
+    """The complete checkpoint with the highest number, which "the latest" means; `None` without any checkpoint.
 
     The Trainer takes the one with the highest number, also if its writing was interrupted. It writes
-    `trainer_state.json` last, so a checkpoint without it is not complete.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): The run's output directory.
-
-    Returns:
-        `str`, *optional*: The complete one with the highest number, or `None` if the directory has no checkpoint.
-
-    Raises:
-        ValueError: If there are checkpoints and none is complete.
+    `trainer_state.json` last, so a checkpoint without it is not complete. If none is, that is a `ValueError`.
     """
     folder = Path(output_dir)
     found = [

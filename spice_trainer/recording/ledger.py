@@ -25,17 +25,9 @@ _BESIDE = (
 class CostLedger:
     """What a run cost, and what it is compared with.
 
-    Args:
-        num_rows (`int`): Rows of the training dataset.
-        num_epochs (`float`): Epochs done, replayed ones included.
-        mean_row_tokens (`float`, *optional*): Tokens of a row, in the target's tokens; `None` where unknown.
-        num_rows_scored (`int`): Candidates scored.
-        tokens_scored (`int`): Their tokens.
-        num_rows_trained (`int`): Samples trained on.
-        tokens_trained (`int`): Their tokens.
-        times ([`StepTimes`]): What it took, scoring that ran beside the training (and slowed it) apart.
-        is_mean_of_candidates (`bool`, *optional*, defaults to `True`): Whether `mean_row_tokens` is the mean of the
-            candidates scored.
+    `num_epochs` counts replayed epochs too. `mean_row_tokens` is in the target's tokens, `None` where unknown, and
+    `is_mean_of_candidates` says that it is the mean of the candidates scored. `times.ahead`, scoring that ran beside
+    the training and slowed it, is no part of the sums.
     """
 
     num_rows: int
@@ -52,19 +44,10 @@ class CostLedger:
     def from_totals(
         cls, totals: RunTotals, *, num_rows: int, steps_per_epoch: int, mean_row_tokens: float | None = None
     ) -> CostLedger:
-        """Reads a run's totals.
+        """Reads a run's totals, summed from its first step also where it was resumed.
 
-        Args:
-            totals ([`RunTotals`]): Sums over the run, from its first step also where it was
-                resumed.
-            num_rows (`int`): Rows of the training dataset.
-            steps_per_epoch (`int`): Optimizer steps of an epoch.
-            mean_row_tokens (`float`, *optional*): Mean tokens of a row of the dataset. By default the mean of the
-                candidates scored, which is of all rows after an epoch; give it where a proxy's tokenizer counted
-                those.
-
-        Returns:
-            [`CostLedger`]
+        `mean_row_tokens` is by default the mean of the candidates scored, which after an epoch is that of all rows;
+        give it where a proxy's tokenizer counted those.
         """
         is_mean_of_candidates = mean_row_tokens is None
         if mean_row_tokens is None and totals.num_candidates:
@@ -115,12 +98,7 @@ class CostLedger:
         return known | {names.get(name, name): getattr(self, name) for name in derived}
 
     def describe(self) -> str:
-        """The break-even sentence of the summary.
-
-        Returns:
-            `str`: What scoring and the run took and, where a token was trained, what training on all the data would
-            have taken.
-        """
+        """The break-even sentence of the summary; without the estimate where no token was trained."""
         took = f"Scoring took {format_duration(self.times.scoring)}; this run took {format_duration(self.seconds)}"
         per_token, on_all, ratio = self.seconds_per_trained_token, self.seconds_on_all_data, self.cost_ratio
         if per_token is None or on_all is None or ratio is None:
@@ -136,15 +114,10 @@ class CostLedger:
 
 
 def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple[str, str]]:
-    """Rows of the end-of-run table that say what the run cost.
+    """Rows, name and value, of the end-of-run table that say what the run cost.
 
-    Args:
-        totals ([`RunTotals`]): Sums over the run.
-        ledger ([`CostLedger`], *optional*): Adds the estimate for all the data.
-
-    Returns:
-        `list[tuple[str, str]]`: Names and values. What took no time at all beside scoring, selecting and training has
-        no row.
+    With a ledger the estimate for all the data is among them. Learning and checking of a proxy that took no time at
+    all have no row.
     """
     parts = [
         ("Scoring", totals.times.scoring, " of the steps' time"),
@@ -169,14 +142,7 @@ def cost_rows(totals: RunTotals, ledger: CostLedger | None = None) -> list[tuple
 
 
 def format_duration(seconds: float) -> str:
-    """Writes a duration in the unit a reader would choose.
-
-    Args:
-        seconds (`float`): At least 0.
-
-    Returns:
-        `str`: `"0.02 s"` below 1 s, `"12.3 s"` below a minute, `"5.1 min"` below an hour, else `"1,234.5 h"`.
-    """
+    """Writes a duration in the unit a reader would choose: "0.02 s", "12.3 s", "5.1 min", "1,234.5 h"."""
     # The next unit begins where rounding would write 60.0 of this one.
     if seconds < 0.995:
         return f"{seconds:.2f} s"

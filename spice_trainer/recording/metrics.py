@@ -16,14 +16,10 @@ from spice_trainer.utils.saved import saved_number, saved_numbers
 
 
 def step_metrics(selection: StepSelection) -> dict[str, float]:
-    """The log's values for one step, without clock readings.
+    """The log's values for one step by keys `spice/...`, without clock readings.
 
-    Args:
-        selection ([`StepSelection`]): The step's picks.
-
-    Returns:
-        `dict[str, float]`: Keys `spice/...`. A replayed step has `spice/trained_samples` only; values that need a pick
-        are left out of a step without any, and those that the strategy does not compute of every step.
+    A replayed step has `spice/trained_samples` only; values that need a pick are left out of a step without any, and
+    those that the strategy does not compute of every step.
     """
     metrics: dict[str, float] = {"spice/trained_samples": float(len(selection.indices))}
     if not selection.pools:
@@ -63,15 +59,10 @@ def transfer_metrics(selection: StepSelection) -> dict[str, float]:
 
 
 def clock_metrics(selection: StepSelection, seconds_training: float) -> dict[str, float]:
-    """The log's clock readings for one step.
+    """The log's clock readings for one step, `seconds_training` being what the step itself took.
 
-    Args:
-        selection ([`StepSelection`]): The step's picks.
-        seconds_training (`float`): What the step itself took.
-
-    Returns:
-        `dict[str, float]`: Seconds scoring and selecting, and learning where a proxy learned; `spice/overhead` is the
-        share of the step's time that went into anything but training.
+    `spice/overhead` is the share of the step's time that went into anything but training; seconds of learning are
+    there where a proxy learned.
     """
     times = replace(selection.times, training=seconds_training)
     metrics = {

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,39 @@ LEDGER_FILE = "ledger.json"
 _ALL_FILES = (*RECORD_FILES, LEDGER_FILE)
 
 
+@dataclass(frozen=True)
+class SelectedRow:
+    """One picked row: a line of `selections.jsonl`, and of a subset's manifest. What was not computed is `None`.
+
+    Args:
+        index (`int`): Row of the dataset.
+        step (`int`): Optimizer updates done before, or selection step, from 0.
+        epoch (`int`): Epoch, from 0.
+        pool (`int`): Pool within the step, from 0.
+        order (`int`): Place within the pool's picks, from 0.
+        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises.
+        conflict (`float`, *optional*): Its conflict with the picks before it.
+        score (`float`, *optional*): Gain less the weighted conflict.
+        gradient_norm (`float`, *optional*): Norm of its raw gradient.
+        label_tokens (`int`): Tokens that its loss counts.
+    """
+
+    index: int
+    step: int
+    epoch: int
+    pool: int
+    order: int
+    gain: float | None
+    conflict: float | None
+    score: float | None
+    gradient_norm: float | None
+    label_tokens: int
+
+
 class RecordWriter:
     """Appends a run's records; keeps a copy of them in every checkpoint, and goes on behind that copy on resume.
 
-    Args:
-        directory (`str` or `os.PathLike`): Where the files go. Made when the first record is written.
+    The directory is made when the first record is written.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -69,11 +97,7 @@ class RecordWriter:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Copies the records as they are now, for a checkpoint.
-
-        Args:
-            folder (`str` or `os.PathLike`): The checkpoint's folder for them.
-        """
+        """Copies the records as they are now to a checkpoint's folder for them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in RECORD_FILES:
@@ -84,13 +108,10 @@ class RecordWriter:
                 (folder / name).unlink(missing_ok=True)
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on behind a checkpoint's copy of the records.
+        """Goes on behind a checkpoint's copy of the records, from [`RecordWriter.save`].
 
         Lines written after the checkpoint are cut off: the resumed run writes them anew. Where other records lie in
         the way, those of another run or of none, they are renamed and the copy takes their place.
-
-        Args:
-            folder (`str` or `os.PathLike`): The checkpoint's folder, from [`RecordWriter.save`].
         """
         self.close()
         self._check_writable()
@@ -137,7 +158,7 @@ class RecordWriter:
     def write_selection(self, selection: StepSelection) -> None:
         """Appends one step's picks, pools and trained rows, and flushes them."""
         where = {"step": selection.step, "epoch": selection.epoch}
-        self._write("selections.jsonl", _pick_lines(selection, where))
+        self._write("selections.jsonl", _pick_lines(selection))
         self._write("pools.jsonl", _pool_lines(selection, where))
         self._write("trained.jsonl", [{**where, "indices": selection.indices}])
         if selection.transfers:
@@ -188,21 +209,24 @@ class RecordWriter:
             ) from error
 
 
-def _pick_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[dict[str, Any]]:
+def _pick_lines(selection: StepSelection) -> Iterable[dict[str, Any]]:
     for position, pool in enumerate(selection.pools):
         picks = pool.selection
         for order, index in enumerate(pool.indices):
-            yield {
-                **where,
-                "pool": position,
-                "order": order,
-                "index": index,
-                "gain": _known(picks.gains[order]),
-                "conflict": _known(picks.conflicts[order]),
-                "score": _known(picks.scores[order]),
-                "gradient_norm": pool.gradient_norms[order],
-                "label_tokens": pool.label_tokens[order],
-            }
+            row = SelectedRow(
+                index=index,
+                step=selection.step,
+                epoch=selection.epoch,
+                pool=position,
+                order=order,
+                gain=_known(picks.gains[order]),
+                conflict=_known(picks.conflicts[order]),
+                score=_known(picks.scores[order]),
+                gradient_norm=pool.gradient_norms[order],
+                label_tokens=pool.label_tokens[order],
+            )
+            # Where it was picked first, as in every other file.
+            yield {name: getattr(row, name) for name in ("step", "epoch", "pool", "order")} | vars(row)
 
 
 def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[dict[str, Any]]:

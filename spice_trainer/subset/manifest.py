@@ -20,42 +20,13 @@ from typing import Any
 
 from spice_trainer.data.fingerprints import check_is_rows, fingerprint_dataset
 from spice_trainer.data.rows import fetch_rows
+from spice_trainer.recording.records import SelectedRow as SelectedRow
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ROWS_FILE = "manifest.jsonl"
 
 _LIBRARIES = ("spice_trainer", "torch", "transformers", "peft", "datasets")
-
-
-@dataclass(frozen=True)
-class SelectedRow:
-    """One picked row: a line of `selections.jsonl`.
-
-    Args:
-        index (`int`): Row of the dataset.
-        step (`int`): Selection step, from 0.
-        epoch (`int`): Epoch, from 0.
-        pool (`int`): Pool within the step, from 0.
-        order (`int`): Place within the pool's picks, from 0.
-        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises; `None` where
-            it maximises nothing.
-        conflict (`float`, *optional*): Its conflict with the picks before it; `None` where it was not computed.
-        score (`float`, *optional*): Gain less the weighted conflict.
-        gradient_norm (`float`, *optional*): Norm of its raw gradient; `None` where it was not computed.
-        label_tokens (`int`): Tokens that its loss counts.
-    """
-
-    index: int
-    step: int
-    epoch: int
-    pool: int
-    order: int
-    gain: float | None
-    conflict: float | None
-    score: float | None
-    gradient_norm: float | None
-    label_tokens: int
 
 
 def installed_versions() -> dict[str, str | None]:

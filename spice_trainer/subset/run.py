@@ -19,11 +19,10 @@ from typing import Any
 from spice_trainer.distributed import Processes
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.recording.metrics import RunTotals
-from spice_trainer.recording.records import RecordWriter
+from spice_trainer.recording.records import RecordWriter, SelectedRow
 from spice_trainer.recording.summary import print_summary
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.selection.results import StepSelection
-from spice_trainer.subset.manifest import SelectedRow
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
 
