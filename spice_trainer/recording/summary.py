@@ -11,7 +11,7 @@ from spice_trainer.config import BY_INFORMATION, SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.scoring.memory import MemoryPlan
+from spice_trainer.scoring.memory import MemoryUse
 
 WARN_AFTER_POOLS = 5
 _ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")
@@ -27,7 +27,7 @@ class RunPlan:
         total_steps (`int`): Optimizer steps of the run.
         dimension (`int`): Trainable LoRA numbers, D.
         num_features (`int`): Numbers kept per candidate.
-        memory ([`MemoryPlan`]): What scoring takes on each process.
+        feature_bytes (`int`): Gradient features that each process holds.
         num_processes (`int`): Processes that share the scoring.
         mean_row_tokens (`float`): Mean tokens of a row as it is trained on, from a sample.
         mean_candidate_tokens (`float`): Mean tokens of a row as it is scored: a proxy may have another tokenizer.
@@ -39,7 +39,7 @@ class RunPlan:
     total_steps: int
     dimension: int
     num_features: int
-    memory: MemoryPlan
+    feature_bytes: int
     num_processes: int
     mean_row_tokens: float
     mean_candidate_tokens: float
@@ -57,12 +57,14 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         if plan.num_features == plan.dimension
         else f"{plan.num_features:,} numbers a sample, a sketch of {plan.dimension:,}"
     )
+    on_each = " on each" if plan.num_processes > 1 else ""
+    features = f"scoring holds {_bytes(plan.feature_bytes)} of gradient features{on_each}"
     how = {
-        "top_norm": f"the norms of {plan.dimension:,} gradient numbers a sample; {_describe_memory(plan, config)}",
+        "top_norm": f"the norms of {plan.dimension:,} gradient numbers a sample; {features}",
         "loss": "a forward a row and no backward",
         "perplexity": "a forward a row and no backward",
         "ifd": "two forwards a row and no backward",
-    }.get(config.strategy, f"{kept}; {_describe_memory(plan, config)}")
+    }.get(config.strategy, f"{kept}; {features}")
     num_scored = 0 if config.strategy == "random" else candidates
     shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
     at_most = "at most " if config.is_adaptive else ""
@@ -108,15 +110,11 @@ def _describe_part(config: SpiceConfig) -> list[str]:
     return [f"Rows are scored {', '.join(parts)} alone."] if parts else []
 
 
-def _describe_memory(plan: RunPlan, config: SpiceConfig) -> str:
-    memory, on_each = plan.memory, " on each" if plan.num_processes > 1 else ""
-    features = f"{_bytes(memory.feature_bytes)} of gradient features"
-    if memory.peak_bytes is None or memory.pass_bytes is None:
-        return f"scoring holds {features}{on_each}"
-    return (
-        f"beside the model, scoring takes up to {_bytes(memory.peak_bytes)}{on_each}: {features}, and "
-        f"{_bytes(memory.pass_bytes)} for a forward and backward of at most {config.scoring_tokens_per_batch:,} tokens"
-    )
+def describe_peak(before: MemoryUse, after: MemoryUse) -> str:
+    """What scoring took of memory, measured: what is held before it and its peak, where that is not an earlier one."""
+    if after.peak <= before.peak:
+        return f"less than {_bytes(after.peak)}, the peak before it"
+    return f"{_bytes(after.peak)} at its peak, {_bytes(after.peak - before.held)} more than was held before it"
 
 
 def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
@@ -171,7 +169,7 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
 
 
 def summarize_run(
-    totals: RunTotals, ledger: CostLedger | None = None, *, trains: bool = True
+    totals: RunTotals, ledger: CostLedger | None = None, *, peak: str | None = None, trains: bool = True
 ) -> list[tuple[str, str]]:
     """Rows of the end-of-run table: what was picked and what it cost; without those of training if nothing trains."""
 
@@ -197,6 +195,8 @@ def summarize_run(
         *_describe_information(totals),
         *cost_rows(totals, ledger),
     ]
+    if peak is not None:
+        rows.append(("Memory while scoring the first step", peak))
     if totals.num_replayed_steps:
         rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
     if totals.num_stopped_early:
@@ -234,9 +234,16 @@ def _describe_information(totals: RunTotals) -> Iterator[tuple[str, str]]:
         yield ("Information, picks / largest norms", f"{information:.4g} / {of_top_norm:.4g} a pool")
 
 
-def print_summary(totals: RunTotals, directory: str, ledger: CostLedger | None = None, *, trains: bool = True) -> None:
+def print_summary(
+    totals: RunTotals,
+    directory: str,
+    ledger: CostLedger | None = None,
+    *,
+    peak: str | None = None,
+    trains: bool = True,
+) -> None:
     """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
-    rows = summarize_run(totals, ledger, trains=trains)
+    rows = summarize_run(totals, ledger, peak=peak, trains=trains)
     below = [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
     # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
     state = random.getstate()

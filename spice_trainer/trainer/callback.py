@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from spice_trainer.recording.records import RecordWriter
 from spice_trainer.recording.summary import (
     WARN_AFTER_POOLS,
     RunPlan,
+    describe_peak,
     describe_run,
     print_summary,
     warn_of_first_pools,
@@ -28,7 +28,7 @@ from spice_trainer.recording.summary import (
 )
 from spice_trainer.sampling.loader import SlotCollator
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.scoring.memory import MemoryPlan
+from spice_trainer.scoring.memory import MemoryUse, memory_use
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.trainer.checks import check_adapter_is_saved
 from spice_trainer.utils.logging import logger
@@ -58,7 +58,6 @@ class SpiceCallback(TrainerCallback):
         self.processes = Processes()
         self.verify: Callable[[], None] | None = None
         self.plan: RunPlan | None = None
-        self.measure_memory: Callable[[], MemoryPlan] | None = None
         self.resume_from: str | None = None
         self.run_dir: str | None = None
         self.dataset_fingerprint: str | None = None
@@ -66,13 +65,15 @@ class SpiceCallback(TrainerCallback):
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
         self._current: StepSelection | None = None
+        self._peak: str | None = None
+        self._memory_before: MemoryUse | None = None
         self._training_started = 0.0
         self._device = torch.device("cpu")
         sampler.add_listener(self.on_selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Both hold the model's scorer; a copy of a trainer goes without them.
-        return vars(self) | {"verify": None, "measure_memory": None}
+        # It holds the model's scorer; a copy of a trainer goes without it.
+        return vars(self) | {"verify": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -115,8 +116,6 @@ class SpiceCallback(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.sampler.is_over
         self.num_trained_before = self.totals.num_trained
         if self.plan is not None:
-            if self.measure_memory is not None:
-                self.plan = replace(self.plan, memory=self.measure_memory())
             logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
             share = warn_of_share(self.sampler.schedule, self.sampler.config)
             if share is not None:
@@ -124,9 +123,11 @@ class SpiceCallback(TrainerCallback):
         # While B of a fresh adapter is zero the gradients of A are too: look again once it is not.
         self._num_verifications = 2
         self._verify()
+        self._peak, self._memory_before = None, memory_use(self.sampler.scorer.device)
 
     def on_selection(self, selection: StepSelection) -> None:
         """Records a step's picks before it trains."""
+        self._report_memory(selection)
         warned = self.totals.num_pools >= WARN_AFTER_POOLS
         self.totals.add_selection(selection)
         self._current = selection
@@ -179,8 +180,18 @@ class SpiceCallback(TrainerCallback):
         if self._records is not None and self.totals.num_steps:
             ledger = self._ledger()
             self._records.write_ledger(ledger.to_dict())
-            print_summary(self.totals, os.fspath(self._records.directory), ledger)
+            print_summary(self.totals, os.fspath(self._records.directory), ledger, peak=self._peak)
         self.close_records()
+
+    def _report_memory(self, selection: StepSelection) -> None:
+        """Says once, after the first step that was scored, what that took."""
+        before, self._memory_before = self._memory_before, None
+        if before is None or not selection.pools or self.sampler.config.strategy == "random":
+            return
+        after = memory_use(self.sampler.scorer.device)
+        if after is not None:
+            self._peak = describe_peak(before, after)
+            logger.info("SPICE: scoring the first step took %s.", self._peak)
 
     def _verify(self) -> None:
         if self.verify is not None and self._num_verifications > 0:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -38,7 +37,6 @@ from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
 from spice_trainer.trainer.inputs import (
     build_trainer_schedule,
     build_trainer_selector,
-    measure_memory,
     own_sampling,
     plan_run,
     training_rows,
@@ -83,7 +81,6 @@ class SpiceHooks:
         self.sampler = sampler
         self._is_installed = False
         self._verify_later: Callable[[], None] | None = None
-        self._measures_memory = False
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, HookedMethod] = {}
         self._proxy_weights: dict[str, Tensor] = {}
@@ -169,9 +166,8 @@ class SpiceHooks:
                 "the number of LoRA layers": len(scorer.modules),
             },
         )
-        # Without a backward there is no gradient to verify, and no memory of one to measure.
-        self._measures_memory = verify and self.sampler.config.takes_gradients
-        if self._measures_memory:
+        # Without a backward there is no gradient to verify.
+        if verify and self.sampler.config.takes_gradients:
             self._verify_later = verify_run(self.trainer, scorer, rows)
             if selector.target_scorer is not None:
                 target_rows = sample_rows(dataset, collate, device=device)
@@ -231,8 +227,6 @@ class SpiceHooks:
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
         self.callback.plan = plan
-        if self._measures_memory and processes.is_main:
-            self.callback.measure_memory = partial(measure_memory, selector.scorer, schedule, args.device)
         self.callback.dataset_fingerprint = fingerprint_rows(dataset, device=args.device)
         return loader
 

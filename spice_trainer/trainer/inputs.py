@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -26,7 +25,6 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.scoring.memory import MemoryPlan, plan_memory
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.trainer.checks import is_token_normalized, num_parameters
 from spice_trainer.utils.random import preserved_random_state
@@ -267,23 +265,10 @@ def plan_run(
         total_steps=total,
         dimension=scorer.dimension,
         num_features=scorer.num_features,
-        memory=MemoryPlan(scorer.feature_bytes(num_pools, num_pools * pool_size)),
+        feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
         num_processes=scorer.processes.world_size,
         mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
         mean_candidate_tokens=sum(scorer.shorten(row).num_tokens for row in candidates) / len(candidates),
         num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
         token_normalized=not schedule.shape.equal_slots,
     )
-
-
-def measure_memory(scorer: GradientScorer, schedule: PoolSchedule, device: torch.device) -> MemoryPlan:
-    """What scoring will take, measured on the model as it trains: wrapped, on its device, in its precision.
-
-    Args:
-        scorer ([`GradientScorer`]): Scores the run.
-        schedule ([`PoolSchedule`]): Candidates of every step.
-        device (`torch.device`): Where training draws from, beside the CPU.
-    """
-    rows = sample_rows(scorer.dataset, scorer.collate, device=device)
-    pool_size = min(schedule.pool_size, schedule.num_rows)
-    return plan_memory(scorer, rows, num_pools=schedule.shape.pools_per_step, pool_size=pool_size)
