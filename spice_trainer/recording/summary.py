@@ -111,10 +111,10 @@ def _describe_part(config: SpiceConfig) -> list[str]:
 
 
 def describe_peak(before: MemoryUse, after: MemoryUse) -> str:
-    """What scoring took of memory, measured: what is held before it and its peak, where that is not an earlier one."""
+    """The measured peak of what was scored in between, or that it stayed below an earlier one."""
     if after.peak <= before.peak:
-        return f"less than {_bytes(after.peak)}, the peak before it"
-    return f"{_bytes(after.peak)} at its peak, {_bytes(after.peak - before.held)} more than was held before it"
+        return f"less than {_bytes(before.peak)} (an earlier peak)"
+    return f"{_bytes(after.peak)}, {_bytes(after.peak - before.held)} of it for scoring"
 
 
 def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
@@ -196,7 +196,7 @@ def summarize_run(
         *cost_rows(totals, ledger),
     ]
     if peak is not None:
-        rows.append(("Memory while scoring the first step", peak))
+        rows.append(("Peak memory of the first scoring", peak))
     if totals.num_replayed_steps:
         rows.insert(1, ("Steps that replayed earlier picks", f"{totals.num_replayed_steps:,}"))
     if totals.num_stopped_early:

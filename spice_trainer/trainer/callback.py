@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ class SpiceCallback(TrainerCallback):
         after = memory_use(self.sampler.scorer.device)
         if after is not None:
             self._peak = describe_peak(before, after)
-            logger.info("SPICE: scoring the first step took %s.", self._peak)
+            logger.info("SPICE: peak memory while scoring the first step: %s.", self._peak)
 
     def _verify(self) -> None:
         if self.verify is not None and self._num_verifications > 0:

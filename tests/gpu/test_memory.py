@@ -56,8 +56,8 @@ def test_the_measured_peak_is_the_allocators(tmp_path: Path, caplog: pytest.LogC
     before = memory_use(torch.device("cuda"))
     trainer.train()
     assert before is not None and torch.cuda.max_memory_allocated() > before.peak
-    [line] = [record.getMessage() for record in caplog.records if "scoring the first step" in record.getMessage()]
-    assert "at its peak" in line
+    [line] = [record.getMessage() for record in caplog.records if "peak memory" in record.getMessage()]
+    assert "of it for scoring" in line
 
 
 def test_scoring_goes_on_when_memory_runs_out() -> None:

@@ -46,11 +46,9 @@ def test_devices_that_tell_nothing() -> None:
 
 def test_what_is_said_of_a_peak() -> None:
     before = MemoryUse(held=2_000_000, peak=3_000_000)
-    assert describe_peak(before, MemoryUse(2_500_000, 5_000_000)) == (
-        "5 MB at its peak, 3 MB more than was held before it"
-    )
+    assert describe_peak(before, MemoryUse(2_500_000, 5_000_000)) == "5 MB, 3 MB of it for scoring"
     # Scoring did not reach the earlier peak, so all that is known is that it took less.
-    assert describe_peak(before, MemoryUse(2_500_000, 3_000_000)) == "less than 3 MB, the peak before it"
+    assert describe_peak(before, MemoryUse(2_500_000, 3_000_000)) == "less than 3 MB (an earlier peak)"
 
 
 @pytest.mark.parametrize("strategy", ["spice", "random"])
@@ -63,12 +61,12 @@ def test_the_log_says_it_once_and_the_summary_again(
         patch.setattr(spice_trainer.trainer.callback, "memory_use", lambda device: next(uses))
         trainer.train()
     lines = [record.getMessage() for record in caplog.records]
-    told = "SPICE: scoring the first step took 3 GB at its peak, 2 GB more than was held before it."
+    told = "SPICE: peak memory while scoring the first step: 3 GB, 2 GB of it for scoring."
     [first] = [line for line in lines if "optimizer steps" in line]
     printed = " ".join(capsys.readouterr().out.split())
     if strategy == "random":
-        assert told not in lines and "Memory" not in printed and next(uses)
+        assert told not in lines and "memory" not in printed and next(uses)
         return
     assert "; scoring holds 148 KB of gradient features. " in first
     assert lines.count(told) == 1 and lines.index(first) < lines.index(told) and next(uses, None) is None
-    assert "Memory while scoring the first step" in printed and "3 GB at its peak, 2 GB more than" in printed
+    assert "Peak memory of the first scoring" in printed and "3 GB, 2 GB of it for scoring" in printed
