@@ -28,18 +28,10 @@ T = TypeVar("T")
 class Processes:
     """The processes that score together; by default a single one.
 
-    Every method but [`Processes.owner`] is a collective: all processes must call it, in the same order.
-
-    Args:
-        rank (`int`, *optional*, defaults to `0`):
-            This process.
-        world_size (`int`, *optional*, defaults to `1`):
-            How many there are.
-        device (`torch.device`, *optional*):
-            Where tensors that are sent must be: the CPU for gloo, this process's GPU for NCCL.
-        lockstep (`bool`, *optional*, defaults to `False`):
-            Whether the model's weights are sharded (FSDP, ZeRO-3), so that every forward gathers them from all
-            processes and each must run equally many.
+    Every method but [`Processes.owner`] is a collective: all processes must call it, in the same order. `device` is
+    where tensors that are sent must be: the CPU for gloo, this process's GPU for NCCL. `lockstep` says that the
+    model's weights are sharded (FSDP, ZeRO-3), so that every forward gathers them from all processes and each must run
+    equally many.
     """
 
     rank: int = 0
@@ -49,18 +41,7 @@ class Processes:
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Processes:
-        """The processes of an accelerator.
-
-        Args:
-            accelerator (`accelerate.Accelerator`): The run's accelerator, prepared or not.
-
-        Returns:
-            [`Processes`]
-
-        Raises:
-            ValueError: If the processes don't each train on data of their own (tensor, context, sequence or pipeline
-                parallelism).
-        """
+        """The processes of an accelerator, prepared or not; refused if they do not train on data of their own."""
         check_parallelism(accelerator)
         plugin = accelerator.state.deepspeed_plugin
         return cls(
@@ -95,18 +76,9 @@ class Processes:
     def exchange(
         self, rows: Shaped[Tensor, "n *features"], send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Shaped[Tensor, "m *features"]:
-        """Sends rows to their owners.
+        """Sends rows to their owners and returns what was sent to this process, both in the order of the processes.
 
-        Args:
-            rows (`torch.Tensor` of shape `(n, ...)`):
-                Rows of this process, those for process 0 first.
-            send_counts (`Sequence[int]`):
-                How many go to each process, n in all.
-            receive_counts (`Sequence[int]`):
-                How many come from each process, m in all.
-
-        Returns:
-            `torch.Tensor` of shape `(m, ...)`: What was sent to this process, that of process 0 first.
+        n rows in all are sent, and m received.
         """
         if self.world_size == 1:
             return rows
@@ -118,15 +90,9 @@ class Processes:
 
     @contextmanager
     def failing_together(self, doing: str) -> Iterator[None]:
-        """Ends the block on every process with an error if it failed on one.
+        """Ends the block, which does what `doing` says, on every process with an error if it failed on one.
 
         Without this the others would wait in their next collective for a process that does not come.
-
-        Args:
-            doing (`str`): What the block does, for the message.
-
-        Raises:
-            RuntimeError: On the processes where the block did not fail, with the error of the first that did.
         """
         if self.world_size == 1:
             yield
@@ -148,15 +114,7 @@ class Processes:
 
 
 def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
-    """Refuses processes that see different data or settings: they would pick, and wait, for different things.
-
-    Args:
-        processes ([`Processes`]): The processes of the run; each calls this.
-        seen (`Mapping[str, Any]`): What must be the same on all of them, by name.
-
-    Raises:
-        ValueError: On every process, naming what differs.
-    """
+    """Refuses processes that see different data or settings: they would pick, and wait for, different things."""
     everyones = processes.gather(dict(seen))
     differing = [
         f"{name} is {everyones[0][name]!r} on process 0 and {other[name]!r} on process {rank}"
@@ -173,14 +131,7 @@ def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:
 
 
 def check_parallelism(accelerator: Accelerator) -> None:
-    """Refuses processes that share one batch, which are not SPICE's to deal picks to.
-
-    Args:
-        accelerator (`accelerate.Accelerator`): The run's accelerator.
-
-    Raises:
-        ValueError: With the name of the parallelism.
-    """
+    """Refuses processes that share one batch, which are not SPICE's to deal picks to."""
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(
             "This run uses Megatron-LM, whose pipeline and tensor parallel processes share a batch. SPICE deals its "

@@ -30,17 +30,10 @@ def bos_tokens(model: Any) -> frozenset[int]:
 
 
 def split_answer(row: CandidateRow, bos: frozenset[int]) -> tuple[CandidateRow, CandidateRow] | None:
-    """Returns a row whose labels can be compared with those of its answer alone, and the answer alone.
+    """A row whose labels can be compared with those of its answer alone, and the answer alone.
 
-    Args:
-        row ([`CandidateRow`]): A row with labels.
-        bos (`frozenset[int]`): Tokens that a text may begin with, from [`bos_tokens`].
-
-    Returns:
-        `tuple`: Both rows; `None` for an answer of one token without a bos before it, of which nothing is left.
-
-    Raises:
-        ValueError: If the row is packed, or has inputs other than token sequences.
+    `bos` are the tokens that a text may begin with. `None` for an answer of one token without a bos before it, of
+    which nothing is left.
     """
     if not row.can_be_padded:
         raise ValueError(

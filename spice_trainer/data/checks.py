@@ -14,24 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.data.rows import CandidateRow, name_of
+from spice_trainer.data.rows import MAX_LISTED, CandidateRow, name_of
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
 # With other inputs (pixels, say) a model may use ids outside its vocabulary as marks.
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "completion_mask"})
-_MAX_LISTED = 8
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuses what is no dataset with rows by number.
-
-    Args:
-        dataset (`Any`): The rows to select from.
-
-    Raises:
-        ValueError: If it is missing, streamed, empty, a dict of splits or a name.
-    """
+    """Refuses what is no dataset with rows by number: none, a name, a dict of splits, a stream, or no rows."""
     if dataset is None:
         raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
     if isinstance(dataset, str | os.PathLike):
@@ -59,16 +51,7 @@ def check_dataset(dataset: Any) -> None:
 
 
 def check_is_labelled(dataset: Any, name: str, option: str) -> None:
-    """Refuses tokenised rows that the default collator cannot read.
-
-    Args:
-        dataset (`Any`): The rows.
-        name (`str`): What they are, for the message.
-        option (`str`): How a collator is given, for the message.
-
-    Raises:
-        ValueError: If the first row has no `input_ids` or no `labels`.
-    """
+    """Refuses tokenised rows that the default collator cannot read; `name` and `option` are for the message."""
     missing = [key for key in ("input_ids", "labels") if len(dataset) and key not in dataset[0]]
     if missing:
         raise ValueError(
@@ -102,15 +85,7 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
 
 
 def check_token_ids(rows: Iterable[CandidateRow], sizes: tuple[int | None, int | None]) -> None:
-    """Refuses token ids that the model has no entry for.
-
-    Args:
-        rows (`Iterable[CandidateRow]`): Collated rows.
-        sizes (`tuple`): From [`vocabulary_sizes`].
-
-    Raises:
-        ValueError: If an id, or a label but −100, is outside.
-    """
+    """Refuses token ids, and labels but −100, that the model has no entry for; sizes by [`vocabulary_sizes`]."""
     for row in rows:
         if set(row.inputs) - _TEXT_KEYS:
             continue
@@ -143,18 +118,8 @@ def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) ->
 def check_collator(
     dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, num_rows: int, device: torch.device
 ) -> None:
-    """Tries the collator on some rows together, as training will, and warns if a row comes out differently each time.
-
-    Args:
-        dataset (`Any`): The training rows, each of which it takes alone.
-        collate (`Callable`): The trainer's collator.
-        num_rows (`int`): Rows of a micro-batch.
-        device (`torch.device`): Where training draws from, beside the CPU.
-
-    Raises:
-        ValueError: If it fails on them.
-    """
-    number = min(num_rows, _MAX_LISTED, len(dataset))
+    """Tries the collator on rows together, as training will, and warns if a row comes out differently each time."""
+    number = min(num_rows, MAX_LISTED, len(dataset))
     indices = [position * len(dataset) // number for position in range(number)]
     with preserved_random_state(device):
         try:
@@ -181,17 +146,12 @@ def check_collator(
 
 @contextmanager
 def naming_rows(rows: Sequence[CandidateRow], model: nn.Module) -> Iterator[None]:
-    """Adds to an error in the block which rows the model was given; it keeps its type and text.
-
-    Args:
-        rows (`Sequence[CandidateRow]`): The rows.
-        model (`torch.nn.Module`): The model.
-    """
+    """Adds to an error in the block which rows the model was given; it keeps its type and text."""
     try:
         yield
     except Exception as error:
         num_tokens = max(row.num_tokens for row in rows)
-        listed = ", ".join(str(row.index) for row in rows[:_MAX_LISTED]) + (" ..." if len(rows) > _MAX_LISTED else "")
+        listed = ", ".join(str(row.index) for row in rows[:MAX_LISTED]) + (" ..." if len(rows) > MAX_LISTED else "")
         note = f"SPICE was scoring row(s) {listed} of the {rows[0].source}, the longest of {num_tokens:,} tokens."
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if isinstance(limit, int) and num_tokens > limit:

@@ -16,19 +16,7 @@ def open_dataset(
 ) -> Any:
     """Opens a JSON or JSONL file, a folder of `Dataset.save_to_disk`, or a dataset on the hub.
 
-    Args:
-        name_or_path (`str`): The file, the folder or the name.
-        split (`str`): The split, where there are several.
-        dataset_config (`str`, *optional*): The dataset's configuration on the hub.
-        name_flag (`str`, *optional*, defaults to `"--dataset_name"`): Where the name came from, for messages.
-        split_flag (`str`, *optional*, defaults to `"--dataset_train_split"`): The same of the split.
-
-    Returns:
-        `datasets.Dataset`
-
-    Raises:
-        FileNotFoundError: If it looks like a file and there is none.
-        ValueError: If it is a file of another kind, has no rows, or lacks the split.
+    `name_flag` and `split_flag` are the options that named the dataset and its split, for messages.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError

@@ -70,14 +70,8 @@ def fingerprint_dataset(dataset: Any, *, max_rows: int = MAX_ROWS) -> str:
 def fingerprint_rows(dataset: Any, *, device: torch.device) -> str | None:
     """Fingerprint of training rows, whatever kind of dataset they come from, without touching any random state.
 
-    Args:
-        dataset (`Any`): Rows by number. Those of a `datasets.Dataset` are read as [`fingerprint_dataset`] does, of any
-            other, which may tokenise each row as it is read, only 256.
-        device (`torch.device`): Where training draws from, beside the CPU.
-
-    Returns:
-        `str`, *optional*: The fingerprint, or `None` where rows are not made of JSON-like values or change from one
-        reading to the next.
+    Those of a `datasets.Dataset` are read as [`fingerprint_dataset`] does; of any other, which may tokenise each row
+    as it is read, only 256. `None` where rows are not made of JSON-like values or change from one reading to the next.
     """
     is_stored = hasattr(dataset, "with_format")
     found = set()

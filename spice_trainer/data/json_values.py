@@ -19,15 +19,8 @@ _PLAIN = {bool, int, float, str}
 def to_json_value(value: Any, where: str) -> Any:
     """A value as plain JSON: tensors and arrays as lists, bytes as Base64, times in ISO format.
 
-    Args:
-        value (`Any`): What a row holds.
-        where (`str`): What to call it in an error.
-
-    Returns:
-        `Any`: Dicts, lists, strings, numbers, booleans and `None`. Numbers that are not finite stay.
-
-    Raises:
-        TypeError: If the value, or one inside it, has no such form.
+    Numbers that are not finite stay. `where` is what to call it in the `TypeError` of a value, or one inside it, that
+    has no such form.
     """
     if value is None or isinstance(value, (str, bool, int, float)):
         return value

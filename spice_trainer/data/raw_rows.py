@@ -15,18 +15,7 @@ _EXPECTED: dict[RawFormat, str] = {
 
 
 def find_raw_format(column_names: Iterable[str], *, dataset_text_field: str = "text") -> RawFormat | None:
-    """Which raw rows a dataset holds beside, or instead of, tokenised ones.
-
-    Args:
-        column_names (`Iterable[str]`):
-            Its columns.
-        dataset_text_field (`str`, *optional*, defaults to `"text"`):
-            The column of plain texts, as in `SFTConfig`.
-
-    Returns:
-        `str` or `None`: The first that is complete of `"prompt_completion"`, `"messages"` and `"text"`; `None` without
-        any.
-    """
+    """The first format whose columns are complete: "prompt_completion", "messages" or "text"; `None` without any."""
     columns = set(column_names)
     if {"prompt", "completion"} <= columns:
         return "prompt_completion"
@@ -45,24 +34,7 @@ def list_raw_columns(raw_format: RawFormat, *, dataset_text_field: str = "text")
 def read_raw_row(
     index: int, row: Any, raw_format: RawFormat, *, dataset_text_field: str = "text"
 ) -> list[str] | list[list[Any]]:
-    """Checks a raw row and returns its parts.
-
-    Args:
-        index (`int`):
-            Its place in the dataset, for error texts.
-        row (`Any`):
-            What the dataset holds there.
-        raw_format (`str`):
-            The dataset's format.
-        dataset_text_field (`str`, *optional*, defaults to `"text"`):
-            The column of plain texts.
-
-    Returns:
-        `list[str]` or `list[list[Any]]`: Prompt and completion, or the one text or conversation; texts or messages.
-
-    Raises:
-        ValueError: If a column is missing, empty or of another type.
-    """
+    """A raw row's parts, texts or conversations: prompt and completion, or the one that there is."""
     texts: list[str] = []
     conversations: list[list[Any]] = []
     columns = list_raw_columns(raw_format, dataset_text_field=dataset_text_field)

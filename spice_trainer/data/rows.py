@@ -31,20 +31,12 @@ _FIX_COLLATOR = (
     "SPICE scores causal language models on token ids and labels: use a collator that returns both, such as "
     "`DataCollatorForLanguageModeling(tokenizer, mlm=False)` or `DataCollatorForSeq2Seq(tokenizer)`."
 )
-_MAX_LISTED = 8
+MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What planning needs to know of a row; small, so that processes can tell each other.
-
-    Args:
-        num_tokens (`int`): S.
-        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
-        can_be_padded (`bool`): Whether the row may share a micro-batch.
-        keys (`tuple[str, ...]`): Names of the model's inputs. Rows with different ones never share a micro-batch.
-        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of the row that are not scored.
-    """
+    """What planning needs to know of a row, from its [`CandidateRow`]; small, as processes tell each other."""
 
     num_tokens: int
     num_label_tokens: int
@@ -57,17 +49,10 @@ class RowShape:
 class CandidateRow:
     """One row of the training set, or the validation set, as the model reads it.
 
-    Args:
-        index (`int`): Its number.
-        inputs (`dict[str, Any]`): Model inputs of shape `(1, S)` without labels and padding.
-        labels (`torch.Tensor` of shape `(1, S)`): Token labels, unshifted.
-        num_tokens (`int`): S.
-        num_label_tokens (`int`): Labels that are not −100, after the causal shift.
-        can_be_padded (`bool`): Whether the row may share a micro-batch. Packed rows and rows with inputs other than
-            token sequences are scored alone, as the collator made them.
-        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens that were cut off: they train, and are not
-            scored.
-        source (`str`, *optional*, defaults to `"training dataset"`): What `index` counts the rows of, for messages.
+    `inputs` are of shape `(1, S)`, without labels and padding; labels are unshifted, and `num_label_tokens` counts
+    those that are not −100 after the causal shift. Packed rows and rows with inputs other than token sequences cannot
+    be padded: they are scored alone, as the collator made them. `num_dropped_tokens` were cut off: they train, and are
+    not scored. `index` counts the rows of `source`.
     """
 
     index: int
@@ -90,14 +75,8 @@ class CandidateRow:
 class TargetRows:
     """The training rows as the target reads them, and what is known of how they came about.
 
-    Args:
-        dataset (`Any`): Tokenised rows by index.
-        collate (`Callable`): The trainer's collator.
-        processing_class (`Any`, *optional*): The target's tokenizer.
-        raw_dataset (`Any`, *optional*): The same rows with their raw columns, if they are still there.
-        tokenization (`Mapping[str, Any]`, *optional*): How the target's rows were tokenised: options of
-            [`TokenizedRows`].
-        vocab_size (`int`, *optional*): Rows of the target's input embedding.
+    `raw_dataset` has the same rows with their raw columns, if they are still there; `tokenization` are the options
+    with which they were tokenised, and `vocab_size` the rows of the target's input embedding.
     """
 
     dataset: Any
@@ -119,20 +98,7 @@ def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
 def collate_row(
     index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str = TRAINING
 ) -> CandidateRow:
-    """Collates one dataset row alone.
-
-    Args:
-        index (`int`): Its number.
-        row (`Any`): What the dataset holds there.
-        collate (`Callable`): The trainer's collator.
-        source (`str`, *optional*, defaults to `"training dataset"`): What it is a row of, for messages.
-
-    Returns:
-        [`CandidateRow`]
-
-    Raises:
-        ValueError: If the collator fails, or gives something else than token ids and labels of one row.
-    """
+    """Collates one dataset row alone; `source` is what it is a row of, for messages."""
     batch = collate_alone(row, collate, where=f"row {index} of the {source}")
     labels = batch.pop("labels")
     if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
@@ -160,19 +126,7 @@ def collate_row(
 
 
 def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, where: str) -> dict[str, Any]:
-    """Collates one dataset row, and checks what comes out.
-
-    Args:
-        row (`Any`): What the dataset holds there.
-        collate (`Callable`): The trainer's collator.
-        where (`str`): Which row of what it is, for messages.
-
-    Returns:
-        `dict[str, Any]`: With `input_ids` and `labels` of shape `(1, S)`.
-
-    Raises:
-        ValueError: If the collator fails, or gives something else.
-    """
+    """Collates one dataset row into `input_ids` and `labels` `(1, S)` and what else there is, and checks them."""
     try:
         made: Any = collate([row])
     except (MemoryError, torch.OutOfMemoryError):
@@ -206,16 +160,7 @@ def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *
 def sample_rows(
     dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, device: torch.device
 ) -> list[CandidateRow]:
-    """Some rows spread over a dataset, collated without touching any random state.
-
-    Args:
-        dataset (`Any`): Rows by index.
-        collate (`Callable`): Its collator.
-        device (`torch.device`): Where training draws from, beside the CPU.
-
-    Returns:
-        `list[CandidateRow]`: At most `SAMPLE_ROWS` of them.
-    """
+    """At most `SAMPLE_ROWS` rows spread over a dataset, collated without touching any random state."""
     number = min(SAMPLE_ROWS, len(dataset))
     indices = [position * len(dataset) // number for position in range(number)]
     with preserved_random_state(device):
@@ -225,13 +170,8 @@ def sample_rows(
 def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:
     """Cuts a row off behind its first label tokens. In a causal model they do not depend on what follows.
 
-    Args:
-        row ([`CandidateRow`]): A row.
-        num_label_tokens (`int`): How many label tokens stay, at most.
-
-    Returns:
-        [`CandidateRow`]: With the whole row's `num_label_tokens`, which its gradient is weighted by. A row with inputs
-        other than token sequences keeps them and loses labels alone.
+    It keeps the whole row's `num_label_tokens`, which its gradient is weighted by. A row with inputs other than token
+    sequences keeps them and loses labels alone.
     """
     places = (row.labels[0, 1:] != -100).nonzero()[:, 0] + 1
     if len(places) <= num_label_tokens:
@@ -251,13 +191,9 @@ def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:
 
 
 def pad_rows(rows: Sequence[CandidateRow]) -> tuple[dict[str, Any], Int[Tensor, "N S"]]:
-    """Right-pads rows into one micro-batch.
+    """Right-pads rows into a micro-batch: inputs `(N, S)` with an `attention_mask`, and labels padded with −100.
 
-    Args:
-        rows (`Sequence[CandidateRow]`): Rows of one micro-batch; a row that cannot be padded must be alone.
-
-    Returns:
-        `tuple`: Model inputs, each of shape `(N, S)` with an `attention_mask`, and labels padded with −100.
+    A row that cannot be padded must be alone.
     """
     if len(rows) == 1 and not rows[0].can_be_padded:
         return rows[0].inputs, rows[0].labels
@@ -314,7 +250,7 @@ def _describe(row: Any) -> str:
         f"{key} ({type(value).__name__}{f' of {len(value)}' if isinstance(value, list | str) else ''})"
         for key, value in sorted(row.items(), key=lambda item: str(item[0]))
     ]
-    return ", ".join(parts[:_MAX_LISTED]) + (" ..." if len(parts) > _MAX_LISTED else "") if parts else "no column"
+    return ", ".join(parts[:MAX_LISTED]) + (" ..." if len(parts) > MAX_LISTED else "") if parts else "no column"
 
 
 def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:

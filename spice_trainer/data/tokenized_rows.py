@@ -8,11 +8,16 @@ Row i is row i of the raw dataset, tokenised when it is asked for, with the labe
 | `prompt`, `completion` (messages) | the chat template of both | those behind what prompt and whole share |
 | `messages` | the chat template | all |
 | `text` | text, end of sequence | all |
+
+Where only the assistant's turns are trained, chat templates with `{% generation %}` tags say which tokens those are.
+For others the assistant's turn t is what the rendering of messages 0..t adds to that of messages 0..t−1 followed by
+the generation prompt, provided both are beginnings of the whole rendering.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
@@ -21,31 +26,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spice_trainer.data.assistant_turns import (
-    AssistantTurnsError,
-    common_prefix_length,
-    find_training_template,
-    mask_assistant_turns,
-)
 from spice_trainer.data.raw_rows import RawFormat, find_raw_format, list_raw_columns, malformed_row, read_raw_row
 from spice_trainer.data.rows import fetch_rows
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_FIX_TEMPLATE = (
+    "Fix: put what the assistant writes between {% generation %} and {% endgeneration %} in "
+    "`tokenizer.chat_template`, or train on all tokens (`assistant_only_loss=False`)."
+)
+
 
 def collate_rows(rows: Sequence[Mapping[str, Sequence[int]]], *, pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Right-pads tokenised rows into a batch.
-
-    Args:
-        rows (`Sequence[Mapping[str, Sequence[int]]]`):
-            N rows of `input_ids` and `labels`.
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            What `input_ids` are padded with; nothing attends to it.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(N, S)`, labels padded with
-        −100.
-    """
+    """Right-pads N tokenised rows into `input_ids`, `attention_mask` and `labels` (−100) of shape `(N, S)`."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def pad(sequences: Iterable[Sequence[int]], value: int) -> Tensor:
@@ -63,33 +57,14 @@ def collate_rows(rows: Sequence[Mapping[str, Sequence[int]]], *, pad_token_id: i
 class TokenizedRows:
     """A dataset of raw rows, tokenised on demand by another tokenizer than the target's.
 
-    Options mean what they mean in `SFTConfig`. Nothing is copied or kept, and no random state is touched. Row 0 is
+    Options mean what they mean in `SFTConfig`: `completion_only` is its `completion_only_loss` (`None` is `True`),
+    `assistant_only` its `assistant_only_loss`. Nothing is copied or kept, and no random state is touched. Row 0 is
     tokenised on creation, so that what doesn't fit shows there and not in the middle of a run.
 
-    Args:
-        dataset (`Any`):
-            Raw rows: anything with a length whose items are dicts, such as `datasets.Dataset`. `tools` and
-            `chat_template_kwargs` are handed to the chat template, other columns are ignored.
-        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
-            The proxy's tokenizer, or a processor that has it.
-        max_length (`int`, *optional*):
-            Tokens kept of a row. A row without any label left stays in place, all its labels −100.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            Which end of a long row is kept, `"keep_start"` or `"keep_end"`.
-        completion_only (`bool`, *optional*):
-            Whether only the completion of a prompt and completion is trained (`completion_only_loss`). `None` is
-            `True`.
-        assistant_only (`bool`, *optional*, defaults to `False`):
-            Whether only the assistant's turns are trained (`assistant_only_loss`).
-        dataset_text_field (`str`, *optional*, defaults to `"text"`):
-            The column of plain texts.
-        target_eos_token (`str`, *optional*):
-            End of sequence that preparing the dataset for the target wrote into its texts, as `SFTTrainer` does; the
-            proxy's own takes its place.
-
-    Raises:
-        TypeError: If `processing_class` is no tokenizer.
-        ValueError: If the dataset has no raw columns, an option is unknown, or row 0 cannot be tokenised.
+    `dataset` is anything with a length whose items are dicts; `tools` and `chat_template_kwargs` are handed to the
+    chat template, other columns are ignored. A row that `max_length` leaves without any label stays in place, all its
+    labels −100. `target_eos_token` is the end of sequence that preparing the dataset for the target wrote into its
+    texts, as `SFTTrainer` does; the proxy's own takes its place.
     """
 
     dataset: Any
@@ -235,3 +210,101 @@ class TokenizedRows:
         """The completion starts where prompt and whole diverge: their boundary may lie within a token."""
         masked = common_prefix_length(prompt_ids, input_ids) if self.completion_only is not False else 0
         return [False] * masked + [True] * (len(input_ids) - masked)
+
+
+class AssistantTurnsError(ValueError):
+    """A conversation whose assistant tokens cannot be told from the others."""
+
+
+def find_training_template(tokenizer: Any) -> str | None:
+    """TRL's version with generation tags of the tokenizer's own chat template, which trains the target too.
+
+    `None` if the template has tags already, if TRL does not know it, or without TRL.
+    """
+    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
+        return None
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+
+        template: str | None = get_training_chat_template(tokenizer)
+    except (ImportError, ValueError):
+        return None
+    # Older versions of TRL return templates made for another purpose, without tags.
+    return template if template is not None and _GENERATION_TAG.search(template) else None
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of leading tokens two sequences share."""
+    for length, (token, other) in enumerate(zip(first, second, strict=False)):
+        if token != other:
+            return length
+    return min(len(first), len(second))
+
+
+def mask_assistant_turns(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """S token ids of a conversation, and S times whether the assistant wrote it, its end of turn included.
+
+    `template_kwargs` is what `apply_chat_template` is told. An [`AssistantTurnsError`] if the template has no tags and
+    does not render the beginning of a conversation as it renders it in the whole, or if no token is the assistant's.
+    """
+    template = tokenizer.get_chat_template(template_kwargs.get("chat_template"), template_kwargs.get("tools"))
+    # Only fast tokenizers know which characters a token stands for, which the tags need.
+    if tokenizer.is_fast and _GENERATION_TAG.search(template):
+        encoding = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs
+        )
+        input_ids = list(encoding["input_ids"])
+        is_assistant = [bool(bit) for bit in encoding["assistant_masks"]]
+    else:
+        input_ids, is_assistant = _mask_by_prefixes(tokenizer, messages, template_kwargs)
+    if not any(is_assistant):
+        raise AssistantTurnsError(
+            "it has no assistant tokens, but only those are to be trained. Its roles are "
+            f"{[message['role'] for message in messages]}; the likely cause is another name than 'assistant', or a "
+            f"chat template whose tags enclose nothing. {_FIX_TEMPLATE}"
+        )
+    return input_ids, is_assistant
+
+
+def _mask_by_prefixes(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """The turns found by rendering the conversation up to each of them."""
+
+    def render(end: int, *, add_generation_prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages[:end], tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+        return text
+
+    def count_tokens(prefix: str) -> int:
+        # A token that reaches over the boundary is the later part's, as it is between prompt and completion.
+        prefix_ids = tokenizer(text=prefix, add_special_tokens=False)["input_ids"]
+        return common_prefix_length(prefix_ids, input_ids)
+
+    whole = render(len(messages), add_generation_prompt=False)
+    encoding = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template_kwargs)
+    input_ids = list(encoding["input_ids"])
+    is_assistant = [False] * len(input_ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if turn == 0:
+            raise AssistantTurnsError(
+                "it begins with the assistant's turn, and a chat template without {% generation %} tags does not tell "
+                f"where its header ends when nothing comes before. {_FIX_TEMPLATE}"
+            )
+        before = render(turn, add_generation_prompt=True)
+        after = render(turn + 1, add_generation_prompt=False)
+        if not (whole.startswith(before) and whole.startswith(after)):
+            raise AssistantTurnsError(
+                f"message {turn} is the assistant's, but the chat template has no {{% generation %}} tags and renders "
+                f"the conversation up to this message differently when more follows, or the generation prompt "
+                f"differently from the message's beginning, so which tokens are the assistant's is unknown. "
+                f"{_FIX_TEMPLATE}"
+            )
+        start, stop = count_tokens(before), count_tokens(after)
+        is_assistant[start:stop] = [True] * (stop - start)
+    return input_ids, is_assistant

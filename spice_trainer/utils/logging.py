@@ -14,9 +14,7 @@ logger = logging.getLogger("spice_trainer")
 def show_messages(*, is_main: bool = True) -> None:
     """Lets messages of level INFO through to the user's handlers, or to stderr where there are none.
 
-    Args:
-        is_main (`bool`, *optional*, defaults to `True`):
-            Whether this is the main process. The others only report errors: all would say the same.
+    Processes but the main one only report errors: all would say the same.
     """
     if not is_main:
         logger.setLevel(logging.ERROR)

@@ -16,9 +16,6 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
 
     The model draws nothing in evaluation mode, but a user's dataset transform or collator may, and the training run
     must not see that it was called for candidates.
-
-    Args:
-        device (`torch.device`): The device whose generator training draws from, beside the CPU's.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device] if device.type not in ("cpu", "meta") else []
@@ -34,9 +31,7 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
 def seeded_random_state(device: torch.device, seed: int) -> Iterator[None]:
     """Draws from a seed of its own within, and gives back the random states as they were.
 
-    Args:
-        device (`torch.device`): The device that draws, beside the CPU.
-        seed (`int`): Of torch's generators there. Other devices' are left alone: they may be training.
+    Torch's generators of the CPU and of `device` are seeded. Other devices' are left alone: they may be training.
     """
     with preserved_random_state(device):
         torch.default_generator.manual_seed(seed)

@@ -34,14 +34,7 @@ def saved_numbers(value: Any) -> dict[str, Any]:
 
 @contextmanager
 def reading_saved(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Says of a state that has other values than this version writes that it cannot be used.
-
-    Args:
-        folder (`str` or `os.PathLike`): Where it is, for the message.
-
-    Raises:
-        ValueError: In the place of an error that reading it gave.
-    """
+    """Says of a state that has other values than this version writes that it cannot be used."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:

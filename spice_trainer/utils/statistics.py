@@ -15,16 +15,9 @@ from torch import Tensor
 def spearman(
     first: Float64[Tensor, " M"], second: Float64[Tensor, " M"], *, equal_share: float = 1e-12
 ) -> float | None:
-    """Correlates the ranks of two quantities.
+    """Correlates the ranks of M pairs of values; `None` with fewer than 3, or where all of one side are equal.
 
-    Args:
-        first (`torch.Tensor` of shape `(M,)`): Values.
-        second (`torch.Tensor` of shape `(M,)`): Values of the same things.
-        equal_share (`float`, *optional*, defaults to `1e-12`): Values that all lie within this share of the largest
-            magnitude are equal but for rounding.
-
-    Returns:
-        `float` or `None`: In [−1, 1]; `None` with fewer than 3 values, or where all of one side are equal.
+    Values that all lie within `equal_share` of the largest magnitude are equal but for rounding.
     """
     if first.numel() < 3 or any(all_equal(values, equal_share) for values in (first, second)):
         return None
@@ -33,12 +26,7 @@ def spearman(
 
 
 def all_equal(values: Float64[Tensor, " M"], equal_share: float = 1e-12) -> bool:
-    """Whether values lie within a share of the largest magnitude of each other.
-
-    Args:
-        values (`torch.Tensor` of shape `(M,)`): Any number of them.
-        equal_share (`float`, *optional*, defaults to `1e-12`): The share.
-    """
+    """Whether values lie within a share of the largest magnitude of each other."""
     return values.numel() == 0 or float(values.max() - values.min()) <= equal_share * float(values.abs().max())
 
 

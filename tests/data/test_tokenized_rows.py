@@ -20,11 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from spice_trainer.data import assistant_turns
-from spice_trainer.data.assistant_turns import mask_assistant_turns
 from spice_trainer.data.raw_rows import find_raw_format
 from spice_trainer.data.rows import collate_row
-from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
+from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows, find_training_template, mask_assistant_turns
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import tiny_tokenizer, training_options
 from tests.support.versions import before
@@ -478,8 +476,8 @@ def test_bad_options_are_refused() -> None:
 
 def test_templates_of_trl_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = trl_tokenizer("qwen3")
-    assert "{%- generation %}" in str(assistant_turns.find_training_template(tokenizer))
-    assert assistant_turns.find_training_template(bpe_tokenizer(TAGGED)) is None
-    assert assistant_turns.find_training_template(bpe_tokenizer(UNTAGGED)) is None
+    assert "{%- generation %}" in str(find_training_template(tokenizer))
+    assert find_training_template(bpe_tokenizer(TAGGED)) is None
+    assert find_training_template(bpe_tokenizer(UNTAGGED)) is None
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    assert assistant_turns.find_training_template(tokenizer) is None
+    assert find_training_template(tokenizer) is None
