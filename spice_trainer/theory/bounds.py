@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from spice_trainer.theory.decomposition import Decomposition
@@ -67,62 +66,38 @@ class BoundCheck:
 
 
 def check_bounds(decomposition: Decomposition) -> tuple[BoundCheck, ...]:
-    """Holds each inequality against every pair.
-
-    Args:
-        decomposition ([`Decomposition`]): Of a pool's picks.
-
-    Returns:
-        `tuple[BoundCheck, ...]`: In the order of the module's table.
-    """
+    """Holds each inequality of the module's table against every pair, in the table's order."""
     epsilons, base = decomposition.pair_epsilons, decomposition.pair_base_gains
-    alpha, largest_square = decomposition.fisher_alpha, decomposition.largest_norm**2
-    overlaps = decomposition.pair_overlaps.square()
-    conflicts, alignments = decomposition.pair_conflicts, decomposition.pair_cosines.abs()
+    largest_square = decomposition.largest_norm**2
+
+    def hold(
+        name: BoundName, smaller: Tensor, larger: Tensor, *, proved: bool, constant: float | None = None
+    ) -> BoundCheck:
+        if smaller.numel() == 0:
+            return BoundCheck(name, proved, 0, None, None, None)
+        violated = smaller > (1.0 + _ROUNDING) * larger + _NOTHING * base
+        total = float(larger.sum())
+        return BoundCheck(
+            name=name,
+            proved=proved,
+            num_pairs=smaller.numel(),
+            violation_rate=float(torch.mean(violated, dtype=torch.float64)),
+            tightness=float(smaller.sum()) / total if total > 0 else None,
+            constant=constant,
+        )
+
+    def hold_with_constant(name: BoundName, shares: Tensor, *, proved: bool) -> BoundCheck:
+        statistics = shares * largest_square
+        counts = epsilons > _NOTHING * base
+        constant = None
+        if epsilons.numel() and bool((statistics[counts] > 0).all()):
+            constant = float((epsilons[counts] / statistics[counts]).max()) if bool(counts.any()) else 0.0
+        return hold(name, epsilons, decomposition.fisher_alpha * statistics, proved=proved, constant=constant)
+
     return (
-        _with_constant("overlap", epsilons, base, overlaps * largest_square, alpha, proved=True),
-        _check("coherence", epsilons, decomposition.pair_epsilon_ceilings, base, proved=True),
-        _check("mean_floor", decomposition.pair_epsilon_floors, epsilons, base, proved=True),
-        _with_constant("conflict", epsilons, base, conflicts * largest_square, alpha, proved=False),
-        _with_constant("alignment", epsilons, base, alignments * largest_square, alpha, proved=False),
-    )
-
-
-def _with_constant(
-    name: BoundName,
-    epsilons: Float64[Tensor, " P"],
-    base: Float64[Tensor, " P"],
-    statistics: Float64[Tensor, " P"],
-    alpha: float,
-    *,
-    proved: bool,
-) -> BoundCheck:
-    constant = None
-    counts = epsilons > _NOTHING * base
-    if epsilons.numel() and bool((statistics[counts] > 0).all()):
-        constant = float((epsilons[counts] / statistics[counts]).max()) if bool(counts.any()) else 0.0
-    return _check(name, epsilons, alpha * statistics, base, proved=proved, constant=constant)
-
-
-def _check(
-    name: BoundName,
-    smaller: Float64[Tensor, " P"],
-    larger: Float64[Tensor, " P"],
-    base: Float64[Tensor, " P"],
-    *,
-    proved: bool,
-    constant: float | None = None,
-) -> BoundCheck:
-    num_pairs = smaller.numel()
-    if num_pairs == 0:
-        return BoundCheck(name, proved, 0, None, None, None)
-    violated = smaller > (1.0 + _ROUNDING) * larger + _NOTHING * base
-    total = float(larger.sum())
-    return BoundCheck(
-        name=name,
-        proved=proved,
-        num_pairs=num_pairs,
-        violation_rate=float(torch.mean(violated, dtype=torch.float64)),
-        tightness=float(smaller.sum()) / total if total > 0 else None,
-        constant=constant,
+        hold_with_constant("overlap", decomposition.pair_overlaps.square(), proved=True),
+        hold("coherence", epsilons, decomposition.pair_epsilon_ceilings, proved=True),
+        hold("mean_floor", decomposition.pair_epsilon_floors, epsilons, proved=True),
+        hold_with_constant("conflict", decomposition.pair_conflicts, proved=False),
+        hold_with_constant("alignment", decomposition.pair_cosines.abs(), proved=False),
     )

@@ -9,7 +9,6 @@ Axes: P pairs of a step and a candidate, M candidates of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +48,10 @@ class ConflictCorrelations:
 
 @dataclass(frozen=True)
 class ConflictGroup:
-    """A third of a pool's pairs by conflict.
+    """A third of a pool's pairs by conflict: means over its `size` pairs.
 
-    Args:
-        group (`str`): "low", "medium" or "high".
-        size (`int`): Pairs.
-        mean_conflict (`float`): Mean c(x|S).
-        mean_cosine (`float`): Mean cosine with the reference's mean gradient.
-        mean_gain (`float`): Mean Δ(x|S).
-        mean_epsilon (`float`): Mean ε(x|S).
-        mean_decay (`float`): Mean ε(x|S) / Δ(x|∅): the share of the base gain that is lost.
+    `mean_cosine` is with the reference's mean gradient; `mean_decay` is of ε(x|S) / Δ(x|∅), the share of the base gain
+    that is lost.
     """
 
     group: GroupName
@@ -71,15 +64,8 @@ class ConflictGroup:
 
 
 def correlate(decomposition: Decomposition) -> ConflictCorrelations:
-    """Correlates conflict with gain and ε over the candidates of each step.
-
-    Args:
-        decomposition ([`Decomposition`]): Of a pool's picks.
-
-    Returns:
-        [`ConflictCorrelations`]
-    """
-    steps = list(_steps(decomposition))
+    """Correlates conflict with gain and ε over the candidates of each step."""
+    steps = [decomposition.pair_picks == num_picks for num_picks in decomposition.pair_picks.unique()]
     cosines, conflicts = decomposition.pair_cosines, decomposition.pair_conflicts
     gains, epsilons = decomposition.pair_gains, decomposition.pair_epsilons
     losses = epsilons / decomposition.pair_base_gains
@@ -102,15 +88,9 @@ def correlate(decomposition: Decomposition) -> ConflictCorrelations:
 
 
 def conflict_groups(decomposition: Decomposition) -> tuple[ConflictGroup, ...]:
-    """Puts the pairs in thirds by conflict.
+    """Puts the pairs in thirds by conflict: low, medium, high; nothing with fewer than 3 pairs.
 
     Ranked by −cos, whose positive part the conflict is, so that there are thirds also where most conflicts are 0.
-
-    Args:
-        decomposition ([`Decomposition`]): Of a pool's picks.
-
-    Returns:
-        `tuple[ConflictGroup, ...]`: Low, medium, high; nothing with fewer than 3 pairs.
     """
     if decomposition.pair_cosines.numel() < 3:
         return ()
@@ -128,8 +108,3 @@ def conflict_groups(decomposition: Decomposition) -> tuple[ConflictGroup, ...]:
         )
         for name, third in zip(GROUP_NAMES, order.tensor_split(3), strict=True)
     )
-
-
-def _steps(decomposition: Decomposition) -> Iterator[Tensor]:
-    for num_picks in decomposition.pair_picks.unique().tolist():
-        yield (decomposition.pair_picks == num_picks).nonzero().flatten()

@@ -29,16 +29,10 @@ GROUP_NAMES: tuple[GroupName, ...] = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class GroupDecay:
-    """Greedy picks from one third of a pool.
+    """Greedy picks from one third of a pool, by conflict with the pool's mean gradient.
 
-    Args:
-        group (`str`): "low", "medium" or "high" conflict with the pool's mean gradient.
-        size (`int`): Candidates.
-        mean_cosine (`float`): Mean cosine of their gradients with the pool's mean.
-        gains (`tuple[float, ...]`): Gains of the picks, in order.
-        half_life (`int`, *optional*): Their half-life; `None` where it was not reached.
-        aumg (`float`): Their AUMG.
-        information (`float`): F of the picks.
+    `size` counts its candidates and `mean_cosine` is theirs with that mean; `gains` are of the picks in order,
+    `half_life` is `None` where it was not reached, `information` is F of the picks.
     """
 
     group: GroupName
@@ -51,26 +45,12 @@ class GroupDecay:
 
 
 def half_life(gains: Sequence[float]) -> int | None:
-    """Returns after how many picks the next gain is at most half of the first.
-
-    Args:
-        gains (`Sequence[float]`): Gains in the order of picking.
-
-    Returns:
-        `int` or `None`: At least 1; `None` where no gain is as low.
-    """
+    """After how many picks, at least 1, the next gain is at most half of the first; `None` where no gain is as low."""
     return next((picks for picks, gain in enumerate(gains) if picks and gain <= gains[0] / 2), None)
 
 
 def aumg(gains: Sequence[float]) -> float | None:
-    """Returns the mean gain as a share of the first.
-
-    Args:
-        gains (`Sequence[float]`): Gains in the order of picking.
-
-    Returns:
-        `float` or `None`: `None` without a positive first gain.
-    """
+    """The mean gain as a share of the first; `None` without a positive first gain."""
     return sum(gains) / (len(gains) * gains[0]) if gains and gains[0] > 0 else None
 
 
@@ -80,18 +60,8 @@ def group_decays(
     """Picks greedily, by gain alone, within the third of a pool that conflicts least, the middle and the most.
 
     Candidates are ranked by their cosine with the mean gradient of the pool's sound rows, the largest cosine first, so
-    that there are thirds also where few conflict. Each third gives as many picks.
-
-    Args:
-        gram (`Tensor`): K of shape (N, N).
-        num_selected (`int`): Picks of each third, at most its size.
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
-
-    Returns:
-        `tuple[GroupDecay, ...]`: Low, medium, high; nothing where fewer than 6 rows are sound.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or α is not positive.
+    that there are thirds also where few conflict. Each third gives as many picks, at most its size. Nothing where
+    fewer than 6 rows are sound.
     """
     check_alpha(fisher_alpha)
     gram = check_gram(gram)

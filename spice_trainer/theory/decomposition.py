@@ -51,7 +51,6 @@ class Decomposition:
         identity_residual (`float`, *optional*): Largest |Δ(x|∅) − ε(x|S) − Δ(x|S)| over pairs and picks, ε from the
             formula above and Δ(x|S) from the greedy pass's incremental factor. `None` above α K_xx = 1e8, where the
             formula cancels in float64 and ε is the difference of the gains instead.
-        sum_residual (`float`, *optional*): |Σ Δ(s|∅) − Σ ε − log det(I + α K_SS)| for all picks; `None` likewise.
         pair_picks (`Tensor`): |S| of each pair, shape (P,).
         pair_candidates (`Tensor`): x of each pair, shape (P,).
         pair_base_gains (`Tensor`): Δ(x|∅), shape (P,).
@@ -60,9 +59,8 @@ class Decomposition:
         pair_cosines (`Tensor`): Cosine of g_x with the reference's mean gradient, shape (P,). Conflict is its negative
             part.
         pair_overlaps (`Tensor`): ρ(x|S), shape (P,).
-        pair_coherences (`Tensor`): Largest |cos| of g_x with a pick, shape (P,).
-        pair_epsilon_ceilings (`Tensor`): What those coherences allow ε at most, shape (P,); see module `bounds`.
-        pair_epsilon_floors (`Tensor`): What the picks' mean gradient makes ε at least, shape (P,); see there.
+        pair_epsilon_ceilings (`Tensor`): The most that ε can be by [`check_bounds`]'s "coherence", shape (P,).
+        pair_epsilon_floors (`Tensor`): The least that ε can be by its "mean_floor", shape (P,).
     """
 
     indices: tuple[int, ...]
@@ -72,7 +70,6 @@ class Decomposition:
     epsilons: tuple[float, ...]
     largest_norm: float
     identity_residual: float | None
-    sum_residual: float | None
     pair_picks: Int64[Tensor, " P"]
     pair_candidates: Int64[Tensor, " P"]
     pair_base_gains: Float64[Tensor, " P"]
@@ -80,7 +77,6 @@ class Decomposition:
     pair_epsilons: Float64[Tensor, " P"]
     pair_cosines: Float64[Tensor, " P"]
     pair_overlaps: Float64[Tensor, " P"]
-    pair_coherences: Float64[Tensor, " P"]
     pair_epsilon_ceilings: Float64[Tensor, " P"]
     pair_epsilon_floors: Float64[Tensor, " P"]
 
@@ -105,19 +101,9 @@ def decompose(
 ) -> Decomposition:
     """Decomposes the gains of picks, and of what could have been picked, on a pool's Gram matrix.
 
-    Args:
-        gram (`Tensor`): K, inner products of the N candidates' gradients, shape (N, N), any floating dtype; computed
-            in float64 on the CPU. Rows with a non-finite or zero diagonal take no part.
-        indices (`Sequence[int]`): The picks in order, however they were chosen.
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α, as it was used on this pool.
-        conflict_reference (`str`, *optional*, defaults to "selected"): Whose mean gradient a cosine is with: that
-            of the picks ("selected") or of the sound candidates not yet picked ("candidates").
-
-    Returns:
-        [`Decomposition`]
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix, α is not positive, or `indices` are not distinct sound rows.
+    `gram` is K of any floating dtype; rows with a non-finite or zero diagonal take no part. `indices` are distinct
+    sound rows in the order of picking, however they were chosen. Cosines are with the mean gradient of the picks
+    ("selected"), of the sound candidates not yet picked ("candidates") or of all of those ("pool").
     """
     check_alpha(fisher_alpha)
     check_choice("conflict_reference", conflict_reference, GramReference)
@@ -125,39 +111,50 @@ def decompose(
     picks = _check_picks(gram, indices)
     sound = sound_rows(gram)
     gram = torch.where(sound[:, None] & sound, gram, 0.0)
-    scaled = fisher_alpha * gram
-    base = torch.log1p(scaled.diagonal())
-    direct = float(scaled.diagonal().max()) <= FLOAT64_LIMIT
+    sizes = fisher_alpha * gram.diagonal()
+    base = torch.log1p(sizes)
+    direct = float(sizes.max()) <= FLOAT64_LIMIT
 
     measure = ExactInformation(gram, fisher_alpha=fisher_alpha)
     remaining = sound.clone()
     gains, epsilons, residuals, columns = [], [], [0.0], []
     for order, pick in enumerate(picks):
         current = measure.gains()
-        explained, epsilon = _explained(scaled, picks[:order], current, direct=direct)
+        explained, epsilon = _explain(fisher_alpha * gram, picks[:order], current, direct=direct)
         residuals.append(float((base - epsilon - current)[remaining].abs().max()))
         gains.append(measure.add(pick))
         epsilons.append(float(epsilon[pick]))
         if order > 0:
-            columns.append(
-                _pairs(
-                    gram, picks[:order], remaining, fisher_alpha, conflict_reference, base, current, epsilon, explained
-                )
+            rows: Tensor = remaining.nonzero().flatten()
+            members = {
+                "selected": picks[:order],
+                "candidates": rows.tolist(),
+                "pool": sound.nonzero().flatten().tolist(),
+            }
+            ceilings, floors = _bound_epsilons(gram, picks[:order], fisher_alpha)
+            values = (
+                base,
+                current,
+                epsilon,
+                mean_cosines(gram, members[conflict_reference]),
+                (explained / sizes).clamp(0.0, 1.0).sqrt(),
+                ceilings,
+                floors,
             )
+            columns.append((torch.full_like(rows, order), rows, *(value[rows] for value in values)))
         remaining[pick] = False
 
-    pairs = [torch.cat(parts) for parts in zip(*columns, strict=True)] if columns else _no_pairs()
-    base_gains = tuple(base[list(picks)].tolist())
+    integers, numbers = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+    columns = columns or [(integers, integers, *[numbers] * 7)]
     return Decomposition(
         picks,
         fisher_alpha,
         tuple(gains),
-        base_gains,
+        tuple(base[list(picks)].tolist()),
         tuple(epsilons),
         float(gram.diagonal().max().sqrt()),
         max(residuals) if direct else None,
-        abs(sum(base_gains) - sum(epsilons) - _log_det(scaled, picks)) if direct else None,
-        *pairs,
+        *(torch.cat(parts) for parts in zip(*columns, strict=True)),
     )
 
 
@@ -178,10 +175,10 @@ def _check_picks(gram: Float64[Tensor, "N N"], indices: Sequence[int]) -> tuple[
     return picks
 
 
-def _explained(
+def _explain(
     scaled: Float64[Tensor, "N N"], picks: Sequence[int], gains: Float64[Tensor, " N"], *, direct: bool
 ) -> tuple[Float64[Tensor, " N"], Float64[Tensor, " N"]]:
-    """Returns α K_xx ρ²(x|S) and ε(x|S) of every candidate."""
+    """α K_xx ρ²(x|S) and ε(x|S) of every candidate."""
     sizes = scaled.diagonal()
     chosen = list(picks)
     if not chosen:
@@ -195,56 +192,19 @@ def _explained(
     return explained, -torch.log1p(-explained / (1.0 + sizes))
 
 
-def _pairs(
-    gram: Float64[Tensor, "N N"],
-    picks: Sequence[int],
-    remaining: Tensor,
-    alpha: float,
-    conflict_reference: GramReference,
-    base: Float64[Tensor, " N"],
-    gains: Float64[Tensor, " N"],
-    epsilons: Float64[Tensor, " N"],
-    explained: Float64[Tensor, " N"],
-) -> tuple[Tensor, ...]:
-    """Returns one step's part of the pair columns, in the order of [`Decomposition`]'s fields."""
+def _bound_epsilons(
+    gram: Float64[Tensor, "N N"], picks: Sequence[int], alpha: float
+) -> tuple[Float64[Tensor, " N"], Float64[Tensor, " N"]]:
+    """What the coherence with a pick lets every candidate's ε be at most, and the picks' mean makes it at least."""
     chosen = list(picks)
-    rows: Tensor = remaining.nonzero().flatten()
-    squares = gram.diagonal()[rows]
-    scaled_squares = alpha * squares
-    reference = chosen if conflict_reference == "selected" else rows.tolist()
-    overlaps = (explained[rows] / scaled_squares).clamp(0.0, 1.0).sqrt()
-
-    pick_squares = gram.diagonal()[chosen]
-    cosines = gram[rows][:, chosen] / squares.sqrt()[:, None] / pick_squares.sqrt()
+    squares = gram.diagonal()
+    sizes = alpha * squares
+    cosines = gram[:, chosen] / squares.sqrt()[:, None] / squares[chosen].sqrt()
     coherences = cosines.abs().amax(dim=1).clamp_max(1.0)
-    most = alpha * len(chosen) * coherences.square() * scaled_squares * float(pick_squares.max())
-    ceilings = -torch.log1p(-torch.minimum(most, scaled_squares) / (1.0 + scaled_squares))
+    most = alpha * len(chosen) * coherences.square() * sizes * float(squares[chosen].max())
 
-    products = gram[rows][:, chosen].mean(dim=1)
+    products = gram[:, chosen].mean(dim=1)
     mean_square = float(gram[chosen][:, chosen].mean())
     least = alpha * products.square() / (max(mean_square, 0.0) + 1.0 / (alpha * len(chosen)))
-    floors = -torch.log1p(-torch.minimum(least, scaled_squares) / (1.0 + scaled_squares))
-    return (
-        torch.full_like(rows, len(chosen)),
-        rows,
-        base[rows],
-        gains[rows],
-        epsilons[rows],
-        mean_cosines(gram, reference)[rows],
-        overlaps,
-        coherences,
-        ceilings,
-        floors,
-    )
-
-
-def _log_det(scaled: Float64[Tensor, "N N"], picks: Sequence[int]) -> float:
-    chosen = list(picks)
-    matrix = torch.eye(len(chosen), dtype=torch.float64) + scaled[chosen][:, chosen]
-    return float(torch.linalg.slogdet(matrix)[1]) if chosen else 0.0
-
-
-def _no_pairs() -> list[Tensor]:
-    return [torch.empty(0, dtype=torch.int64) for _ in range(2)] + [
-        torch.empty(0, dtype=torch.float64) for _ in range(8)
-    ]
+    ceilings, floors = (-torch.log1p(-torch.minimum(share, sizes) / (1.0 + sizes)) for share in (most, least))
+    return ceilings, floors

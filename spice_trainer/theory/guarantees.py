@@ -58,20 +58,10 @@ class Guarantees:
 
 
 def leave_one_out_gains(gram: Float[Tensor, "N N"], *, fisher_alpha: float = 1.0) -> Float64[Tensor, " N"]:
-    """Returns Δ(x | V∖x) of every candidate: what it adds to all others.
+    """Δ(x | V∖x) of every candidate: what it adds to all others; 0 for rows that cannot be picked.
 
     Divide and conquer over the same incremental factor as the greedy pass's: half of the candidates are added before
     descending into the other half. O(N³ log N), and as exact as the gains themselves at any scale.
-
-    Args:
-        gram (`Tensor`): K of shape (N, N).
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
-
-    Returns:
-        `Tensor`: float64 of shape (N,); 0 for rows that cannot be picked.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or α is not positive.
     """
     measure = ExactInformation(gram, fisher_alpha=fisher_alpha)
     gains = torch.zeros(measure.num_candidates, dtype=torch.float64)
@@ -94,18 +84,9 @@ def leave_one_out_gains(gram: Float[Tensor, "N N"], *, fisher_alpha: float = 1.0
 
 
 def total_curvature(gram: Float[Tensor, "N N"], *, fisher_alpha: float = 1.0) -> float | None:
-    """Returns c = 1 − min_x Δ(x | V∖x) / Δ(x | ∅) over the sound rows.
+    """The pool's curvature c = 1 − min_x Δ(x | V∖x) / Δ(x | ∅) over the sound rows; `None` where no row is sound.
 
-    Args:
-        gram (`Tensor`): K of shape (N, N).
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
-
-    Returns:
-        `float` or `None`: In [0, 1]. 0 for gradients at right angles, towards 1 where some row is all but a copy of
-        others. `None` where no row is sound.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or α is not positive.
+    In [0, 1]: 0 for gradients at right angles, towards 1 where some row is all but a copy of others.
     """
     alone = ExactInformation(gram, fisher_alpha=fisher_alpha).gains()
     last = leave_one_out_gains(gram, fisher_alpha=fisher_alpha)
@@ -116,14 +97,7 @@ def total_curvature(gram: Float[Tensor, "N N"], *, fisher_alpha: float = 1.0) ->
 
 
 def curvature_ratio(curvature: float) -> float:
-    """Returns (1 − e^−c) / c: 1 for c = 0, 1 − 1/e for c = 1.
-
-    Args:
-        curvature (`float`): c in [0, 1].
-
-    Raises:
-        ValueError: If it is out of range.
-    """
+    """(1 − e^−c) / c for a curvature c in [0, 1]: 1 for c = 0, 1 − 1/e for c = 1."""
     if not 0.0 <= curvature <= 1.0:
         raise ValueError(f"A total curvature lies in [0, 1], got {curvature}.")
     return -math.expm1(-curvature) / curvature if curvature > 0 else 1.0
@@ -132,20 +106,10 @@ def curvature_ratio(curvature: float) -> float:
 def best_subset(
     gram: Float[Tensor, "N N"], num_selected: int, *, fisher_alpha: float = 1.0, max_subsets: int = 20_000
 ) -> tuple[tuple[int, ...], float] | None:
-    """Tries all subsets of `num_selected` sound rows.
+    """The best subset of `num_selected` sound rows, or of all if those are fewer, and its F, by trying all of them.
 
-    Args:
-        gram (`Tensor`): K of shape (N, N).
-        num_selected (`int`): K, members of a subset; as many as there are sound rows, if those are fewer.
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
-        max_subsets (`int`, *optional*, defaults to 20,000): The most that are tried.
-
-    Returns:
-        `tuple[tuple[int, ...], float]` or `None`: The best subset and its F. `None` where there are more subsets than
-        that, or where α K_xx passes 1e8 and float64 determinants could not tell them apart.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or α is not positive.
+    `None` where there are more than `max_subsets`, or where α K_xx passes 1e8 and float64 determinants could not tell
+    them apart.
     """
     check_alpha(fisher_alpha)
     gram = check_gram(gram)
@@ -171,20 +135,7 @@ def best_subset(
 def measure_guarantees(
     gram: Float[Tensor, "N N"], indices: Sequence[int], *, fisher_alpha: float = 1.0, max_subsets: int = 20_000
 ) -> Guarantees:
-    """Measures how far picks can be from the best ones of their number.
-
-    Args:
-        gram (`Tensor`): K of shape (N, N).
-        indices (`Sequence[int]`): The picks in order: distinct sound rows.
-        fisher_alpha (`float`, *optional*, defaults to 1.0): α.
-        max_subsets (`int`, *optional*, defaults to 20,000): See [`best_subset`].
-
-    Returns:
-        [`Guarantees`]
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or α is not positive.
-    """
+    """Measures how far picks, distinct sound rows in order, can be from the best ones of their number."""
     picks = list(indices)
     curvature = total_curvature(gram, fisher_alpha=fisher_alpha)
     measure = ExactInformation(gram, fisher_alpha=fisher_alpha)

@@ -31,17 +31,8 @@ from spice_trainer.theory.guarantees import GREEDY_RATIO, Guarantees, measure_gu
 class PoolTheory:
     """What the theory says of one pool and its picks.
 
-    Args:
-        num_candidates (`int`): N.
-        num_sound (`int`): Candidates that can be picked.
-        decomposition ([`Decomposition`]): Base gains, gains and ε of picks and pairs.
-        bounds (`tuple[BoundCheck, ...]`): Inequalities for ε, held against every pair.
-        guarantees ([`Guarantees`]): Curvature, greedy ratios and the certificate.
-        half_life (`int`, *optional*): Picks after which the next gain is at most half of the first.
-        aumg (`float`, *optional*): Mean gain of the picks as a share of the first.
-        correlations ([`ConflictCorrelations`]): Of conflict with gain and ε.
-        groups (`tuple[ConflictGroup, ...]`): Pairs in thirds by conflict.
-        group_decays (`tuple[GroupDecay, ...]`): Greedy picks from thirds of the pool by conflict.
+    `half_life` and `aumg` are of the picks' gains, `groups` are all pairs in thirds by conflict, `group_decays` greedy
+    picks from thirds of the pool by conflict.
     """
 
     num_candidates: int
@@ -56,7 +47,7 @@ class PoolTheory:
     group_decays: tuple[GroupDecay, ...]
 
     def as_numbers(self) -> dict[str, float | None]:
-        """Returns every number by a name, as JSON holds them: `bound/conflict/violation_rate`, `group/low/size`."""
+        """Every number by a name, as JSON holds them: `bound/conflict/violation_rate`, `group/low/size`."""
         found = self.decomposition
         pairs = found.pair_epsilons.numel()
         numbers: dict[str, float | None] = {
@@ -69,9 +60,7 @@ class PoolTheory:
             "base_gain": sum(found.base_gains),
             "epsilon": sum(found.epsilons),
             "identity_residual": found.identity_residual,
-            "sum_residual": found.sum_residual,
             "largest_norm": found.largest_norm,
-            "largest_overlap": float(found.pair_overlaps.max()) if pairs else None,
             "mean_overlap": float(found.pair_overlaps.mean()) if pairs else None,
             "mean_epsilon": float(found.pair_epsilons.mean()) if pairs else None,
             "mean_decay": float((found.pair_epsilons / found.pair_base_gains).mean()) if pairs else None,
@@ -98,14 +87,10 @@ class PoolTheory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number's mean over pools.
+    """A number's mean over the pools that have it, its standard error and range.
 
-    Args:
-        mean (`float`): Mean of the pools that have the number.
-        standard_error (`float`, *optional*): Of that mean, the pools taken as independent; `None` for a single pool.
-        minimum (`float`): Smallest value.
-        maximum (`float`): Largest value.
-        num_pools (`int`): Pools that have it. Where a half-life was not reached in some, the mean is of the others.
+    The error takes the pools as independent and is `None` for a single one. Where a half-life was not reached in some,
+    the mean is of the others.
     """
 
     mean: float
@@ -181,7 +166,7 @@ def analyse_pool(
 
 
 def summarise(pools: Iterable[PoolTheory]) -> dict[str, Estimate]:
-    """Means over pools, with standard errors.
+    """Means over pools, with standard errors, by the names of [`PoolTheory.as_numbers`] that some pool has.
 
     Pools of one run are scored at weights that follow from each other, so their standard error is of these pools alone
     and says little of another run.
@@ -190,10 +175,7 @@ def summarise(pools: Iterable[PoolTheory]) -> dict[str, Estimate]:
         pools (`Iterable[PoolTheory]`): At least one.
 
     Returns:
-        `dict[str, Estimate]`: By the names of [`PoolTheory.as_numbers`]; without those that no pool has.
-
-    Raises:
-        ValueError: If there is no pool.
+        `dict[str, Estimate]`
     """
     numbers = [pool.as_numbers() for pool in pools]
     if not numbers:
