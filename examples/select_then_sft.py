@@ -46,10 +46,10 @@ def main(
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=subset,
+        train_dataset=subset.dataset,
         peft_config=get_peft_config(model_args),
     )
-    trainer.accelerator.print(f"Training on {len(subset):,} of {len(dataset):,} rows")
+    trainer.accelerator.print(f"Training on {len(subset.dataset):,} of {len(dataset):,} rows")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 

@@ -20,18 +20,21 @@ if TYPE_CHECKING:
     from spice_trainer.sampling.sampler import SpiceSampler
     from spice_trainer.selection.greedy import select, select_from_gradients
     from spice_trainer.selection.results import Selection
-    from spice_trainer.subset.select import select_subset
+    from spice_trainer.subset.select import SelectedSubset, select_subset
     from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
     from spice_trainer.trainer.callback import SpiceCallback
+    from spice_trainer.trainer.handle import SpiceHandle
     from spice_trainer.trainer.sft import SpiceSFTTrainer
 
 __version__ = version("spice-trainer")
 
 __all__ = [
     "ProxyModel",
+    "SelectedSubset",
     "Selection",
     "SpiceCallback",
     "SpiceConfig",
+    "SpiceHandle",
     "SpiceSFTTrainer",
     "SpiceSampler",
     "SpiceTrainer",
@@ -49,9 +52,11 @@ if not TYPE_CHECKING:
     # reading a manifest have no use for.
     _MODULES = {
         "ProxyModel": "proxy.model",
+        "SelectedSubset": "subset.select",
         "Selection": "selection.results",
         "SpiceCallback": "trainer.callback",
         "SpiceConfig": "config",
+        "SpiceHandle": "trainer.handle",
         "SpiceSFTTrainer": "trainer.sft",
         "SpiceSampler": "sampling.sampler",
         "SpiceTrainer": "trainer.attach",

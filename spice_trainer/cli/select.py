@@ -137,5 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=arguments.overwrite,
         accelerator=accelerator,
     )
-    accelerator.print(f"{len(subset):,} rows selected. They are in {arguments.output_dir}, with their manifest.")
+    accelerator.print(
+        f"{len(subset.dataset):,} rows selected. They are in {arguments.output_dir}, with their manifest."
+    )
     accelerator.end_training()

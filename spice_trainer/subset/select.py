@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,10 +44,30 @@ from spice_trainer.utils.logging import logger, show_messages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from datasets import Dataset
 
 # The paper's T.
 POOLS_PER_STEP = 10
 SELECTOR_FOLDER = "selector"
+
+
+@dataclass(frozen=True)
+class SelectedSubset:
+    """What [`select_subset`] selected.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The selected rows with all their columns, in the order of picking.
+        manifest ([`~subset.manifest.SubsetManifest`]):
+            Which rows of the given dataset they are (`manifest.indices`), by what they were picked, and from which
+            data.
+        output_dir (`pathlib.Path`):
+            The folder that holds both, and what else was written.
+    """
+
+    dataset: Dataset
+    manifest: SubsetManifest
+    output_dir: Path
 
 
 def select_subset(
@@ -69,7 +89,7 @@ def select_subset(
     overwrite: bool = False,
     verify: bool = True,
     accelerator: Accelerator | None = None,
-) -> Any:
+) -> SelectedSubset:
     """Selects a subset of a dataset with a model that learns from its own picks, and writes it down.
 
     Interrupted, it continues from its last state when called again with the same arguments; finished, it returns what
@@ -117,9 +137,8 @@ def select_subset(
             Gives device, precision and processes. Defaults to a new one.
 
     Returns:
-        `datasets.Dataset`: The selected rows with all their columns, in the order of picking, from
-        `<output_dir>/dataset`. Beside it are `<name>.jsonl`, `dataset_info.json` for LLaMA-Factory, the manifest, and
-        the records under `spice/`.
+        [`SelectedSubset`]: The rows, their manifest, and the folder. Beside `dataset/` and the manifest it holds
+        `<name>.jsonl`, `dataset_info.json` for LLaMA-Factory, and the records under `spice/`.
 
     Raises:
         TypeError: If `model` or `config` is of another type.
@@ -131,7 +150,7 @@ def select_subset(
     Example:
     ```python
     >>> subset = select_subset(model, dataset, SpiceConfig(), output_dir="subset", processing_class=tokenizer)
-    >>> SFTTrainer(model="Qwen/Qwen2.5-7B", args=args, train_dataset=subset).train()
+    >>> SFTTrainer(model="Qwen/Qwen2.5-7B", args=args, train_dataset=subset.dataset).train()
     ```
     """
     from accelerate import Accelerator
@@ -236,7 +255,9 @@ def select_subset(
         run.finish()
     from datasets import load_from_disk
 
-    return load_from_disk(os.fspath(output_dir / DATASET_FOLDER))
+    return SelectedSubset(
+        load_from_disk(os.fspath(output_dir / DATASET_FOLDER)), SubsetManifest.load(output_dir), output_dir
+    )
 
 
 def _check_launch(accelerator: Accelerator) -> None:

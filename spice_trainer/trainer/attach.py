@@ -10,7 +10,8 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.checks import check_trainer
-from spice_trainer.trainer.hooks import SpiceHooks
+from spice_trainer.trainer.handle import SpiceHandle
+from spice_trainer.trainer.hooks import NOT_ATTACHED, SpiceHooks
 from spice_trainer.utils.logging import logger, show_messages
 
 
@@ -20,7 +21,7 @@ def attach_spice(
     *,
     proxy: ProxyModel | None = None,
     verify: bool = True,
-) -> None:
+) -> SpiceHandle:
     """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
 
     Everything that can be checked is checked here: the settings against the batch size and dataset, the model's LoRA
@@ -31,12 +32,15 @@ def attach_spice(
             A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
         config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
             Settings, or a sampler with settings. Defaults to `SpiceConfig()`. Attaching again with the same settings
-            does nothing.
+            does nothing and returns the same handle.
         proxy ([`ProxyModel`], *optional*):
             A small model that scores instead of the trainer's. Without one, `config.proxy_model_name_or_path` is
             loaded, if it is set.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to compare the batched sample gradients of two short rows with autograd's first.
+
+    Returns:
+        [`SpiceHandle`]: The plan of the run, the sampler and its totals, and `detach()`.
 
     Raises:
         TypeError: If the trainer or the settings are of another type.
@@ -66,7 +70,7 @@ def attach_spice(
     attached = getattr(trainer, "_spice", None)
     if isinstance(attached, SpiceHooks):
         _check_same(attached.sampler, config_or_sampler, proxy)
-        return
+        return attached.handle
     sampler = config_or_sampler
     if isinstance(sampler, SpiceConfig):
         sampler = SpiceSampler(sampler, proxy)
@@ -80,6 +84,7 @@ def attach_spice(
     hooks = SpiceHooks(trainer, sampler)
     hooks.check(verify=verify)
     hooks.install()
+    return hooks.handle
 
 
 def _check_same(attached: SpiceSampler, wanted: SpiceConfig | SpiceSampler, proxy: ProxyModel | None) -> None:
@@ -113,7 +118,7 @@ def detach_spice(trainer: Any) -> None:
     """
     hooks = getattr(trainer, "_spice", None)
     if not isinstance(hooks, SpiceHooks):
-        raise ValueError("SPICE is not attached to this trainer, so there is nothing to detach.")
+        raise ValueError(NOT_ATTACHED)
     hooks.remove()
 
 

@@ -25,22 +25,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids
 from spice_trainer.data.fingerprints import fingerprint_rows
-from spice_trainer.data.rows import sample_rows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
+from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import SlotCollator, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.trainer.callback import SpiceCallback
 from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
-from spice_trainer.trainer.inputs import (
-    build_trainer_schedule,
-    build_trainer_selector,
-    own_sampling,
-    plan_run,
-    training_rows,
-)
+from spice_trainer.trainer.handle import SpiceHandle
+from spice_trainer.trainer.inputs import RunInputs, build_inputs, own_sampling, plan_run
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.utils.logging import logger
 
@@ -52,6 +45,9 @@ HOOKED_METHODS = (
     "log",
     "save_model",
 )
+
+
+NOT_ATTACHED = "SPICE is not attached to this trainer, so there is nothing to detach."
 
 
 class HookedMethod:
@@ -75,11 +71,13 @@ class SpiceHooks:
     """What SPICE adds to one trainer."""
 
     callback: SpiceCallback
+    handle: SpiceHandle
 
     def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
         self.trainer = trainer
         self.sampler = sampler
         self._is_installed = False
+        self._plan: RunPlan | None = None
         self._verify_later: Callable[[], None] | None = None
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, HookedMethod] = {}
@@ -91,7 +89,8 @@ class SpiceHooks:
     def install(self) -> None:
         """Binds the hooked methods and adds the callback."""
         self.callback = SpiceCallback(self.sampler)
-        self.callback.verify = self._verify_later
+        self.callback.verify, self.callback.plan = self._verify_later, self._plan
+        self.handle = SpiceHandle(self.sampler, self.callback, self.remove)
         for name in HOOKED_METHODS:
             # An attribute a user bound on the instance is kept, called, and put back on removal.
             self._replaced[name] = vars(self.trainer).get(name)
@@ -111,6 +110,8 @@ class SpiceHooks:
 
     def remove(self) -> None:
         """Puts everything back."""
+        if not self._is_installed:
+            raise ValueError(NOT_ATTACHED)
         self._is_installed = False
         for name, value in self._replaced.items():
             if vars(self.trainer).get(name) is not self._bound[name]:
@@ -138,17 +139,16 @@ class SpiceHooks:
 
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
-        processes = Processes.of(self.trainer.accelerator)
+        processes, args = Processes.of(self.trainer.accelerator), self.trainer.args
         with processes.failing_together("attaching SPICE"):
-            dataset, collate = training_rows(self.trainer, self.trainer.get_train_dataloader)
-            schedule, selector = self._build(dataset, collate)
-            scorer, device = selector.scorer, self.trainer.args.device
-            rows = sample_rows(scorer.dataset, scorer.collate, device=device)
-            check_run(self.trainer.args, schedule, scorer, rows, config=self.sampler.config)
+            inputs = self._build_inputs(self.trainer.get_train_dataloader)
+            scorer, candidates = inputs.selector.scorer, inputs.candidates
+            check_run(args, inputs.schedule, scorer, candidates, config=self.sampler.config)
             if self.sampler.proxy is not None:
-                check_proxy(self.sampler.proxy, self.trainer.model, device=device, rows=rows)
-            check_token_ids(rows, scorer.vocabulary)
-            check_collator(dataset, collate, num_rows=self.trainer.args.train_batch_size, device=device)
+                check_proxy(self.sampler.proxy, self.trainer.model, device=args.device, rows=candidates)
+            check_token_ids(candidates, scorer.vocabulary)
+            check_collator(inputs.dataset, inputs.collate, num_rows=args.train_batch_size, device=args.device)
+            self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(
@@ -158,20 +158,19 @@ class SpiceHooks:
         check_agreement(
             processes,
             {
-                "the number of rows": len(dataset),
-                "the number of tokens of some rows": [row.num_tokens for row in rows],
+                "the number of rows": len(inputs.dataset),
+                "the number of tokens of some rows": [row.num_tokens for row in candidates],
                 "the SPICE configuration": self.sampler.config,
-                "the seed of the pools": schedule.seed,
-                "the number of optimizer steps of an epoch": schedule.steps_per_epoch,
+                "the seed of the pools": inputs.schedule.seed,
+                "the number of optimizer steps of an epoch": inputs.schedule.steps_per_epoch,
                 "the number of LoRA layers": len(scorer.modules),
             },
         )
         # Without a backward there is no gradient to verify.
         if verify and self.sampler.config.takes_gradients:
-            self._verify_later = verify_run(self.trainer, scorer, rows)
-            if selector.target_scorer is not None:
-                target_rows = sample_rows(dataset, collate, device=device)
-                self._verify_later = verify_run(self.trainer, selector.target_scorer, target_rows)
+            self._verify_later = verify_run(self.trainer, scorer, candidates)
+            if inputs.selector.target_scorer is not None:
+                self._verify_later = verify_run(self.trainer, inputs.selector.target_scorer, inputs.rows)
 
     # The hooked methods
 
@@ -208,17 +207,14 @@ class SpiceHooks:
         """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
         # It may be another one than when SPICE was attached.
         check_dataset(self.trainer.train_dataset)
-        dataset, collate = training_rows(self.trainer, original)
-        schedule, selector = self._build(dataset, collate)
-        args, processes = self.trainer.args, selector.scorer.processes
-        plan = plan_run(
-            self.trainer, schedule, selector.scorer, dataset=dataset, collate=collate, proxy=self.sampler.proxy
-        )
-        self.sampler.prepare(schedule, selector, total_steps=plan.total_steps)
+        inputs = self._build_inputs(original)
+        args, processes = self.trainer.args, inputs.selector.scorer.processes
+        plan = plan_run(self.trainer, inputs, self.sampler.proxy)
+        self.sampler.prepare(inputs.schedule, inputs.selector, total_steps=plan.total_steps)
         loader = build_dataloader(
             self.sampler,
-            dataset,
-            collate=collate,
+            inputs.dataset,
+            collate=inputs.collate,
             device=args.device,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -227,7 +223,7 @@ class SpiceHooks:
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
         self.callback.plan = plan
-        self.callback.dataset_fingerprint = fingerprint_rows(dataset, device=args.device)
+        self.callback.dataset_fingerprint = fingerprint_rows(inputs.dataset, device=args.device)
         return loader
 
     def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -266,10 +262,5 @@ class SpiceHooks:
 
     # Parts
 
-    def _build(self, dataset: Any, collate: Callable[..., Any]) -> tuple[PoolSchedule, StepSelector]:
-        config = self.sampler.config
-        schedule = build_trainer_schedule(self.trainer, config, dataset)
-        selector = build_trainer_selector(
-            self.trainer, config, schedule, dataset=dataset, collate=collate, proxy=self.sampler.proxy
-        )
-        return schedule, selector
+    def _build_inputs(self, get_loader: Callable[[], DataLoader[Any]]) -> RunInputs:
+        return build_inputs(self.trainer, self.sampler.config, get_loader, proxy=self.sampler.proxy)

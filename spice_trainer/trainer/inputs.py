@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import vocabulary_size
-from spice_trainer.data.rows import TargetRows, sample_rows
+from spice_trainer.data.rows import CandidateRow, TargetRows, sample_rows
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
 from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
@@ -25,9 +26,35 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.trainer.checks import is_token_normalized, num_parameters
 from spice_trainer.utils.random import preserved_random_state
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made of: the trainer's own rows, and what selects from them."""
+
+    dataset: Any
+    collate: Callable[..., Any]
+    schedule: PoolSchedule
+    selector: StepSelector
+    rows: list[CandidateRow]
+    """Some rows as they are trained on."""
+    candidates: list[CandidateRow]
+    """Some rows as they are scored: a proxy may have another tokenizer."""
+
+
+def build_inputs(
+    trainer: Any, config: SpiceConfig, get_loader: Callable[[], DataLoader[Any]], *, proxy: ProxyModel | None
+) -> RunInputs:
+    """Takes the rows of the trainer's own loader, and builds the schedule and the selector for them."""
+    dataset, collate = training_rows(trainer, get_loader)
+    schedule = build_trainer_schedule(trainer, config, dataset)
+    selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
+    device, scorer = trainer.args.device, selector.scorer
+    rows = sample_rows(dataset, collate, device=device)
+    candidates = rows if proxy is None else sample_rows(scorer.dataset, scorer.collate, device=device)
+    return RunInputs(dataset, collate, schedule, selector, rows, candidates)
 
 
 def training_rows(
@@ -235,31 +262,13 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_d
     )
 
 
-def plan_run(
-    trainer: Any,
-    schedule: PoolSchedule,
-    scorer: GradientScorer,
-    *,
-    dataset: Any,
-    collate: Callable[..., Any],
-    proxy: ProxyModel | None,
-) -> RunPlan:
-    """What is known of the run before it starts.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        schedule ([`PoolSchedule`]): Candidates of every step.
-        scorer ([`GradientScorer`]): Scores them.
-        dataset (`Any`): Its rows.
-        collate (`Callable`): Its collator.
-        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
-    """
-    args = trainer.args
-    rows = sample_rows(dataset, collate, device=args.device)
-    candidates = rows if proxy is None else sample_rows(scorer.dataset, scorer.collate, device=args.device)
+def plan_run(trainer: Any, inputs: RunInputs, proxy: ProxyModel | None) -> RunPlan:
+    """What is known of the run before it starts."""
+    args, schedule, scorer = trainer.args, inputs.schedule, inputs.selector.scorer
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
     pool_size = min(schedule.pool_size, schedule.num_rows)
     num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
+    candidate_tokens = [scorer.shorten(row).num_tokens for row in inputs.candidates]
     return RunPlan(
         num_rows=schedule.num_rows,
         total_steps=total,
@@ -267,8 +276,8 @@ def plan_run(
         num_features=scorer.num_features,
         feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),
         num_processes=scorer.processes.world_size,
-        mean_row_tokens=sum(row.num_tokens for row in rows) / len(rows),
-        mean_candidate_tokens=sum(scorer.shorten(row).num_tokens for row in candidates) / len(candidates),
+        mean_row_tokens=sum(row.num_tokens for row in inputs.rows) / len(inputs.rows),
+        mean_candidate_tokens=sum(candidate_tokens) / len(candidate_tokens),
         num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
         token_normalized=not schedule.shape.equal_slots,
     )

@@ -61,7 +61,7 @@ def test_a_subset_is_that_of_one_process(tmp_path: Path) -> None:
     )
     launch("multi_gpu", tmp_path / "two", "select", f"proxy={small}").check()
     for rank in range(2):
-        assert json.loads((tmp_path / "two" / f"select.{rank}.json").read_text())["rows"] == one.to_list()
+        assert json.loads((tmp_path / "two" / f"select.{rank}.json").read_text())["rows"] == one.dataset.to_list()
     manifests = [SubsetManifest.load(tmp_path / name) for name in ("one", "two/subset")]
     assert manifests[0].indices == manifests[1].indices and manifests[0].model == manifests[1].model
     assert len(manifests[0].indices) == 17

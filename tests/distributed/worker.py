@@ -195,7 +195,7 @@ def select() -> dict[str, Any]:
         samples_per_step=setting.SAMPLES_PER_STEP,
         accelerator=Accelerator(cpu=DEVICE == "cpu"),
     )
-    return {"rows": subset.to_list()}
+    return {"rows": subset.dataset.to_list()}
 
 
 def fail() -> dict[str, Any]:

@@ -178,8 +178,8 @@ def test_texts_of_rows_are_written_and_scored_as_they_are(
         processing_class=tiny_tokenizer(),
     )
     lines = (tmp_path / "spice_subset.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == subset.to_list() and len(lines) == 8
-    assert all(row in rows for row in subset.to_list())
+    assert [json.loads(line) for line in lines] == subset.dataset.to_list() and len(lines) == 8
+    assert all(row in rows for row in subset.dataset.to_list())
     shown = capsys.readouterr()
     said = shown.out + shown.err + caplog.text
     assert "SPICE summary" in said and "script" not in said and "49" not in lines[0]

@@ -367,7 +367,7 @@ def test_select_subset_by_strategy(tmp_path: Path) -> None:
     for strategy in ("random", "matching"):
         subset = select(tmp_path / strategy, spice={"strategy": strategy}, dataset=Dataset.from_list(ROWS))
         found = list(itertools.chain(*subset_picks(tmp_path / strategy)))
-        assert [row["input_ids"] for row in subset] == [ROWS[index]["input_ids"] for index in found]
+        assert [row["input_ids"] for row in subset.dataset] == [ROWS[index]["input_ids"] for index in found]
         read_jsonl(tmp_path / strategy / "manifest.jsonl", tmp_path / "cache")
     with pytest.raises(ValueError, match=r"strategy='less' compares .* there is none.*validation_dataset="):
         select(tmp_path / "none", spice={"strategy": "less"})

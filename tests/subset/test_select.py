@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
-from spice_trainer import ProxyModel, SpiceConfig, attach_spice, select_subset
+from spice_trainer import ProxyModel, SelectedSubset, SpiceConfig, attach_spice, select_subset
 from spice_trainer.cli.main import main as run_command
 from spice_trainer.cli.select import main as run_select
 from spice_trainer.data.files import open_dataset
@@ -45,7 +45,9 @@ SETTINGS: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {"samples_per_step": 4, "save_steps": 2}
 
 
-def select(output_dir: Path, *, dropout: float = 0.0, spice: dict[str, Any] | None = None, **options: Any) -> Any:
+def select(
+    output_dir: Path, *, dropout: float = 0.0, spice: dict[str, Any] | None = None, **options: Any
+) -> SelectedSubset:
     model = options.pop("model", None) or tiny_lora_model(lora_dropout=dropout)
     dataset = options.pop("dataset", None)
     dataset = tiny_dataset() if dataset is None else dataset
@@ -72,13 +74,16 @@ def test_picks_are_those_of_a_run_with_the_same_proxy(tmp_path: Path) -> None:
     assert same_weights(trainable_weights(model), trainable_weights(proxy.model)), "it learned something else"
     indices = sum(picks(tmp_path / "subset"), [])
     assert len(indices) == 22 == len(set(indices))
-    assert subset.to_list() == tiny_dataset().select(indices).to_list()
+    assert subset.dataset.to_list() == tiny_dataset().select(indices).to_list()
 
 
 def test_the_manifest_rebuilds_the_subset(tmp_path: Path) -> None:
     subset = select(tmp_path)
-    assert rebuild_subset(tmp_path, tiny_dataset()).to_list() == subset.to_list()
-    assert load_from_disk(str(tmp_path / "dataset")).to_list() == subset.to_list()
+    assert isinstance(subset, SelectedSubset) and subset.output_dir == tmp_path
+    assert subset.manifest == SubsetManifest.load(tmp_path)
+    assert subset.dataset.to_list() == tiny_dataset().select(subset.manifest.indices).to_list()
+    assert rebuild_subset(tmp_path, tiny_dataset()).to_list() == subset.dataset.to_list()
+    assert load_from_disk(str(tmp_path / "dataset")).to_list() == subset.dataset.to_list()
     manifest = SubsetManifest.load(tmp_path)
     assert manifest.indices == tuple(sum(picks(tmp_path), []))
     assert manifest.config == SpiceConfig(**SETTINGS).to_dict()
@@ -121,7 +126,7 @@ def test_an_interrupted_selection_continues_bit_identically(
         assert read_records(tmp_path / "part", name) == read_records(tmp_path / "whole", name)
     ours, theirs = SubsetManifest.load(tmp_path / "part"), SubsetManifest.load(tmp_path / "whole")
     assert ours == theirs
-    assert subset.to_list() == load_from_disk(str(tmp_path / "whole" / "dataset")).to_list()
+    assert subset.dataset.to_list() == load_from_disk(str(tmp_path / "whole" / "dataset")).to_list()
     assert not list((tmp_path / "part").glob("*selection-*"))
 
 
@@ -149,17 +154,17 @@ def test_a_finished_selection_is_returned_and_another_one_is_not_replaced(
     first = select(tmp_path)
     with monkeypatch.context() as patch:
         interrupt(patch, 0)
-        assert select(tmp_path).to_list() == first.to_list()
+        assert select(tmp_path).dataset.to_list() == first.dataset.to_list()
         with pytest.raises(FileExistsError, match=r"another selection \(other config\), .*overwrite=True"):
             select(tmp_path, spice={"conflict_penalty": 0.5})
         with pytest.raises(FileExistsError, match=r"another selection \(other dataset_fingerprint\)"):
             select(tmp_path, dataset=tiny_dataset(seed=2))
         with pytest.raises(FileExistsError, match=r"another selection \(other model\)"):
             select(tmp_path, model=add_lora(tiny_model(), r=2))
-    assert load_from_disk(str(tmp_path / "dataset")).to_list() == first.to_list()
+    assert load_from_disk(str(tmp_path / "dataset")).to_list() == first.dataset.to_list()
     again = select(tmp_path, spice={"gradient_normalization": "none"}, overwrite=True)
-    assert again.to_list() != first.to_list()
-    assert rebuild_subset(tmp_path, tiny_dataset()).to_list() == again.to_list()
+    assert again.dataset.to_list() != first.dataset.to_list()
+    assert rebuild_subset(tmp_path, tiny_dataset()).to_list() == again.dataset.to_list()
 
 
 def test_every_so_many_steps_the_selector_learns(tmp_path: Path) -> None:
@@ -189,9 +194,9 @@ def test_raw_rows_are_tokenised_for_scoring_and_written_whole(tmp_path: Path) ->
     ):
         select(tmp_path, dataset=dataset)
     subset = select(tmp_path, dataset=dataset, processing_class=tiny_tokenizer(), max_length=3)
-    assert all(row in RAW for row in subset.to_list()) and len(subset) == 16
+    assert all(row in RAW for row in subset.dataset.to_list()) and len(subset.dataset) == 16
     lines = [json.loads(line) for line in (tmp_path / "spice_subset.jsonl").read_text().splitlines()]
-    assert lines == subset.to_list()
+    assert lines == subset.dataset.to_list()
     entry = json.loads((tmp_path / "dataset_info.json").read_text())["spice_subset"]
     assert entry["file_name"] == "spice_subset.jsonl"
     pools = read_records(tmp_path, "selections")

@@ -17,6 +17,7 @@ from spice_trainer import (
     ProxyModel,
     SpiceCallback,
     SpiceConfig,
+    SpiceHandle,
     SpiceSampler,
     SpiceTrainer,
     SpiceTrainerMixin,
@@ -162,11 +163,34 @@ def test_attaching_twice_with_other_settings_is_refused(tmp_path: Path) -> None:
         detach_spice(trainer)
 
 
+def test_the_handle_knows_the_run_and_detaches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    handle = attach_spice(trainer, CONFIG, verify=False)
+    # 55 rows are six steps of ten candidates, the last of five.
+    assert isinstance(handle, SpiceHandle) and handle.sampler.config == CONFIG
+    assert (handle.plan.num_rows, handle.plan.total_steps, handle.plan.num_processes) == (55, 6, 1)
+    assert handle.plan.feature_bytes == 10 * handle.plan.num_features * 4 and handle.totals.num_steps == 0
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert handle.plan.total_steps == 2
+    assert (handle.totals.num_steps, handle.totals.num_selected, handle.totals.num_candidates) == (2, 8, 20)
+    handle.detach()
+    assert not hasattr(trainer, "_spice")
+    with pytest.raises(ValueError, match="SPICE is not attached to this trainer, so there is nothing to detach"):
+        handle.detach()
+    other = attach_spice(trainer, CONFIG, verify=False)
+    assert other is not handle
+    with pytest.raises(ValueError, match="nothing to detach"):
+        handle.detach()
+    assert trainer._spice.handle is other, "an old handle detached what came after it"
+    other.detach()
+
+
 def test_attaching_twice_with_the_same_settings_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(tmp_path, spice=CONFIG)
     hooks, before = trainer._spice, trainer_state(trainer)
-    attach_spice(trainer, replace(CONFIG))
-    attach_spice(trainer, SpiceSampler(CONFIG))
+    handles = [attach_spice(trainer, replace(CONFIG)), attach_spice(trainer, SpiceSampler(CONFIG))]
+    assert handles == [hooks.handle, hooks.handle]
     assert trainer._spice is hooks and trainer_state(trainer) == before
     assert "attached to this trainer already, with the same settings" in caplog.text
     trainer.train()

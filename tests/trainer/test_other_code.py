@@ -103,7 +103,7 @@ def test_a_sampler_of_the_users_is_replaced_with_a_warning(
     }
     said = f"SPICE: {names.get(case)} keeps its dataset and collator, but the order of its rows is replaced by"
     assert [text.startswith(said) for text in warnings_of(caplog)] == ([True] if case in names else [])
-    assert trainer._spice.callback.plan is None
+    assert trainer._spice.callback.dataset_fingerprint is None
     trainer.train()
     num_rows = 30 if case in ("loader", "bound") else 55
     candidates = [row for line in read_records(tmp_path, "pools") for row in line["candidates"]]
