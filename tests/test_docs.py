@@ -177,7 +177,7 @@ def test_code_runs(block: str, prelude: dict[str, Any], tiny_folder: str) -> Non
     names = run(block, prelude, tiny_folder)
     trainer = names["trainer"]
     if "attach_spice" in block:
-        assert trainer._spice is not None
+        assert hasattr(trainer, "_spice") != ("detach()" in block)
     if "trainer.train()" in block:
         assert trainer.state.global_step > 0
 
