@@ -1,4 +1,4 @@
-"""Checks of what a collator makes of dataset rows, with errors that name the row, the likely cause and the fix.
+"""Checks of datasets and of what a collator makes of their rows, with errors that name the row, the likely cause and the fix.
 
 Without them a row that doesn't fit shows as an index error within the model, on a GPU as a failed assertion that ends
 the process, or not at all.
@@ -7,14 +7,14 @@ the process, or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.data.rows import MAX_LISTED, CandidateRow, name_of
+from spice_trainer.data.rows import MAX_LISTED, CandidateRow, DataCollator, name_of
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
@@ -47,6 +47,20 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError(
             "The training dataset has 0 rows, so there is nothing to select from. Check the filters and the split "
             "that made it."
+        )
+
+
+def check_is_rows(dataset: Any) -> None:
+    """Raises `TypeError` unless this is a sequence of rows: a dict of splits and a stream have no row numbers."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"The dataset is a {type(dataset).__name__} of {sorted(map(str, dataset))}, not a sequence of rows. Fix: "
+            'give one split, such as dataset["train"].'
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"The dataset is a {type(dataset).__name__}, which has no length or no rows by number; a stream cannot be "
+            "selected from by row. Fix: load it without streaming=True, or give a list of dicts."
         )
 
 
@@ -115,9 +129,7 @@ def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) ->
     )
 
 
-def check_collator(
-    dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, num_rows: int, device: torch.device
-) -> None:
+def check_collator(dataset: Any, collate: DataCollator, *, num_rows: int, device: torch.device) -> None:
     """Tries the collator on rows together, as training will, and warns if a row comes out differently each time."""
     number = min(num_rows, MAX_LISTED, len(dataset))
     indices = [position * len(dataset) // number for position in range(number)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from spice_trainer.data.checks import check_is_rows
 from spice_trainer.data.json_values import canonical_line
 from spice_trainer.data.rows import fetch_rows
 from spice_trainer.utils.random import preserved_random_state
@@ -82,20 +83,6 @@ def fingerprint_rows(dataset: Any, *, device: torch.device) -> str | None:
             except TypeError:
                 return None
     return found.pop() if len(found) == 1 else None
-
-
-def check_is_rows(dataset: Any) -> None:
-    """Raises `TypeError` unless this is a sequence of rows: a dict of splits and a stream have no row numbers."""
-    if isinstance(dataset, Mapping):
-        raise TypeError(
-            f"The dataset is a {type(dataset).__name__} of {sorted(map(str, dataset))}, not a sequence of rows. Fix: "
-            'give one split, such as dataset["train"].'
-        )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"The dataset is a {type(dataset).__name__}, which has no length or no rows by number; a stream cannot be "
-            "selected from by row. Fix: load it without streaming=True, or give a list of dicts."
-        )
 
 
 def spread_positions(length: int, maximum: int) -> list[int]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from spice_trainer.utils.random import preserved_random_state
 
+DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+
 # Looked at before a run starts.
 SAMPLE_ROWS = 32
 
@@ -80,7 +82,7 @@ class TargetRows:
     """
 
     dataset: Any
-    collate: Callable[[list[Any]], Mapping[str, Any]]
+    collate: DataCollator
     processing_class: Any = None
     raw_dataset: Any = None
     tokenization: Mapping[str, Any] = field(default_factory=dict)
@@ -95,9 +97,7 @@ def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
     return [dataset[index] for index in indices]
 
 
-def collate_row(
-    index: int, row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str = TRAINING
-) -> CandidateRow:
+def collate_row(index: int, row: Any, collate: DataCollator, *, source: str = TRAINING) -> CandidateRow:
     """Collates one dataset row alone; `source` is what it is a row of, for messages."""
     batch = collate_alone(row, collate, where=f"row {index} of the {source}")
     labels = batch.pop("labels")
@@ -125,7 +125,7 @@ def collate_row(
     )
 
 
-def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, where: str) -> dict[str, Any]:
+def collate_alone(row: Any, collate: DataCollator, *, where: str) -> dict[str, Any]:
     """Collates one dataset row into `input_ids` and `labels` `(1, S)` and what else there is, and checks them."""
     try:
         made: Any = collate([row])
@@ -157,9 +157,7 @@ def collate_alone(row: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *
     return batch
 
 
-def sample_rows(
-    dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, device: torch.device
-) -> list[CandidateRow]:
+def sample_rows(dataset: Any, collate: DataCollator, *, device: torch.device) -> list[CandidateRow]:
     """At most `SAMPLE_ROWS` rows spread over a dataset, collated without touching any random state."""
     number = min(SAMPLE_ROWS, len(dataset))
     indices = [position * len(dataset) // number for position in range(number)]

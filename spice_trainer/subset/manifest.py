@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from spice_trainer.data.fingerprints import check_is_rows, fingerprint_dataset
+from spice_trainer.data.checks import check_is_rows
+from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.rows import fetch_rows
 from spice_trainer.recording.records import SelectedRow as SelectedRow
 
