@@ -1,4 +1,4 @@
-"""Checks of datasets and of what a collator makes of their rows, with errors that name the row, the likely cause and the fix.
+"""Checks of datasets and of their collated rows, with errors that name the row, the likely cause and the fix.
 
 Without them a row that doesn't fit shows as an index error within the model, on a GPU as a failed assertion that ends
 the process, or not at all.
