@@ -12,7 +12,8 @@ No package is imported here: what is not loaded cannot be part of a model.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,17 +26,36 @@ from spice_trainer.utils.logging import logger
 _EXACT_INT8_DEVICES = ("cpu", "xpu")
 
 
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which gradients are taken: nothing compiled, every module in evaluation mode but quantised ones.
+
+    Raises a RuntimeError for 4-bit layers through which no gradient passes.
+    """
+    check_quantized_layers(model)
+    with uncompiled(model), module_modes(model, training_flag_for_scoring):
+        yield
+
+
+@contextmanager
+def module_modes(model: nn.Module, choose_mode: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Context in which each module has the `training` flag that is chosen for it; its own comes back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
+        for module, _ in modes:
+            module.training = choose_mode(module)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Context in which the compiled parts of a model run as plain Python. What was compiled stays compiled.
 
     `TrainingArguments(torch_compile=True)` needs no such context: the trainer compiles a wrapper around the model, and
     scoring calls the model. It serves models that are compiled in place (`model.compile()`) or handed over compiled.
-
-    Args:
-        model (`torch.nn.Module`): The model that scores.
-
-    Returns:
-        `contextlib.AbstractContextManager`
     """
     compiler = sys.modules.get("torch._dynamo")
     if compiler is None:
@@ -53,12 +73,6 @@ def training_flag_for_scoring(module: nn.Module) -> bool:
 
     On a CPU bitsandbytes' layers run other kernels in evaluation mode: 4-bit weights are repacked in place for a
     product through which no gradient passes, and 8-bit layers round activations, which they don't when they train.
-
-    Args:
-        module (`torch.nn.Module`): A module of the model that scores.
-
-    Returns:
-        `bool`
     """
     return _is_quantized(module, "Linear4bit", "Linear8bitLt")
 
@@ -68,12 +82,6 @@ def needs_whole_graph(model: nn.Module) -> bool:
 
     FSDP1 and ZeRO-3 gather a module's weights in the backward when a gradient reaches its outputs, and let go of them
     when one reaches its inputs: they fail where only one of the two happens. FSDP2 does not need it.
-
-    Args:
-        model (`torch.nn.Module`): The model that scores.
-
-    Returns:
-        `bool`
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
@@ -85,24 +93,15 @@ def rows_influence_each_other(model: nn.Module) -> bool:
     """Whether a row's gradient depends on its batch mates and padding, so that rows must be scored one at a time.
 
     LLM.int8() computes the feature columns in which any token of the batch exceeds `llm_int8_threshold` in float16
-    and rounds the others to 8 bits: one row's outliers decide how every row is rounded.
-
-    Args:
-        model (`torch.nn.Module`): The model that scores, on the device where it trains.
-
-    Returns:
-        `bool`
+    and rounds the others to 8 bits: one row's outliers decide how every row is rounded. Ask once the model is on the
+    device where it trains.
     """
     layers: list[Any] = [module for module in model.modules() if _is_quantized(module, "Linear8bitLt")]
     return any(layer.state.threshold > 0 and layer.weight.device.type not in _EXACT_INT8_DEVICES for layer in layers)
 
 
 def warn_of_quantization(model: nn.Module) -> None:
-    """Says so where rows are scored one at a time.
-
-    Args:
-        model (`torch.nn.Module`): The model that scores, on the device where it trains.
-    """
+    """Says so where rows are scored one at a time."""
     if rows_influence_each_other(model):
         logger.warning(
             "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short. The 8-bit layers "
@@ -113,14 +112,7 @@ def warn_of_quantization(model: nn.Module) -> None:
 
 
 def check_quantized_layers(model: nn.Module) -> None:
-    """Refuses 4-bit layers in bitsandbytes' inference format for CPUs, through which no gradient passes.
-
-    Args:
-        model (`torch.nn.Module`): The model that scores.
-
-    Raises:
-        RuntimeError: If a layer was converted, by name.
-    """
+    """Refuses 4-bit layers in bitsandbytes' inference format for CPUs, through which no gradient passes."""
     for name, module in model.named_modules():
         if not _is_quantized(module, "Linear4bit"):
             continue
@@ -134,14 +126,7 @@ def check_quantized_layers(model: nn.Module) -> None:
 
 
 def changes_when_training_begins(args: Any) -> bool:
-    """Whether `trainer.train()` replaces parts of the model, which makes a check at attach time tell nothing.
-
-    Args:
-        args (`transformers.TrainingArguments`): The trainer's arguments.
-
-    Returns:
-        `bool`
-    """
+    """Whether `trainer.train()` replaces parts of the model, which makes a check at attach time tell nothing."""
     return bool(getattr(args, "use_liger_kernel", False))
 
 

@@ -3,13 +3,14 @@
     ids ─ embedding, detached ─ layers ─ head at label positions, in chunks ─ ℓ_n
                                        └ or logits of the columns that carry a label ─ ℓ_n
 
-The first way is for models whose logits are their head's output (module `label_head`); the other is for all others.
+The first way is for models whose logits are their head's output; the other is for all others.
 
 Axes: N samples, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,44 +19,59 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_trainer.gradients.label_head import LabelHead, sample_losses
-from spice_trainer.gradients.lora import forward_parameters
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model within PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The layer that takes the token ids."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes; PEFT's own is (*args, **kwargs), so the base model's tells."""
+    return inspect.signature(base_model(model).forward).parameters
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The input that switches a cache off: with one, models do not tell the documents of a packed row apart."""
+    return {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
+
+
+def move_inputs(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Model inputs with their tensors on a device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def logits_of(outputs: Any) -> Float[Tensor, "N S V"]:
+    """The logits in what a model's forward returned."""
+    logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+    return logits
 
 
 class ForwardLosses:
-    """Runs a model's forward for the losses of its labels.
-
-    Args:
-        model (`torch.nn.Module`): The causal language model, without its DDP or DeepSpeed wrapper.
-        takes_head (`bool`, *optional*, defaults to `True`): Whether something may stand in for the model's head.
-    """
+    """Runs a model's forward for the losses of its labels, with a stand-in for its head unless `takes_head` is off."""
 
     def __init__(self, model: nn.Module, *, takes_head: bool = True) -> None:
         self.model = model
         self.head = LabelHead.of(model) if takes_head else None
-        parameters = forward_parameters(model)
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._extra_inputs = {"use_cache": False} if "use_cache" in parameters else {}
+        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
+        self._extra_inputs = without_cache(model)
         self._saw_embedding = False
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Hooks the model's embedding and head; removing the handles undoes it."""
-        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        handles = [embedding.register_forward_hook(self._detach_embedded)]
+        handles = [input_embedding(self.model).register_forward_hook(self._detach_embedded)]
         return handles if self.head is None else handles + self.head.attach()
 
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> tuple[Float[Tensor, "N"], Tensor]:
-        """Runs a forward, while the hooks are attached.
+        """Mean loss of each sample's labels in float32, 0 without any, and the logits of some positions at least.
 
-        Args:
-            inputs (`Mapping[str, Any]`): Model inputs without labels.
-            labels (`torch.Tensor` of shape `(N, S)`): Token labels, unshifted, −100 where no loss is taken.
-
-        Returns:
-            `tuple`: The mean loss of each sample's labels in float32, 0 for a sample without any, and the model's
-            logits, of some positions at least.
-
-        Raises:
-            RuntimeError: If the model's input embedding was not called.
+        The labels are unshifted, −100 where no loss is taken. Call it while the hooks are attached.
         """
         targets = labels[:, 1:]
         mask = targets != -100
@@ -91,8 +107,7 @@ class ForwardLosses:
                 "The model's input embedding was not called while scoring, so no gradient can be taken. SPICE "
                 "scores token ids: it cannot score a model that is fed `inputs_embeds`."
             )
-        logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-        return logits
+        return logits_of(outputs)
 
     def _detach_embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # PEFT lets it require a gradient where a model trains with checkpointing.

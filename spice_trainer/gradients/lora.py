@@ -1,24 +1,24 @@
-"""Finds the trainable LoRA layers of a model, and refuses by name what cannot be scored.
+"""Finds the trainable LoRA layers of a model, chooses those to score by, and refuses by name what cannot be scored.
 
 A sample gradient of the paper is taken with respect to the trainable LoRA weights. What trains beside them (norms,
-embeddings, `modules_to_save`, DoRA magnitudes, expert parameters) has no linear layer whose input and output gradient
-give its sample gradient, so a model that trains it is refused rather than scored on part of its gradient.
+embeddings, `modules_to_save`, DoRA magnitudes, expert parameters) is of no kind of layer whose sample gradient is
+known, so a model that trains it is refused rather than scored on part of its gradient.
 
-Which of the trainable LoRA layers candidates are scored by: all, those of the last layers, or those of some names.
+Gradients of the last layers need no backward below them, and gradients of fewer modules need fewer products:
 
     model.layers.27.self_attn.q_proj.lora_A.default
                  └ layer            └ what `scoring_target_modules` names
-
-Gradients of the last layers need no backward below them, and gradients of fewer modules need fewer products.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+
+from spice_trainer.gradients.forward import base_model
+from spice_trainer.gradients.layers.registry import layer_kind
 
 _OUTSIDE = "parameters outside the adapter; freeze them with `requires_grad_(False)`"
 _VARIANT_OPTIONS = {"Dora": "DoRA (`use_dora`)", "ALora": "aLoRA (`alora_invocation_tokens`)"}
@@ -26,13 +26,17 @@ _OTHER_TASKS = tuple(
     f"For{task}"
     for task in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 )
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+_ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
+# Names listed in an error.
+_MAX_LISTED = 8
 
 
 class UnsupportedModelError(ValueError):
     """The model trains something whose sample gradients SPICE cannot compute."""
 
 
-def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
+def find_lora_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Trainable `lora_A`/`lora_B` layers by their full name, in the order of `model.named_modules()`.
 
     Call it before the model is wrapped or sharded: `requires_grad` is read from the layers' own parameters.
@@ -42,21 +46,21 @@ def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
             A PEFT model with a LoRA adapter.
 
     Returns:
-        `dict[str, torch.nn.Linear]`
+        `dict[str, torch.nn.Module]`
 
     Raises:
         UnsupportedModelError: If nothing trains, if anything but plain LoRA linear layers trains, or if a LoRA layer
             is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
     """
     _check_predicts_next_tokens(model)
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Module] = {}
     refused: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         trainable = [key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not trainable:
             continue
         is_lora = ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
-        if is_lora and isinstance(module, nn.Linear):
+        if is_lora and layer_kind(module) is not None:
             reason = _refuse_layer(model, name)
             if reason is None:
                 found[name] = module
@@ -90,7 +94,7 @@ def find_lora_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _check_predicts_next_tokens(model: nn.Module) -> None:
     """Refuses models that were loaded for another task, whose logits say nothing of the next token."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     name = type(base).__name__
     get_head = getattr(base, "get_output_embeddings", None)
     is_headless = name.endswith("Model") and "LMHead" not in name and callable(get_head) and get_head() is None
@@ -139,35 +143,14 @@ def _refuse_parameter(name: str) -> str:
     return _OUTSIDE
 
 
-def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the model's forward takes; PEFT's own is (*args, **kwargs), so the base model's tells."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return inspect.signature(base.forward).parameters
-
-
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
-_ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
-# Names listed in an error.
-_MAX_LISTED = 8
-
-
 def choose_modules(
-    modules: Mapping[str, nn.Linear], *, layers: int | None = None, target_modules: Sequence[str] | None = None
-) -> dict[str, nn.Linear]:
-    """Chooses the LoRA layers that candidates are scored by.
+    modules: Mapping[str, nn.Module], *, layers: int | None = None, target_modules: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """The LoRA layers that candidates are scored by, in the order of `modules`.
 
-    Args:
-        modules (`Mapping[str, torch.nn.Linear]`): All trainable ones by name, from
-            [`find_lora_modules`].
-        layers (`int`, *optional*): Those of the last so many of the model's layers that train.
-        target_modules (`Sequence[str]`, *optional*): Those whose adapted module has one of these names, or a name that
-            ends with one of them.
-
-    Returns:
-        `dict[str, torch.nn.Linear]`: In the order of `modules`.
-
-    Raises:
-        ValueError: If a name fits none, names and layers have none in common, or the layers have no numbers.
+    `layers` keeps those of the last so many of the model's layers that train; `target_modules` those whose adapted
+    module has one of these names, or a name that ends with one of them. Raises a ValueError if a name fits none, names
+    and layers have none in common, or the layers have no numbers.
     """
     chosen = dict(modules)
     if layers is not None:
@@ -213,7 +196,7 @@ def _is_named(name: str, target: str) -> bool:
     return adapted == target or adapted.endswith("." + target)
 
 
-def _listed(modules: Mapping[str, nn.Linear]) -> str:
+def _listed(modules: Mapping[str, nn.Module]) -> str:
     names = list(dict.fromkeys(_adapted_module(name).rpartition(".")[2] for name in modules))
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(repr(name) for name in names[:_MAX_LISTED]) + more

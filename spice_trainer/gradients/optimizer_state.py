@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers import trainable_bias
+from spice_trainer.gradients.layers.registry import scored_layers
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def layer_states(optimizer: Any, modules: Mapping[str, nn.Linear], *, setting: str) -> list[LayerState]:
+def layer_states(optimizer: Any, modules: Mapping[str, nn.Module], *, setting: str) -> list[LayerState]:
     """Looks up some layers.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
-        modules (`Mapping[str, torch.nn.Linear]`): The layers.
+        modules (`Mapping[str, torch.nn.Module]`): The layers.
         setting (`str`): The setting that asks, with its value, for the message.
 
     Returns:
@@ -94,15 +94,15 @@ def layer_states(optimizer: Any, modules: Mapping[str, nn.Linear], *, setting: s
     """
     groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
     found = []
-    for name, module in modules.items():
-        weights = [module.weight, module.bias] if trainable_bias(module) else [module.weight]
-        if not all(id(weight) in groups for weight in weights):
+    for layer in scored_layers(modules):
+        if not all(id(weight) in groups for weight in layer.parameters):
             raise ValueError(
-                f"SpiceConfig: {setting} needs the optimizer's state of the LoRA layer {name!r}, and "
+                f"SpiceConfig: {setting} needs the optimizer's state of the LoRA layer {layer.name!r}, and "
                 f"{type(optimizer).__name__} does not train it. Fix: give the optimizer all trainable weights of the "
                 f"model that scores, or leave {setting.partition('=')[0]} out."
             )
-        found.append(LayerState(groups[id(module.weight)], [optimizer.state.get(weight) or {} for weight in weights]))
+        states = [optimizer.state.get(weight) or {} for weight in layer.parameters]
+        found.append(LayerState(groups[id(layer.parameters[0])], states))
     return found
 
 
@@ -156,10 +156,10 @@ class AdamMoments:
 
     Args:
         get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Linear]`): The layers.
+        modules (`Mapping[str, torch.nn.Module]`): The layers.
     """
 
-    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Module]) -> None:
         self.get_optimizer = get_optimizer
         self.modules = modules
 
@@ -217,10 +217,10 @@ class OptimizerMomentum:
 
     Args:
         get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Linear]`): The layers.
+        modules (`Mapping[str, torch.nn.Module]`): The layers.
     """
 
-    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Module]) -> None:
         self.get_optimizer = get_optimizer
         self.modules = modules
 

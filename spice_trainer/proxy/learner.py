@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.distributed import Processes
+from spice_trainer.gradients.forward import forward_parameters
 from spice_trainer.gradients.label_head import sample_losses
-from spice_trainer.gradients.lora import forward_parameters
 from spice_trainer.scoring.micro_batches import share_micro_batches
 from spice_trainer.scoring.out_of_memory import TokenBudget, fits_in_memory, learning_error
 from spice_trainer.utils.logging import logger

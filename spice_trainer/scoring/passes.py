@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.layers import trainable_size
+from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.sketch import GradientSketch
@@ -39,7 +39,7 @@ class ScoringPasses:
 
     Args:
         get_model (`Callable[[], torch.nn.Module]`): Gives the model to score with at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Linear]`): The layers whose gradients are taken.
+        modules (`Mapping[str, torch.nn.Module]`): The layers whose gradients are taken.
         sketch_dim (`int`): Numbers kept of each gradient; 0 keeps all.
         tokens_per_batch (`int`): Tokens of a micro-batch, padding included.
         seed (`int`): Seed of the sketch.
@@ -52,7 +52,7 @@ class ScoringPasses:
     def __init__(
         self,
         get_model: Callable[[], nn.Module],
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, nn.Module],
         *,
         sketch_dim: int,
         tokens_per_batch: int,
@@ -70,7 +70,7 @@ class ScoringPasses:
         self._autocast = autocast
         self._moments = moments
         self._momentum = momentum
-        self._sizes = [trainable_size(module) for module in self.modules.values()]
+        self._sizes = [layer.num_coordinates for layer in scored_layers(self.modules)]
         self.dimension = sum(self._sizes)
         self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
         self._seed = seed

@@ -48,7 +48,7 @@ class GradientScorer:
     Args:
         get_model (`Callable[[], torch.nn.Module]`):
             Gives the model to score with at the moment of scoring, unwrapped from DDP or DeepSpeed.
-        modules (`Mapping[str, torch.nn.Linear]`): Its trainable LoRA layers, among which the settings may choose.
+        modules (`Mapping[str, torch.nn.Module]`): Its trainable LoRA layers, among which the settings may choose.
         dataset (`Any`): Training rows by index.
         collate (`Callable`): The trainer's collator.
         config ([`SpiceConfig`]): Normalisation, sketch and micro-batch size.
@@ -61,7 +61,7 @@ class GradientScorer:
     def __init__(
         self,
         get_model: Callable[[], nn.Module],
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, nn.Module],
         *,
         dataset: Any,
         collate: Callable[[list[Any]], Mapping[str, Any]],

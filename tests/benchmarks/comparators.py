@@ -53,7 +53,7 @@ class Opener(Protocol):
     def __call__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, nn.Module],
         micro_batches: Sequence[MicroBatch],
         *,
         label_columns: bool = False,
@@ -71,7 +71,7 @@ class Comparator:
 class GradientTable:
     """The gradients of all rows, filled a module and a micro-batch at a time."""
 
-    def __init__(self, modules: Mapping[str, nn.Linear], micro_batches: Sequence[MicroBatch]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], micro_batches: Sequence[MicroBatch]) -> None:
         self.columns: dict[str, slice] = {}
         stop = 0
         for name, module in modules.items():
@@ -102,7 +102,7 @@ def summed_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor
 @contextmanager
 def opacus_gradients(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, nn.Module],
     micro_batches: Sequence[MicroBatch],
     *,
     label_columns: bool = False,
@@ -130,7 +130,7 @@ def opacus_gradients(
 @contextmanager
 def bergson_gradients(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, nn.Module],
     micro_batches: Sequence[MicroBatch],
     *,
     label_columns: bool = False,
@@ -199,7 +199,7 @@ def bergson_gradients(
 @contextmanager
 def dattri_gradients(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, nn.Module],
     micro_batches: Sequence[MicroBatch],
     *,
     label_columns: bool = False,

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers import trainable_size
+from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.sketch import GradientSketch
@@ -101,10 +101,10 @@ def train(model: nn.Module, rows: list[Row], *, batch_size: int, seed: int) -> N
 class FidelitySink:
     """Keeps exact gradients, folded sketches and one-sided projections of the rows in `rows`."""
 
-    def __init__(self, modules: dict[str, nn.Linear], num_rows: int, *, seed: int) -> None:
+    def __init__(self, modules: dict[str, nn.Module], num_rows: int, *, seed: int) -> None:
         self.rows = slice(0, 0)
         self._names, self._shapes = list(modules), [(m.out_features, m.in_features) for m in modules.values()]
-        sizes = [trainable_size(module) for module in modules.values()]
+        sizes = [layer.num_coordinates for layer in scored_layers(modules)]
         self._blocks = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), np.cumsum(sizes).tolist(), strict=True))
         self.exact = torch.zeros(num_rows, sum(sizes))
         self._sketches = {dim: GradientSketch(sizes, dim, seed=seed) for dim in SKETCH_DIMS}

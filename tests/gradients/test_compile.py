@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-import spice_trainer.gradients.per_sample
+import spice_trainer.gradients.backends
 from spice_trainer.gradients.backends import uncompiled
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -118,7 +118,7 @@ def test_models_compiled_by_their_user(compile_model: Callable[[nn.Module], nn.M
 
 def test_without_the_context_hooks_would_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above would miss if nothing could be compiled while scoring."""
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "uncompiled", lambda model: torch.enable_grad())
+    monkeypatch.setattr(spice_trainer.gradients.backends, "uncompiled", lambda model: torch.enable_grad())
     model = compile_layer(add_lora(tiny_model(num_hidden_layers=1), target_modules=["q_proj"]))
     with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
         sample_gradients.compute(*collate(example_rows()), CollectingSink())

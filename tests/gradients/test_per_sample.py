@@ -1,4 +1,4 @@
-"""Sample gradients against one-sample-at-a-time autograd, and the traces that scoring must not leave."""
+"""Sample gradients against one-sample-at-a-time autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from spice_trainer.gradients.label_head import sample_losses
-from spice_trainer.gradients.layers import module_gradients, trainable_size
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
@@ -262,27 +261,6 @@ def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
     assert all(float(gradients.abs().max()) == 0 for gradients in found)
 
 
-def test_module_gradients_equal_explicit_sums() -> None:
-    inputs, deltas = torch.randn(3, 5, 4), torch.randn(3, 5, 2)
-    expected = torch.zeros(3, 2 * 4 + 2)
-    for n in range(3):
-        for s in range(5):
-            for o in range(2):
-                for i in range(4):
-                    expected[n, o * 4 + i] += deltas[n, s, o] * inputs[n, s, i]
-                expected[n, 8 + o] += deltas[n, s, o]
-    torch.testing.assert_close(module_gradients(inputs, deltas, bias=True), expected)
-    torch.testing.assert_close(module_gradients(inputs, deltas), expected[:, :8])
-
-
-def test_low_precision_products_accumulate_in_float32() -> None:
-    inputs, deltas = torch.randn(1, 4000, 1).abs().bfloat16(), torch.ones(1, 4000, 1).bfloat16()
-    found = module_gradients(inputs, deltas, bias=True)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found[0, 0].double(), inputs.double().sum(), rtol=1e-6, atol=0)
-    assert found[0, 1] == 4000
-
-
 def test_sample_losses_equal_a_loop() -> None:
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 4, -100], [-100, -100, 2]])
     log_probabilities = logits.log_softmax(-1)
@@ -291,14 +269,6 @@ def test_sample_losses_equal_a_loop() -> None:
         -log_probabilities[1, 2, 2],
     ]
     torch.testing.assert_close(sample_losses(logits, targets, targets != -100), torch.stack(expected))
-
-
-def test_trainable_size_counts_a_bias_only_if_it_trains() -> None:
-    layer = nn.Linear(3, 2)
-    assert trainable_size(layer) == 8
-    layer.bias.requires_grad_(False)
-    assert trainable_size(layer) == 6
-    assert trainable_size(nn.Linear(3, 2, bias=False)) == 6
 
 
 def test_one_context_serves_many_batches() -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import spice_trainer.gradients.per_sample
+import spice_trainer.gradients.backends
 import spice_trainer.gradients.verification
 import spice_trainer.scoring.scorer
 from spice_trainer import attach_spice
@@ -24,6 +24,7 @@ from spice_trainer.gradients.backends import (
     training_flag_for_scoring,
     warn_of_quantization,
 )
+from spice_trainer.gradients.layers.linear import LinearLayer
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.verification import TOLERANCES, verify_gradients
@@ -154,11 +155,9 @@ def test_the_check_at_attach_time(folder: Path, bits: int, prepare: bool, tmp_pa
 def test_the_check_still_catches_a_wrong_gradient(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_quantized(folder, 4)
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
-    right = spice_trainer.gradients.per_sample.module_gradients
+    right = LinearLayer.sample_gradients
     factor = 1 + 4 * TOLERANCES[torch.bfloat16]
-    monkeypatch.setattr(
-        spice_trainer.gradients.per_sample, "module_gradients", lambda *args, **kwargs: factor * right(*args, **kwargs)
-    )
+    monkeypatch.setattr(LinearLayer, "sample_gradients", lambda *args: factor * right(*args))
     with pytest.raises(RuntimeError, match="differs from autograd's by"):
         verify_gradients(model, find_lora_modules(model), rows, device=torch.device("cpu"))
 
@@ -209,7 +208,7 @@ def test_the_inference_format_is_what_an_evaluation_leaves(folder: Path) -> None
 def test_outliers_of_a_row_change_how_the_others_are_rounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why 8-bit rows are scored alone where activations are rounded, as on a GPU; evaluation mode rounds here too."""
     model, rows = load_quantized(folder, 8), example_rows()
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "training_flag_for_scoring", lambda module: False)
+    monkeypatch.setattr(spice_trainer.gradients.backends, "training_flag_for_scoring", lambda module: False)
     _, together = batched_gradients(model, rows)
     _, expected = looped_gradients(model, rows)
     assert relative_error(together, expected) > 1e-3

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import spice_trainer.gradients.per_sample
 from spice_trainer.data.rows import collate_row
-from spice_trainer.gradients.layers import module_gradients
+from spice_trainer.gradients.layers.linear import LinearLayer
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.verification import GradientMismatchError, verify_directions
 from tests.gradients.test_verification import _bypass_both, _call_twice_on_halves, _flatten_batch, _mix_rows
@@ -72,12 +71,14 @@ def test_models_that_the_hooks_cannot_follow_are_caught(
 @pytest.mark.parametrize("factor", [1.1, -1.0, 0.0, float("nan")])
 @pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
 def test_a_wrong_gradient_is_caught(matrix: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled(inputs: Tensor, output_gradients: Tensor, *, bias: bool = False) -> Tensor:
+    right = LinearLayer.sample_gradients
+
+    def scaled(self: LinearLayer, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         is_matrix_a = output_gradients.shape[-1] == 4
-        gradients = module_gradients(inputs, output_gradients, bias=bias)
+        gradients = right(self, inputs, output_gradients)
         return gradients * factor if is_matrix_a == (matrix == "lora_A") else gradients
 
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "module_gradients", scaled)
+    monkeypatch.setattr(LinearLayer, "sample_gradients", scaled)
     with pytest.raises(GradientMismatchError, match=f"{matrix}.*differs from autograd's"):
         verify_two_rows(tiny_lora_model())
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import spice_trainer.gradients.per_sample
 from spice_trainer.data.rows import CandidateRow, collate_row
-from spice_trainer.gradients.layers import module_gradients
+from spice_trainer.gradients.layers.linear import LinearLayer
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.verification import GradientMismatchError, verify_gradients
 from tests.support.models import PlainLanguageModel, add_lora, enable_checkpointing, tiny_lora_model, tiny_model
@@ -107,11 +106,8 @@ def test_a_layer_called_more_than_once_is_followed() -> None:
 def test_a_wrong_gradient_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora_model()
     assert _verify(model) < 1e-5
-    monkeypatch.setattr(
-        spice_trainer.gradients.per_sample,
-        "module_gradients",
-        lambda *args, **kwargs: factor * module_gradients(*args, **kwargs),
-    )
+    right = LinearLayer.sample_gradients
+    monkeypatch.setattr(LinearLayer, "sample_gradients", lambda *args: factor * right(*args))
     with pytest.raises(GradientMismatchError, match=r"by \S+ of the gradient's norm \(row 0 of the training dataset"):
         _verify(model)
 
@@ -122,12 +118,14 @@ def test_a_wrong_gradient_of_a_fresh_adapter_is_caught(matrix: str, monkeypatch:
     model = tiny_lora_model(randomize=False)
     before = model_state(model)
 
-    def scaled(inputs: Tensor, output_gradients: Tensor, *, bias: bool = False) -> Tensor:
+    right = LinearLayer.sample_gradients
+
+    def scaled(self: LinearLayer, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         is_matrix_a = output_gradients.shape[-1] == 4
-        gradients = module_gradients(inputs, output_gradients, bias=bias)
+        gradients = right(self, inputs, output_gradients)
         return gradients * 1.5 if is_matrix_a == (matrix == "lora_A") else gradients
 
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "module_gradients", scaled)
+    monkeypatch.setattr(LinearLayer, "sample_gradients", scaled)
     with pytest.raises(GradientMismatchError, match=matrix):
         _verify(model)
     assert model_state(model) == before
@@ -138,11 +136,13 @@ def test_one_wrong_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = find_lora_modules(model)
     wrong = next(name for name in modules if "layers.1.mlp.down_proj.lora_A" in name)
 
-    def scaled(inputs: Tensor, output_gradients: Tensor, *, bias: bool = False) -> Tensor:
-        gradients = module_gradients(inputs, output_gradients, bias=bias)
+    right = LinearLayer.sample_gradients
+
+    def scaled(self: LinearLayer, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+        gradients = right(self, inputs, output_gradients)
         return gradients * 1.1 if gradients.shape[1] == modules[wrong].weight.numel() else gradients
 
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "module_gradients", scaled)
+    monkeypatch.setattr(LinearLayer, "sample_gradients", scaled)
     sizes = [name for name, module in modules.items() if module.weight.numel() == modules[wrong].weight.numel()]
     with pytest.raises(GradientMismatchError) as caught:
         _verify(model)

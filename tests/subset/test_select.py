@@ -218,11 +218,11 @@ def test_tokenised_rows_without_labels_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_gradient_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import spice_trainer.gradients.per_sample
+    from spice_trainer.gradients.layers.linear import LinearLayer
     from spice_trainer.gradients.verification import GradientMismatchError
 
-    original = spice_trainer.gradients.per_sample.module_gradients
-    monkeypatch.setattr(spice_trainer.gradients.per_sample, "module_gradients", lambda *a, **k: original(*a, **k) * 2)
+    original = LinearLayer.sample_gradients
+    monkeypatch.setattr(LinearLayer, "sample_gradients", lambda *args: original(*args) * 2)
     with pytest.raises(GradientMismatchError):
         select(tmp_path)
     assert not any(tmp_path.iterdir())

@@ -71,7 +71,7 @@ class CollectingSink:
 
 
 def batched_gradients(
-    model: nn.Module, rows: Sequence[Row], *, extra_padding: int = 0, modules: Mapping[str, nn.Linear] | None = None
+    model: nn.Module, rows: Sequence[Row], *, extra_padding: int = 0, modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses and, per module, the sample gradients `(N, D_l)` of one batch."""
     sink = CollectingSink()
