@@ -1,14 +1,4 @@
-"""Takes the place of a model's head while it is scored, so that logits exist at label positions alone, in chunks.
-
-    z_p = W h_p + b  →  ℓ_p, ∂ℓ_p/∂h_p  →  z_p dropped        (module `label_losses`)
-
-A hook on the head does it within the model's own forward, where its weights are there also if they are sharded, and
-lets the head itself see one position a sample. Models that change logits behind their head (soft caps, scales, hooks)
-show by logits that are not W h + b: one forward finds that out before the first pass, and is not repeated.
-
-Axes: N samples, S tokens, P label positions of all samples, V vocabulary.
-
-Losses at label positions straight from the hidden states that the head reads, a chunk of positions at a time.
+r"""Losses at label positions straight from the hidden states that a head reads, a chunk of positions at a time.
 
 For the hidden state h_p before a label y_p and a plain head z = W h (+ b) over V tokens,
 
@@ -18,7 +8,9 @@ Logits of a chunk are turned into losses and gradients at once and dropped, so t
 are ever held for a whole micro-batch (N × S × V numbers: the largest tensor by far of a small model), and positions
 without a label cost nothing.
 
-[`sample_losses`] is the plain computation from logits that are there already.
+A hook on the head does it within the model's own forward, where its weights are there also if they are sharded, and
+lets the head itself see one position a sample. Models that change logits behind their head (soft caps, scales, hooks)
+show by logits that are not W h + b: one forward finds that out before the first pass, and is not repeated.
 
 Axes: N samples, S tokens, P label positions of all samples, d hidden features, V vocabulary.
 """
@@ -31,20 +23,44 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+# Logits of a chunk: 128 MB in float32.
 CHUNK_NUMBERS = 2**25
-"""Logits of a chunk: 128 MB in float32."""
 
 
 def chunk_tokens(num_tokens_in_vocabulary: int) -> int:
-    """Label positions of a chunk.
-
-    Args:
-        num_tokens_in_vocabulary (`int`): V.
-    """
+    """Label positions of a chunk."""
     return max(1, CHUNK_NUMBERS // num_tokens_in_vocabulary)
+
+
+def sample_losses(
+    logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Bool[Tensor, "N S"]
+) -> Float[Tensor, "N"]:
+    """Mean negative log-likelihood of each sample's labels in float32, 0 without any, from logits that are there.
+
+    Position s of the logits predicts `targets[:, s]`, and `mask` says which positions carry a label.
+    """
+    # Not `cross_entropy`, which Liger can replace by a kernel that writes into the logits. The numbers are the same.
+    log_probabilities = torch.log_softmax(logits[mask].float(), dim=-1)
+    return mean_of_samples(nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none"), mask)
+
+
+def mean_of_samples(losses: Float[Tensor, "P"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N"]:
+    """Mean of each sample's token losses, given where `mask` is set, row by row; 0 for a sample without any."""
+    totals = losses.new_zeros(len(mask)).index_add(0, mask.nonzero()[:, 0], losses)
+    return totals / mask.sum(1).clamp(min=1)
+
+
+def token_losses(
+    hidden: Float[Tensor, "P d"], weight: Float[Tensor, "V d"], bias: Tensor | None, targets: Int[Tensor, "P"]
+) -> Float[Tensor, "P"]:
+    """Negative log-likelihood of each label in float32, differentiable with respect to the hidden states."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return _in_chunks(hidden, weight, bias, targets)
+    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -98,65 +114,12 @@ def _fill(
     gradients.copy_(errors.to(dtype) @ weight.to(dtype))
 
 
-def token_losses(
-    hidden: Float[Tensor, "P d"], weight: Float[Tensor, "V d"], bias: Tensor | None, targets: Int[Tensor, "P"]
-) -> Float[Tensor, "P"]:
-    """Negative log-likelihood of each label, differentiable with respect to the hidden states.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(P, d)`): What the head reads before each label.
-        weight (`torch.Tensor` of shape `(V, d)`): The head's weight.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*): Its bias.
-        targets (`torch.Tensor` of shape `(P,)`): The labels.
-
-    Returns:
-        `torch.Tensor` of shape `(P,)`, in float32.
-    """
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return _in_chunks(hidden, weight, bias, targets)
-    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
-    return losses
-
-
-def sample_losses(logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Tensor) -> Float[Tensor, "N"]:
-    """Mean negative log-likelihood of each sample's label tokens, in float32.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, S, V)`):
-            Logits, where position s predicts `targets[:, s]`.
-        targets (`torch.Tensor` of shape `(N, S)`):
-            Token ids, already shifted.
-        mask (`torch.Tensor` of shape `(N, S)`, boolean):
-            Which positions carry a label.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`; 0 for a sample without labels.
-    """
-    # Not `cross_entropy`, which Liger can replace by a kernel that writes into the logits. The numbers are the same.
-    log_probabilities = torch.log_softmax(logits[mask].float(), dim=-1)
-    return mean_of_samples(nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none"), mask)
-
-
-def mean_of_samples(losses: Float[Tensor, "P"], mask: Tensor) -> Float[Tensor, "N"]:
-    """Mean of each sample's token losses, 0 for a sample without any.
-
-    Args:
-        losses (`torch.Tensor` of shape `(P,)`): Losses where `mask` is set, row by row.
-        mask (`torch.Tensor` of shape `(N, S)`, boolean): Which positions carry a label.
-    """
-    totals = losses.new_zeros(len(mask)).index_add(0, mask.nonzero()[:, 0], losses)
-    return totals / mask.sum(1).clamp(min=1)
-
-
 # Heads whose product is known to be the model's logits, or known not to be. A model's code does not change in a run.
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class LabelHead:
     """Stands in for a model's head.
-
-    Args:
-        head (`torch.nn.Linear`): The model's head.
 
     Example:
     ```python
@@ -180,11 +143,7 @@ class LabelHead:
 
     @classmethod
     def of(cls, model: nn.Module) -> LabelHead | None:
-        """The stand-in for a model whose head can have one, or `None`.
-
-        Args:
-            model (`torch.nn.Module`): A causal language model.
-        """
+        """The stand-in for a model whose head can have one, or `None`."""
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         # Not a subclass: those of quantised weights, LoRA or tensor parallelism compute something else.
@@ -205,13 +164,10 @@ class LabelHead:
         return [self._head.register_forward_pre_hook(self._before_head)]
 
     @contextmanager
-    def expecting(self, targets: Int[Tensor, "N S"], mask: Tensor) -> Iterator[None]:
+    def expecting(self, targets: Int[Tensor, "N S"], mask: Bool[Tensor, "N S"]) -> Iterator[None]:
         """Context of one forward whose losses the head takes. Lets go of everything at its end.
 
-        Args:
-            targets (`torch.Tensor` of shape `(N, S)`): Token ids, where position s of the hidden states predicts
-                `targets[:, s]`; the hidden states may have more positions.
-            mask (`torch.Tensor` of shape `(N, S)`, boolean): Which positions carry a label.
+        Position s of the hidden states, which may have more positions, predicts `targets[:, s]` where `mask` is set.
         """
         self._targets, self._mask, self._losses, self._num_calls = targets, mask, None, 0
         try:
@@ -221,7 +177,7 @@ class LabelHead:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Context of one ordinary forward, whose logits [`LabelHead.judge`] is given in it."""
+        """Context of one ordinary forward, whose logits `judge` is given in it."""
         self._is_observing, self._product, self._num_calls = True, None, 0
         try:
             yield
@@ -229,11 +185,7 @@ class LabelHead:
             self._is_observing, self._product = False, None
 
     def judge(self, logits: Float[Tensor, "N S V"]) -> None:
-        """Finds out whether the head's product is what the model returned.
-
-        Args:
-            logits (`torch.Tensor` of shape `(N, S, V)`): What it returned.
-        """
+        """Finds out whether the head's product is what the model returned."""
         product = self._product
         is_plain = self._num_calls == 1 and product is not None and product.shape == logits.shape
         if is_plain and product is not None:
@@ -243,11 +195,7 @@ class LabelHead:
         _known[self._head] = is_plain
 
     def losses(self) -> Float[Tensor, "N"]:
-        """Mean loss of each sample's labels, 0 without any, of the forward in [`LabelHead.expecting`].
-
-        Raises:
-            RuntimeError: If the forward did not call the head once, as it did when it was looked at.
-        """
+        """Mean loss of each sample's labels, 0 without any, of the forward in `expecting`."""
         if self._losses is None or self._num_calls != 1:
             raise RuntimeError(
                 f"The model's head ({type(self._head).__name__}) was called {self._num_calls} times in a forward, "

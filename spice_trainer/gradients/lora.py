@@ -21,6 +21,15 @@ from spice_trainer.gradients.forward import base_model
 from spice_trainer.gradients.layers.registry import layer_kind
 
 _OUTSIDE = "parameters outside the adapter; freeze them with `requires_grad_(False)`"
+# By a part of a parameter's name, the first that fits.
+_REFUSED_PARAMETERS = {
+    "lora_magnitude_vector": "the magnitude of DoRA (`use_dora`); use plain LoRA",
+    "lora_embedding_": "LoRA on an embedding; leave it out of `target_modules`",
+    "trainable_tokens": "trained token embeddings of the LoRA adapter (`trainable_token_indices`); leave them out",
+    "modules_to_save": "modules trained in full beside LoRA (`modules_to_save`); leave them out",
+    "lora_": "LoRA on a layer that is not linear (a convolution, say); leave it out of `target_modules`",
+    ".base_layer.bias": 'biases of the base model (`bias="lora_only"` or `bias="all"`); use `bias="none"`',
+}
 _VARIANT_OPTIONS = {"Dora": "DoRA (`use_dora`)", "ALora": "aLoRA (`alora_invocation_tokens`)"}
 _OTHER_TASKS = tuple(
     f"For{task}"
@@ -39,18 +48,9 @@ class UnsupportedModelError(ValueError):
 def find_lora_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Trainable `lora_A`/`lora_B` layers by their full name, in the order of `model.named_modules()`.
 
-    Call it before the model is wrapped or sharded: `requires_grad` is read from the layers' own parameters.
-
-    Args:
-        model (`torch.nn.Module`):
-            A PEFT model with a LoRA adapter.
-
-    Returns:
-        `dict[str, torch.nn.Module]`
-
-    Raises:
-        UnsupportedModelError: If nothing trains, if anything but plain LoRA linear layers trains, or if a LoRA layer
-            is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
+    Call it before the model is wrapped or sharded: `requires_grad` is read from the layers' own parameters. Raises an
+    UnsupportedModelError if nothing trains, if anything but plain LoRA layers of a known kind trains, or if a LoRA
+    layer is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
     """
     _check_predicts_next_tokens(model)
     found: dict[str, nn.Module] = {}
@@ -127,20 +127,8 @@ def _refuse_layer(model: nn.Module, name: str) -> str | None:
 
 
 def _refuse_parameter(name: str) -> str:
-    """Why a trainable parameter that is not of a LoRA linear layer cannot be scored."""
-    if "lora_magnitude_vector" in name:
-        return "the magnitude of DoRA (`use_dora`); use plain LoRA"
-    if "lora_embedding_" in name:
-        return "LoRA on an embedding; leave it out of `target_modules`"
-    if "trainable_tokens" in name:
-        return "trained token embeddings of the LoRA adapter (`trainable_token_indices`); leave them out"
-    if "modules_to_save" in name:
-        return "modules trained in full beside LoRA (`modules_to_save`); leave them out"
-    if "lora_" in name:
-        return "LoRA on a layer that is not linear (a convolution, say); leave it out of `target_modules`"
-    if name.endswith(".base_layer.bias"):
-        return 'biases of the base model (`bias="lora_only"` or `bias="all"`); use `bias="none"`'
-    return _OUTSIDE
+    """Why a trainable parameter that is not of a LoRA layer of a known kind cannot be scored."""
+    return next((reason for part, reason in _REFUSED_PARAMETERS.items() if part in name), _OUTSIDE)
 
 
 def choose_modules(

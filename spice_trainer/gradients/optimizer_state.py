@@ -1,10 +1,7 @@
-"""Where a sampler looks into the optimizer that trains its model: the state of the LoRA layers.
+r"""What a sampler reads from the optimizer that trains its model: Adam's second moment, and the momentum.
 
-Two settings read it: `gradient_preconditioning` Adam's second moment (module `preconditioning`), and
-`conflict_reference="momentum"` the mean of past gradients (module `momentum`). Both read it when they score, as a
-Trainer makes its optimizer after everything else, and restores its state later still.
-
-Sample gradients as Adam would apply them: divided by the root of its second moment.
+`gradient_preconditioning="adam"` takes sample gradients as Adam would apply them, divided by the root of its second
+moment:
 
     P(g) = g / (√v̂⁺ + ε),      v̂⁺ = (β₂ v + (1 − β₂) g²) / (1 − β₂^(t+1))
 
@@ -14,18 +11,19 @@ LESS takes the momentum in as well, which is the same for all samples. The sampl
 it a coordinate that has had no gradient yet (all of LoRA's A in the first update) would count a hundred million times.
 Before the first update P(g) is the signs of g.
 
-Axes: N samples, D_l gradient coordinates of a layer.
-
-The optimizer's momentum: the direction of the last steps, which a candidate may oppose.
+`conflict_reference="momentum"` asks which candidates oppose the direction of the last steps:
 
     c(x) = max(0, −cos(g_x, m)),      m = Adam's first moment (`exp_avg`), or SGD's momentum buffer
 
-m is a mean of the gradients that the last steps trained on, with the gradients' own sign. With
-`gradient_preconditioning="adam"` it is taken as Adam applies it, m / (√v̂ + ε), v̂ being the second moment at the last
-update, as the candidates' gradients then are. m is seen through the same features as they are, exact or sketched; only
-its direction counts. Before the first update it is 0, and nothing conflicts.
+m is a mean of the gradients that the last steps trained on, with the gradients' own sign. With preconditioning it is
+taken as Adam applies it, m / (√v̂ + ε), v̂ being the second moment at the last update, as the candidates' gradients then
+are. m is seen through the same features as they are, exact or sketched; only its direction counts. Before the first
+update it is 0, and nothing conflicts.
 
-Axes: D_l gradient coordinates of a layer.
+Both are read when candidates are scored, as a Trainer makes its optimizer after everything else, and restores its
+state later still. `modules` are LoRA layers by name, and what is returned is in their order.
+
+Axes: N samples, D_l gradient coordinates of a layer.
 """
 
 from __future__ import annotations
@@ -41,29 +39,22 @@ from torch import Tensor, nn
 
 from spice_trainer.gradients.layers.registry import scored_layers
 
+PRECONDITIONING_SETTING = "gradient_preconditioning='adam'"
+MOMENTUM_SETTING = "conflict_reference='momentum'"
+
 
 @dataclass(frozen=True)
 class LayerState:
-    """What an optimizer keeps of one layer.
+    """What an optimizer keeps of one layer: its parameter group's settings, and each parameter's state.
 
-    Args:
-        group (`Mapping[str, Any]`): Settings of the parameter group that the layer's weight is in.
-        parameters (`Sequence[Mapping[str, Any]]`): State of its weight and, if that trains, of its bias; empty before
-            the first update.
+    The states are in the order of the gradient's coordinates, and empty before the first update.
     """
 
     group: Mapping[str, Any]
     parameters: Sequence[Mapping[str, Any]]
 
-    def flat(self, name: str) -> Tensor | None:
-        """Returns a tensor that is kept by coordinate, of shape (D_l,): weight first (row-major), then bias.
-
-        Args:
-            name (`str`): What the optimizer calls it.
-
-        Returns:
-            `torch.Tensor`, *optional*: `None` where nothing is kept yet.
-        """
+    def flat(self, name: str) -> Float[Tensor, " D_l"] | None:
+        """What is kept under this name, by coordinate; `None` where nothing is kept yet."""
         if not all(isinstance(state.get(name), Tensor) for state in self.parameters):
             return None
         return torch.cat([state[name].detach().flatten() for state in self.parameters])
@@ -79,47 +70,27 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def layer_states(optimizer: Any, modules: Mapping[str, nn.Module], *, setting: str) -> list[LayerState]:
-    """Looks up some layers.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
-        modules (`Mapping[str, torch.nn.Module]`): The layers.
-        setting (`str`): The setting that asks, with its value, for the message.
-
-    Returns:
-        `list[LayerState]`: In the layers' order.
-
-    Raises:
-        ValueError: If the optimizer has not been given a layer's weights.
-    """
+    """Looks layers up in an unwrapped optimizer; `setting`, with its value, is what a ValueError says asked for it."""
     groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
     found = []
     for layer in scored_layers(modules):
-        if not all(id(weight) in groups for weight in layer.parameters):
+        weights = layer.parameters
+        if not all(id(weight) in groups for weight in weights):
             raise ValueError(
                 f"SpiceConfig: {setting} needs the optimizer's state of the LoRA layer {layer.name!r}, and "
                 f"{type(optimizer).__name__} does not train it. Fix: give the optimizer all trainable weights of the "
                 f"model that scores, or leave {setting.partition('=')[0]} out."
             )
-        states = [optimizer.state.get(weight) or {} for weight in layer.parameters]
-        found.append(LayerState(groups[id(layer.parameters[0])], states))
+        found.append(LayerState(groups[id(weights[0])], [optimizer.state.get(weight) or {} for weight in weights]))
     return found
 
 
-PRECONDITIONING_SETTING = "gradient_preconditioning='adam'"
+# Preconditioning
 
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """What Adam remembers of one layer's squared gradients.
-
-    Args:
-        values (`torch.Tensor` of shape `(D_l,)`, *optional*): v, weight first (row-major), then bias. `None` before
-            the first update.
-        num_updates (`int`): t.
-        decay (`float`): β₂.
-        epsilon (`float`): ε.
-    """
+    """What Adam remembers of one layer's squared gradients: v (`None` before the first update), t, β₂ and ε."""
 
     values: Float[Tensor, " D_l"] | None
     num_updates: int
@@ -128,16 +99,7 @@ class SecondMoment:
 
 
 def precondition_(gradients: Float[Tensor, "N D_l"], moment: SecondMoment) -> Float[Tensor, "N D_l"]:
-    """Preconditions one layer's sample gradients, in place.
-
-    Args:
-        gradients (`torch.Tensor` of shape `(N, D_l)`): Raw gradients. Overwritten. Where one is not finite, neither is
-            what comes of it.
-        moment ([`SecondMoment`]): Adam's, of this layer.
-
-    Returns:
-        `torch.Tensor`: `gradients`.
-    """
+    """P(g) of one layer's raw sample gradients, in place. Where one is not finite, neither is what comes of it."""
     root = gradients * math.sqrt(1.0 - moment.decay)
     if moment.values is None:
         root.abs_()
@@ -151,38 +113,30 @@ def precondition_(gradients: Float[Tensor, "N D_l"], moment: SecondMoment) -> Fl
     return gradients.div_(root)
 
 
+@dataclass(frozen=True)
 class AdamMoments:
-    """Reads the second moments of LoRA layers from the optimizer that trains them.
+    """Reads the second moments of layers from the optimizer that `get_optimizer` gives at the moment of scoring."""
 
-    Args:
-        get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Module]`): The layers.
-    """
-
-    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Module]) -> None:
-        self.get_optimizer = get_optimizer
-        self.modules = modules
+    get_optimizer: Callable[[], Any]
+    modules: Mapping[str, nn.Module]
 
     def read(self) -> list[SecondMoment]:
-        """The moments of now, in the layers' order.
-
-        Raises:
-            ValueError: If the optimizer is no Adam, or has not been given a layer's weights.
-        """
+        """The moments of now."""
         optimizer = unwrap_optimizer(self.get_optimizer())
         check_adam(optimizer)
-        return [_read(state) for state in layer_states(optimizer, self.modules, setting=PRECONDITIONING_SETTING)]
+        states = layer_states(optimizer, self.modules, setting=PRECONDITIONING_SETTING)
+        return [_second_moment(state) for state in states]
+
+
+def _second_moment(state: LayerState) -> SecondMoment:
+    decay, epsilon = float(state.group["betas"][1]), float(state.group["eps"])
+    values = state.flat("exp_avg_sq")
+    num_updates = 0 if values is None else int(state.parameters[0]["step"])
+    return SecondMoment(values, num_updates, decay, epsilon)
 
 
 def check_adam(optimizer: Any) -> None:
-    """Refuses what keeps no second moment, or another than PyTorch's Adam.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
-
-    Raises:
-        ValueError: With the reason.
-    """
+    """Refuses an unwrapped optimizer that keeps no second moment, or another than PyTorch's Adam."""
     given = f"SpiceConfig: {PRECONDITIONING_SETTING} divides gradients by the optimizer's second moment"
     if optimizer is None:
         raise ValueError(
@@ -202,41 +156,18 @@ def check_adam(optimizer: Any) -> None:
         )
 
 
-def _read(state: LayerState) -> SecondMoment:
-    decay, epsilon = float(state.group["betas"][1]), float(state.group["eps"])
-    values = state.flat("exp_avg_sq")
-    num_updates = 0 if values is None else int(state.parameters[0]["step"])
-    return SecondMoment(values, num_updates, decay, epsilon)
+# Momentum
 
 
-MOMENTUM_SETTING = "conflict_reference='momentum'"
-
-
+@dataclass(frozen=True)
 class OptimizerMomentum:
-    """Reads the momentum of LoRA layers from the optimizer that trains them.
+    """Reads the momentum of layers from the optimizer that `get_optimizer` gives at the moment of scoring."""
 
-    Args:
-        get_optimizer (`Callable[[], torch.optim.Optimizer]`): Gives the optimizer at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Module]`): The layers.
-    """
-
-    def __init__(self, get_optimizer: Callable[[], Any], modules: Mapping[str, nn.Module]) -> None:
-        self.get_optimizer = get_optimizer
-        self.modules = modules
+    get_optimizer: Callable[[], Any]
+    modules: Mapping[str, nn.Module]
 
     def read(self, moments: Sequence[SecondMoment] | None = None) -> list[Float[Tensor, " D_l"] | None]:
-        """The momentum of now.
-
-        Args:
-            moments (`Sequence[SecondMoment]`, *optional*): Adam's second moments of the layers, to apply it with.
-
-        Returns:
-            `list[torch.Tensor | None]`: Of each layer, weight first (row-major), then bias; `None` before its first
-            update.
-
-        Raises:
-            ValueError: If the optimizer keeps none, or has not been given a layer's weights.
-        """
+        """The momentum of now, applied with Adam's second moments if given; `None` before a layer's first update."""
         optimizer = unwrap_optimizer(self.get_optimizer())
         check_momentum(optimizer)
         name = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
@@ -247,15 +178,17 @@ class OptimizerMomentum:
         return [_applied(momentum, moment) for momentum, moment in zip(found, moments, strict=True)]
 
 
+def _applied(momentum: Float[Tensor, " D_l"] | None, moment: SecondMoment) -> Float[Tensor, " D_l"] | None:
+    """A momentum divided as Adam does."""
+    if momentum is None or moment.values is None:
+        return None
+    root = moment.values.to(momentum).sqrt() / math.sqrt(1.0 - moment.decay**moment.num_updates) + moment.epsilon
+    # ε may be 0, and where no gradient has come yet so is everything else.
+    return momentum / torch.where(root > 0, root, 1.0)
+
+
 def check_momentum(optimizer: Any) -> None:
-    """Refuses optimizers that keep no momentum, or in a form of their own.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer, unwrapped.
-
-    Raises:
-        ValueError: With the reason.
-    """
+    """Refuses an unwrapped optimizer that keeps no momentum, or in a form of its own."""
     given = f"SpiceConfig: {MOMENTUM_SETTING} holds gradients against the optimizer's momentum"
     if optimizer is None:
         raise ValueError(
@@ -274,12 +207,3 @@ def check_momentum(optimizer: Any) -> None:
             "form of its own (8 bits, factors). Fix: set optim='adamw_torch_fused' or 'adamw_torch', or leave "
             "conflict_reference out."
         )
-
-
-def _applied(momentum: Float[Tensor, " D_l"] | None, moment: SecondMoment) -> Float[Tensor, " D_l"] | None:
-    """Divides a momentum as Adam does."""
-    if momentum is None or moment.values is None:
-        return None
-    root = moment.values.to(momentum).sqrt() / math.sqrt(1.0 - moment.decay**moment.num_updates) + moment.epsilon
-    # ε may be 0, and where no gradient has come yet so is everything else.
-    return momentum / torch.where(root > 0, root, 1.0)

@@ -96,15 +96,10 @@ class SampleGradients:
     quantised linear layers alone train), compiled modules run uncompiled and the hooks are in place. On exit, also
     after an exception, each module's own mode is restored and every hook removed.
 
-    Args:
-        model (`torch.nn.Module`):
-            The causal language model, without its DDP or DeepSpeed wrapper.
-        modules (`Mapping[str, torch.nn.Module]`):
-            The trainable LoRA layers by name, from `find_lora_modules`, or some of them: below the lowest of these
-            the others leave no graph.
-        can_repeat (`bool`, *optional*, defaults to `True`):
-            Whether a batch may be run again for samples whose float16 gradient overflowed under the loss scale. With
-            sharded weights a process cannot do so by itself, and such samples count as not finite.
+    The model comes without its DDP or DeepSpeed wrapper; `modules` are the layers of `find_lora_modules` or some of
+    them, and below the lowest of these the others leave no graph. `can_repeat` says whether a batch may be run again
+    for samples whose float16 gradient overflowed under the loss scale: with sharded weights a process cannot do so by
+    itself, and such samples count as not finite.
 
     Example:
     ```python

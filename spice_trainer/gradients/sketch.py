@@ -30,20 +30,9 @@ from torch import Tensor
 
 
 class GradientSketch:
-    r"""Folds per-module sample gradients into `sketch_dim` numbers a sample.
+    """Folds sample gradients of modules with `sizes` coordinates into m = `sketch_dim` numbers a sample.
 
-    Args:
-        sizes (`Sequence[int]`):
-            Number of coordinates of each module's gradient, D = Σ sizes.
-        sketch_dim (`int`):
-            Numbers kept per sample, m.
-        seed (`int`):
-            Seed of signs and rotations. The same seed gives the same sketch on every process and device.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where the sign table (D bytes) lives.
-
-    Raises:
-        ValueError: If `sketch_dim` is not positive or a size is not.
+    The same seed gives the same sketch on every process and device. A table of signs, D bytes, lives on the device.
     """
 
     def __init__(
@@ -68,16 +57,7 @@ class GradientSketch:
     ) -> Float[Tensor, "N m"]:
         """Adds the sketch of one module's sample gradients to `sketches`, in place.
 
-        Args:
-            sketches (`torch.Tensor` of shape `(N, m)`):
-                Accumulates the sketches.
-            module_index (`int`):
-                Which module (position in `sizes`).
-            gradients (`torch.Tensor` of shape `(N, D_l)`):
-                That module's sample gradients. Overwritten with the signed gradients.
-
-        Returns:
-            `torch.Tensor`: `sketches`.
+        The gradients are overwritten with the signed ones.
         """
         signed = gradients.mul_(self._signs[module_index])
         size, m = self.sizes[module_index], self.sketch_dim

@@ -60,20 +60,13 @@ def verify_gradients(
     with preserved_random_state(device), _without_zero_weights(layers):
         batched = _batched_gradients(model, modules, rows, device, autocast)
         alone = [_autograd(model, layers, row, device, autocast) for row in rows]
-    finite = [bool(torch.cat(gradients).isfinite().all()) for gradients in alone]
-    if not any(finite):
+    if not any(torch.cat(gradients).isfinite().all() for gradients in alone):
         raise ValueError(
             f"The gradients of rows {', '.join(str(row.index) for row in rows)} of the training dataset are not "
             "finite, also by plain autograd. Likely causes: a weight that is not finite (a broken checkpoint), or an "
             "overflow in float16 (train in bf16). Training would fail with or without SPICE."
         )
-    tolerance = _rounding_tolerance(model, autocast, device)
-    # A row whose own gradient is not finite says nothing about how it was computed.
-    return max(
-        _compare(list(modules), ours, theirs, row, scale=float(torch.cat(theirs).norm()), tolerance=tolerance)
-        for row, ours, theirs, sound in zip(rows, batched, alone, finite, strict=True)
-        if sound
-    )
+    return _largest_error(layers, rows, batched, alone, tolerance=_rounding_tolerance(model, autocast, device))
 
 
 def verify_directions(
@@ -96,17 +89,12 @@ def verify_directions(
     with preserved_random_state(device):
         batched = _batched_gradients(model, modules, rows, device, autocast)
         alone = [_derivatives(model, layers, directions, row, device, autocast) for row in rows]
-    tolerance = _rounding_tolerance(model, autocast, device)
-    largest = 0.0
-    for row, gradients, derivatives in zip(rows, batched, alone, strict=True):
-        # A row whose own gradient is not finite says nothing about how it was computed.
-        if not torch.cat(derivatives).isfinite().all():
-            continue
-        ours = [(gradient * direction).sum()[None] for gradient, direction in zip(gradients, flat, strict=True)]
-        # In a random direction each layer's derivative has about the size of its gradient.
-        scale = float(torch.cat(derivatives).norm())
-        largest = max(largest, _compare(list(modules), ours, derivatives, row, scale=scale, tolerance=tolerance))
-    return largest
+    ours = [
+        [(gradient * direction).sum()[None] for gradient, direction in zip(gradients, flat, strict=True)]
+        for gradients in batched
+    ]
+    # In a random direction each layer's derivative has about the size of its gradient.
+    return _largest_error(layers, rows, ours, alone, tolerance=_rounding_tolerance(model, autocast, device))
 
 
 def has_whole_weights(model: nn.Module) -> bool:
@@ -121,10 +109,7 @@ def has_whole_weights(model: nn.Module) -> bool:
 class _Collected:
     def __init__(self) -> None:
         self.gradients: dict[int, Tensor] = {}
-        self._rows: list[int] | None = None
-
-    def begin(self) -> None:
-        self._rows = None
+        self._rows: Sequence[int] | None = None
 
     def add(self, module_index: int, gradients: Tensor) -> None:
         if self._rows is None:
@@ -133,7 +118,10 @@ class _Collected:
             self.gradients[module_index][self._rows] = gradients.double()
 
     def restart(self, rows: Sequence[int]) -> None:
-        self._rows = list(rows)
+        self._rows = rows
+
+    def of_row(self, row: int) -> list[Tensor]:
+        return [self.gradients[index][row] for index in range(len(self.gradients))]
 
 
 def _batched_gradients(
@@ -144,19 +132,15 @@ def _batched_gradients(
     autocast: _Autocast,
 ) -> list[list[Tensor]]:
     """Sample gradients as scoring takes them, rows in one micro-batch where they can be: for each row its layers'."""
-    collected = _Collected()
     can_share = all(row.can_be_padded for row in rows) and not rows_influence_each_other(model)
     groups = [list(rows)] if can_share else [[row] for row in rows]
     gradients: list[list[Tensor]] = []
     with SampleGradients(model, modules) as sample_gradients:
         for group in groups:
-            inputs, labels = _make_batch(group, device)
-            collected.begin()
+            collected = _Collected()
             with autocast():
-                sample_gradients.compute(inputs, labels, collected)
-            gradients += [
-                [collected.gradients[index][row] for index in range(len(modules))] for row in range(len(group))
-            ]
+                sample_gradients.compute(*_make_batch(group, device), collected)
+            gradients += map(collected.of_row, range(len(group)))
     return gradients
 
 
@@ -212,28 +196,32 @@ def _derivatives(
     ]
 
 
-def _compare(
-    names: Sequence[str],
-    ours: Sequence[Tensor],
-    theirs: Sequence[Tensor],
-    row: CandidateRow,
+def _largest_error(
+    layers: Sequence[ScoredLayer],
+    rows: Sequence[CandidateRow],
+    ours: Sequence[Sequence[Tensor]],
+    theirs: Sequence[Sequence[Tensor]],
     *,
-    scale: float,
     tolerance: float,
 ) -> float:
-    """Largest error of a layer of one row, relative to `scale`; refuses one above the tolerance."""
+    """Largest error of a layer, relative to its row's norm over all layers; refuses one above the tolerance."""
     largest = 0.0
-    for name, found, expected in zip(names, ours, theirs, strict=True):
-        error = float((found - expected).norm()) / max(scale, 1e-30)
-        largest = max(largest, error)
-        if not error <= tolerance:
-            raise GradientMismatchError(
-                f"The sample gradient of the LoRA layer {name!r} differs from autograd's by {error:.2g} of the "
-                f"gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding in this "
-                "precision). This model calls the layer in a way that SPICE's hooks cannot follow, or the rows of a "
-                "batch influence each other. Selection would be silently wrong, so it is refused. Leave this layer "
-                "out of `target_modules`, or switch off kernels that replace the LoRA forward."
-            )
+    for row, of_row, expected_of_row in zip(rows, ours, theirs, strict=True):
+        together = torch.cat(list(expected_of_row))
+        # A row whose own gradient is not finite says nothing about how it was computed.
+        if not together.isfinite().all():
+            continue
+        for layer, found, expected in zip(layers, of_row, expected_of_row, strict=True):
+            error = float((found - expected).norm()) / max(float(together.norm()), 1e-30)
+            largest = max(largest, error)
+            if not error <= tolerance:
+                raise GradientMismatchError(
+                    f"The sample gradient of the LoRA layer {layer.name!r} differs from autograd's by {error:.2g} of "
+                    f"the gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding "
+                    "in this precision). This model calls the layer in a way that SPICE's hooks cannot follow, or the "
+                    "rows of a batch influence each other. Selection would be silently wrong, so it is refused. Leave "
+                    "this layer out of `target_modules`, or switch off kernels that replace the LoRA forward."
+                )
     return largest
 
 

@@ -16,10 +16,7 @@ class ScoredLayer(ABC):
     """A layer whose sample gradients are taken, and what of it trained when this was made.
 
     A sample's gradient has D_l coordinates: those of each trained parameter, row-major, one parameter after another.
-
-    Args:
-        name (`str`): The module's full name in the model, for messages.
-        module (`torch.nn.Module`): The module.
+    The name is the module's full name in the model, for messages.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -59,12 +56,6 @@ class ScoredLayer(ABC):
 
 def register_layer(*classes: type[nn.Module]) -> Callable[[type[ScoredLayer]], type[ScoredLayer]]:
     """Class decorator: modules of these classes, and of subclasses without a kind of their own, are scored by it.
-
-    Args:
-        classes (`type[torch.nn.Module]`): Classes of modules.
-
-    Raises:
-        ValueError: If one of them has a kind already.
 
     Example:
     ```python
