@@ -71,7 +71,7 @@ def test_products_of_less_than_float32_would_be_seen():
 
 def test_many_columns_keep_float32_products_accurate():
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(6, 600_000, generator=generator) * torch.rand(600_000, generator=generator).pow(8)
+    rows = torch.randn(3, 600_000, generator=generator) * torch.rand(600_000, generator=generator).pow(8)
     assert_geometry(measure_rows(rows.clone()), rows)
 
 
