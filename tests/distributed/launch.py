@@ -1,4 +1,7 @@
-"""Starts the worker under `accelerate launch` with a shipped configuration, on CPU processes.
+"""Starts the worker with a shipped configuration, on CPU processes: under `accelerate launch`, or forked.
+
+A launch imports everything in every process, which takes most of its quarter of a minute; a fork begins at once, in
+the environment that the launcher would have set.
 
 The shipped configurations are for GPUs. [`cpu_config`] changes in them what a machine without one cannot do, and
 nothing else; what differs is listed there, with reasons.
@@ -13,9 +16,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import psutil
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from tests.distributed import worker
+from tests.distributed.setting import TIMEOUT
+from tests.support import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = ROOT / "accelerate_configs"
@@ -28,8 +38,6 @@ CONFIG_NAMES = (
     "deepspeed_zero2",
     "deepspeed_zero3",
 )
-# Far more than a launch takes on a loaded machine, far less than gloo's collective time-out of 30 minutes.
-TIMEOUT = 240.0
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -94,6 +102,55 @@ def first_error(stderr: str) -> str:
     return f"{stderr[start : start + 4000]}\n[...]\n{stderr[-2000:]}"
 
 
+def write_config(config: str, folder: Path, *, num_processes: int, device: str = "cpu") -> Path:
+    """Writes what a shipped configuration becomes on this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build = cpu_config if device == "cpu" else gpu_config
+    path = folder / f"{config}.yaml"
+    path.write_text(yaml.safe_dump(build(config, num_processes=num_processes)))
+    return path
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what another launch may have left in it."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(key, None)
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.fspath(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def fork(config: str, folder: Path, *arguments: str, num_processes: int = 2, timeout: float = TIMEOUT) -> Launched:
+    """What [`launch`] does, in forked processes without a launcher: nobody ends them but themselves.
+
+    Their environment is the one that `accelerate launch` makes of the configuration, and torch's launcher of it.
+    """
+    config_file = write_config(config, folder, num_processes=num_processes)
+    parsed = launch_command_parser().parse_args(["--config_file", os.fspath(config_file), "worker"])
+    settings, defaults, has_precision = _validate_launch_command(parsed)
+    with mock.patch.dict(os.environ, clean_environment(), clear=True):
+        if settings.use_deepspeed:
+            fields = [*defaults.deepspeed_config, *(["mixed_precision"] if has_precision else [])]
+            settings.deepspeed_fields_from_accelerate_config = ",".join(fields)
+            environment = prepare_deepspeed_cmd_env(settings)[1]
+        else:
+            environment = prepare_multi_gpu_env(settings)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(settings.main_process_port)}
+    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    ended = forks.fork(
+        worker.main,
+        [(config, os.fspath(folder), "cpu", *arguments)] * num_processes,
+        folder,
+        environments=[environment | sizes | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(num_processes)],
+        timeout=timeout,
+    )
+    return Launched(max(map(abs, ended.codes)), ended.stdout, ended.stderr, ended.seconds, ended.timed_out)
+
+
 def launch(
     config: str,
     folder: Path,
@@ -112,20 +169,10 @@ def launch(
         device (`str`): Whether they run on the CPU or each on a GPU; the worker's second argument.
         timeout (`float`): Seconds after which all processes are killed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config_file = folder / f"{config}.yaml"
-    build = cpu_config if device == "cpu" else gpu_config
-    config_file.write_text(yaml.safe_dump(build(config, num_processes=num_processes)))
+    config_file = write_config(config, folder, num_processes=num_processes, device=device)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", os.fspath(config_file)]
     command += ["--module", "tests.distributed.worker", config, os.fspath(folder), device, *arguments]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        kept.pop(key, None)
-    environment = kept | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.fspath(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+    environment = clean_environment() | {
         # transformers 5 announces FSDP1's end, and others their own; a user's run would only warn too.
         "PYTHONWARNINGS": "ignore",
     }

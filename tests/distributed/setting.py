@@ -21,6 +21,8 @@ from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from tests.support.models import add_lora, tiny_model
 from tests.support.trainers import collate, tiny_rows, training_options
 
+# Far more seconds than a run takes on a loaded machine, far fewer than gloo's collective time-out of 30 minutes.
+TIMEOUT = 240.0
 NUM_ROWS = 41
 LONG_ROW = 7
 # Fewer than two processes can share evenly.

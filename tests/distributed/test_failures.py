@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import setting
-from tests.distributed.launch import Launched, launch
+from tests.distributed.launch import Launched, fork, launch
 from tests.support.trainers import trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -22,10 +22,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return setting.save_model(tmp_path_factory.mktemp("model"))
 
 
-def fail(config: str, folder: Path, *options: str, place: str, way: str, model_folder: Path) -> Launched:
-    """A launch whose last process fails while scoring; ended by its launcher soon, with an error."""
+def fail(
+    config: str, folder: Path, *options: str, place: str, way: str, model_folder: Path, is_launched: bool = False
+) -> Launched:
+    """A run whose last process fails while scoring: all end soon, with an error, by a launcher or by themselves."""
     places = (f"model={model_folder}", f"place={place}", f"way={way}")
-    launched = launch(config, folder, "fail", *places, *options, timeout=150)
+    start = launch if is_launched else fork
+    launched = start(config, folder, "fail", *places, *options, timeout=150)
     ended = time.time()
     assert not launched.timed_out and launched.returncode != 0, launched.stdout
     # The launcher gives processes half a minute to end; the collective time-out is 30 minutes.
@@ -35,8 +38,11 @@ def fail(config: str, folder: Path, *options: str, place: str, way: str, model_f
     return launched
 
 
-def test_an_error_while_scoring_ends_every_process(model_folder: Path, tmp_path: Path) -> None:
-    stderr = fail("multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder).stderr
+@pytest.mark.parametrize("is_launched", [True, False])
+def test_an_error_while_scoring_ends_every_process(is_launched: bool, model_folder: Path, tmp_path: Path) -> None:
+    stderr = fail(
+        "multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder, is_launched=is_launched
+    ).stderr
     assert "ValueError: the user's own error" in stderr
     assert "SPICE: process 1 of 2 failed while reading candidates, so this one stops too" in stderr
 
@@ -55,7 +61,9 @@ def test_an_error_in_a_forward_reaches_the_others(spice: dict[str, Any], model_f
 
 
 def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_folder: Path, tmp_path: Path) -> None:
-    stderr = fail("multi_gpu", tmp_path, place="forward", way="kill", model_folder=model_folder).stderr
+    stderr = fail(
+        "multi_gpu", tmp_path, place="forward", way="kill", model_folder=model_folder, is_launched=True
+    ).stderr
     assert "SIGKILL" in stderr and "local_rank: 1" in stderr
 
     resumed = setting.single_trainer(model_folder, tmp_path / "resumed")

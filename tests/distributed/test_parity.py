@@ -1,6 +1,7 @@
 """Several processes under `accelerate launch`: the picks, gradients and weights of one process, whatever the wrapper.
 
-Each mode is launched once, with its shipped configuration on CPU processes; the tests look at what that left behind.
+Each mode that users launch is launched once, with its shipped configuration on CPU processes; the tests look at what
+that left behind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from spice_trainer.selection.pool import select_pool
 from tests.distributed import setting
-from tests.distributed.launch import launch
+from tests.distributed.launch import fork, launch
 from tests.support.trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -63,7 +64,8 @@ def run(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: py
         pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp(request.param)
     options = [f"model={model_folder}"] + ([] if checkpointing is None else [f"checkpointing={checkpointing}"])
-    launch(config, folder, "all", *options, num_processes=num_processes).check()
+    start = launch if num_processes == 2 else fork
+    start(config, folder, "all", *options, num_processes=num_processes).check()
     return Run(folder, num_processes)
 
 

@@ -11,7 +11,7 @@ import pytest
 from spice_trainer import SpiceConfig, select_subset
 from spice_trainer.subset.manifest import SubsetManifest
 from tests.distributed import setting
-from tests.distributed.launch import launch
+from tests.distributed.launch import fork
 from tests.support.trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,7 +36,7 @@ def test_a_proxy_picks_what_it_picks_in_one_process(config: str, tmp_path: Path)
     picks = trained_indices(tmp_path / "one")
 
     options = (f"model={target}", f"proxy={small}", f"spice={json.dumps(CASES[config])}")
-    launch(config, tmp_path / "two", "train", *options).check()
+    fork(config, tmp_path / "two", "train", *options).check()
     results = [json.loads((tmp_path / "two" / f"train.{rank}.json").read_text()) for rank in range(2)]
     assert [result["picks"] for result in results] == [picks, picks]
     assert results[0]["learned"] == results[1]["learned"] and len(results[0]["learned"]) == 28
@@ -59,7 +59,7 @@ def test_a_subset_is_that_of_one_process(tmp_path: Path) -> None:
         output_dir=tmp_path / "one",
         samples_per_step=setting.SAMPLES_PER_STEP,
     )
-    launch("multi_gpu", tmp_path / "two", "select", f"proxy={small}").check()
+    fork("multi_gpu", tmp_path / "two", "select", f"proxy={small}").check()
     for rank in range(2):
         assert json.loads((tmp_path / "two" / f"select.{rank}.json").read_text())["rows"] == one.dataset.to_list()
     manifests = [SubsetManifest.load(tmp_path / name) for name in ("one", "two/subset")]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import setting
-from tests.distributed.launch import launch
+from tests.distributed.launch import fork
 from tests.support.trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 def train_on_two(config: str, folder: Path, *options: str) -> list[list[int]]:
     """The picks of a run on two processes, which both must have heard."""
-    launch(config, folder, "train", *options).check()
+    fork(config, folder, "train", *options).check()
     heard = [json.loads((folder / f"train.{rank}.json").read_text())["picks"] for rank in range(2)]
     assert heard[0] == heard[1]
     return heard[0]

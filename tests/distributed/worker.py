@@ -1,4 +1,4 @@
-"""What every process of a launch does. Run by `accelerate launch --module tests.distributed.worker`.
+"""What every process of a run does, under `accelerate launch --module tests.distributed.worker` or forked.
 
     worker CONFIG FOLDER DEVICE TASK [key=value ...]
 
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,9 @@ from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import StepSelection
 from tests.distributed import cpu_shims, setting
-from tests.distributed.launch import TIMEOUT
 from tests.distributed.observers import ScoreWatch, WeightProbe
 from tests.support.trainers import checkpointing_options, collate
 
-CONFIG, FOLDER, DEVICE, TASK = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[5:])
-RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WRAPPERS = {
     "multi_gpu": "DistributedDataParallel",
     "fsdp1": "FullyShardedDataParallel",
@@ -49,53 +46,172 @@ WRAPPERS = {
 }
 
 
-def build(
-    name: str, *, spice: dict[str, Any] | None = None, proxy: ProxyModel | None = None, **overrides: Any
-) -> tuple[Trainer, WeightProbe]:
-    """A trainer with SPICE, its arguments first, from the model every process loads."""
-    if "checkpointing" in OPTIONS:
-        overrides |= checkpointing_options(use_reentrant=OPTIONS["checkpointing"] == "reentrant")
-    args = setting.arguments(FOLDER / name, world_size=WORLD_SIZE, use_cpu=DEVICE == "cpu", **overrides)
-    if CONFIG == "deepspeed_zero3":
-        cpu_shims.partition_small_parameters(args)
-    probe = WeightProbe()
-    set_seed(args.seed)
-    model = setting.load_model(Path(OPTIONS["model"]), quantized="quantized" in OPTIONS)
-    is_quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    assert is_quantized == ("quantized" in OPTIONS)
-    # Loaded in shards from the start, as `zero3_init_flag` asks.
-    assert any(hasattr(parameter, "ds_id") for parameter in model.parameters()) == (CONFIG == "deepspeed_zero3")
-    trainer = setting.make_trainer(model, args, spice=spice, proxy=proxy, callbacks=[probe])
-    return trainer, probe
+@dataclass(frozen=True)
+class Worker:
+    """One process of a run, and what it can do."""
 
+    config: str
+    folder: Path
+    device: str
+    options: Mapping[str, str]
+    rank: int
+    world_size: int
 
-def check_wrapper(trainer: Trainer) -> None:
-    """Fails where a library fell back to something else than the configuration says, as many do silently."""
-    assert (trainer.args.world_size, torch.distributed.get_world_size()) == (WORLD_SIZE, WORLD_SIZE)
-    wrapper = type(trainer.model_wrapped).__name__
-    assert wrapper == WRAPPERS[CONFIG], f"{CONFIG} wraps the model in {wrapper}"
-    is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
-    assert is_checkpointed == ("checkpointing" in OPTIONS)
-    parameters = list(trainer.model_wrapped.parameters())
-    if CONFIG == "fsdp2":
-        assert all(isinstance(parameter, DTensor) for parameter in parameters)
-    elif CONFIG == "fsdp1":
-        whole = sum(parameter.numel() for parameter in setting.load_model(Path(OPTIONS["model"])).parameters())
-        assert sum(parameter.numel() for parameter in parameters) < (0.7 * whole if WORLD_SIZE > 1 else whole + 1)
-    elif CONFIG.startswith("deepspeed"):
-        assert trainer.model_wrapped.zero_optimization_stage() == int(CONFIG[-1])
-        assert all(hasattr(parameter, "ds_id") for parameter in parameters) == (CONFIG[-1] == "3")
-        if CONFIG[-1] == "3":
-            assert sum(parameter.numel() for parameter in parameters) == 0
+    def build(
+        self, name: str, *, spice: dict[str, Any] | None = None, proxy: ProxyModel | None = None, **overrides: Any
+    ) -> tuple[Trainer, WeightProbe]:
+        """A trainer with SPICE, its arguments first, from the model every process loads."""
+        if "checkpointing" in self.options:
+            overrides |= checkpointing_options(use_reentrant=self.options["checkpointing"] == "reentrant")
+        args = setting.arguments(
+            self.folder / name, world_size=self.world_size, use_cpu=self.device == "cpu", **overrides
+        )
+        if self.config == "deepspeed_zero3":
+            cpu_shims.partition_small_parameters(args)
+        probe = WeightProbe()
+        set_seed(args.seed)
+        model = setting.load_model(Path(self.options["model"]), quantized="quantized" in self.options)
+        is_quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+        assert is_quantized == ("quantized" in self.options)
+        # Loaded in shards from the start, as `zero3_init_flag` asks.
+        assert any(hasattr(parameter, "ds_id") for parameter in model.parameters()) == (
+            self.config == "deepspeed_zero3"
+        )
+        trainer = setting.make_trainer(model, args, spice=spice, proxy=proxy, callbacks=[probe])
+        return trainer, probe
 
+    def check_wrapper(self, trainer: Trainer) -> None:
+        """Fails where a library fell back to something else than the configuration says, as many do silently."""
+        assert (trainer.args.world_size, torch.distributed.get_world_size()) == (self.world_size, self.world_size)
+        wrapper = type(trainer.model_wrapped).__name__
+        assert wrapper == WRAPPERS[self.config], f"{self.config} wraps the model in {wrapper}"
+        is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        assert is_checkpointed == ("checkpointing" in self.options)
+        parameters = list(trainer.model_wrapped.parameters())
+        if self.config == "fsdp2":
+            assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        elif self.config == "fsdp1":
+            whole = sum(
+                parameter.numel() for parameter in setting.load_model(Path(self.options["model"])).parameters()
+            )
+            assert sum(parameter.numel() for parameter in parameters) < (
+                0.7 * whole if self.world_size > 1 else whole + 1
+            )
+        elif self.config.startswith("deepspeed"):
+            assert trainer.model_wrapped.zero_optimization_stage() == int(self.config[-1])
+            assert all(hasattr(parameter, "ds_id") for parameter in parameters) == (self.config[-1] == "3")
+            if self.config[-1] == "3":
+                assert sum(parameter.numel() for parameter in parameters) == 0
 
-def train(trainer: Trainer, probe: WeightProbe, **options: Any) -> list[dict[str, Tensor]]:
-    """Trains, and returns the adapter before every step and after the last."""
-    trainer.train(**options)
-    check_wrapper(trainer)
-    row = setting.dataset()[0]
-    batch = {key: value.to(trainer.args.device) for key, value in collate([row]).items()}
-    return [*probe.before_step, probe.read(trainer, batch)]
+    def train(self, trainer: Trainer, probe: WeightProbe, **options: Any) -> list[dict[str, Tensor]]:
+        """Trains, and returns the adapter before every step and after the last."""
+        trainer.train(**options)
+        self.check_wrapper(trainer)
+        row = setting.dataset()[0]
+        batch = {key: value.to(trainer.args.device) for key, value in collate([row]).items()}
+        return [*probe.before_step, probe.read(trainer, batch)]
+
+    def run_everything(self) -> dict[str, Any]:
+        """Trains with scoring, resumes, scores with coordinates, trains with the picks replayed."""
+        original = GradientScorer.score
+        watch = ScoreWatch()
+        watch.install()
+        heard: list[list[int]] = []
+        trainer, probe = self.build("scored")
+        trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+        weights = self.train(trainer, probe)
+        found = watch.tensors()
+        GradientScorer.score = original
+        states = torch.get_rng_state()
+
+        resumed, probe = self.build("resumed")
+        again = self.train(
+            resumed, probe, resume_from_checkpoint=str(self.folder / "scored" / f"checkpoint-{setting.SAVED_STEP}")
+        )
+
+        watch = ScoreWatch()
+        watch.install()
+        # One step with the measure that needs the gradients' coordinates, from the initial weights.
+        diagonal, probe = self.build("diagonal", spice={"information": "diagonal"}, max_steps=1, save_strategy="no")
+        diagonal.train()
+        found |= {f"diagonal.{key}": value for key, value in watch.tensors().items()}
+
+        replay(heard)
+        replayed, probe = self.build("replayed")
+        without = self.train(replayed, probe)
+        rng_equal = bool(torch.equal(states, torch.get_rng_state()))
+
+        save_file(found, self.folder / f"scores.{self.rank}.safetensors")
+        if self.rank == 0:
+            flat = {f"step{step}.{name}": value for step, part in enumerate(weights) for name, value in part.items()}
+            save_file({name: value.contiguous() for name, value in flat.items()}, self.folder / "weights.safetensors")
+        return {
+            "picks": heard,
+            "change_in_training": difference(weights[:1], weights[-1:]),
+            "scored_against_replayed": difference(weights, without),
+            "losses_equal": losses(trainer) == losses(replayed),
+            "rng_equal": rng_equal,
+            "scored_against_resumed": difference(weights[setting.SAVED_STEP :], again),
+            "scored_against_resumed_first": difference(weights[setting.SAVED_STEP :][:1], again[:1]),
+            "resumed_losses_equal": losses(trainer) == losses(resumed),
+        }
+
+    def train_and_listen(self) -> dict[str, Any]:
+        """Trains, or goes on from a checkpoint, perhaps one of another number of processes."""
+        spice, args = (json.loads(self.options.get(name, "{}")) for name in ("spice", "args"))
+        proxy = setting.load_proxy(Path(self.options["proxy"]), seed=self.rank) if "proxy" in self.options else None
+        trainer, _ = self.build("trained", spice=spice, proxy=proxy, **args)
+        heard: list[list[int]] = []
+        trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+        trainer.train(resume_from_checkpoint=self.options.get("checkpoint"))
+        self.check_wrapper(trainer)
+        learned = {}
+        if proxy is not None:
+            weights = {name: value for name, value in proxy.model.named_parameters() if value.requires_grad}
+            learned = {name: sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in weights.items()}
+        return {"picks": heard, "losses": losses(trainer), "learned": learned}
+
+    def select(self) -> dict[str, Any]:
+        """Selects a subset with no target training."""
+        # A fresh adapter of each process's own; process 0's counts.
+        proxy = setting.load_proxy(Path(self.options["proxy"]), seed=self.rank)
+        config = SpiceConfig(**setting.SETTINGS)
+        subset = select_subset(
+            proxy,
+            setting.dataset(),
+            config,
+            output_dir=self.folder / "subset",
+            samples_per_step=setting.SAMPLES_PER_STEP,
+            accelerator=Accelerator(cpu=self.device == "cpu"),
+        )
+        return {"rows": subset.dataset.to_list()}
+
+    def fail(self) -> dict[str, Any]:
+        """Trains until the last process fails, while it scores the first step after the checkpoint."""
+        trainer, _ = self.build("failing", spice=json.loads(self.options.get("spice", "{}")))
+        select_step = StepSelector.select
+
+        def failing_select(selector: StepSelector, *args: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step > setting.SAVED_STEP and self.rank == self.world_size - 1:
+                if self.options["place"] == "collator":
+                    selector.scorer.collate = self.die
+                else:
+                    # Within the forward, where sharded weights are gathered from every process.
+                    model = selector.scorer.get_model()
+                    layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.act_fn"))
+                    layer.forward = self.die
+            return select_step(selector, *args, **kwargs)
+
+        StepSelector.select = failing_select
+        trainer.train()
+        return {"steps": trainer.state.global_step}
+
+    def die(self, *args: Any, **kwargs: Any) -> Any:
+        """Fails in the way asked for, and notes when."""
+        (self.folder / "failed_at").write_text(str(time.time()))
+        if self.options["way"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the user's own error")
 
 
 def difference(first: Sequence[Mapping[str, Tensor]], second: Sequence[Mapping[str, Tensor]]) -> float:
@@ -117,128 +233,35 @@ def replay(steps: Sequence[Sequence[int]]) -> None:
     GradientScorer.score = refuse
 
 
-def run_everything() -> dict[str, Any]:
-    """Trains with scoring, resumes, scores with coordinates, trains with the picks replayed."""
-    original = GradientScorer.score
-    watch = ScoreWatch()
-    watch.install()
-    heard: list[list[int]] = []
-    trainer, probe = build("scored")
-    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
-    weights = train(trainer, probe)
-    found = watch.tensors()
-    GradientScorer.score = original
-    states = torch.get_rng_state()
-
-    resumed, probe = build("resumed")
-    again = train(resumed, probe, resume_from_checkpoint=str(FOLDER / "scored" / f"checkpoint-{setting.SAVED_STEP}"))
-
-    watch = ScoreWatch()
-    watch.install()
-    # One step with the measure that needs the gradients' coordinates, from the initial weights.
-    diagonal, probe = build("diagonal", spice={"information": "diagonal"}, max_steps=1, save_strategy="no")
-    diagonal.train()
-    found |= {f"diagonal.{key}": value for key, value in watch.tensors().items()}
-
-    replay(heard)
-    replayed, probe = build("replayed")
-    without = train(replayed, probe)
-    rng_equal = bool(torch.equal(states, torch.get_rng_state()))
-
-    save_file(found, FOLDER / f"scores.{RANK}.safetensors")
-    if RANK == 0:
-        flat = {f"step{step}.{name}": value for step, part in enumerate(weights) for name, value in part.items()}
-        save_file({name: value.contiguous() for name, value in flat.items()}, FOLDER / "weights.safetensors")
-    return {
-        "picks": heard,
-        "change_in_training": difference(weights[:1], weights[-1:]),
-        "scored_against_replayed": difference(weights, without),
-        "losses_equal": losses(trainer) == losses(replayed),
-        "rng_equal": rng_equal,
-        "scored_against_resumed": difference(weights[setting.SAVED_STEP :], again),
-        "scored_against_resumed_first": difference(weights[setting.SAVED_STEP :][:1], again[:1]),
-        "resumed_losses_equal": losses(trainer) == losses(resumed),
-    }
-
-
 def losses(trainer: Trainer) -> list[float]:
     """The logged loss of every step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train_and_listen() -> dict[str, Any]:
-    """Trains, or goes on from a checkpoint, perhaps one of another number of processes."""
-    spice, args = (json.loads(OPTIONS.get(name, "{}")) for name in ("spice", "args"))
-    proxy = setting.load_proxy(Path(OPTIONS["proxy"]), seed=RANK) if "proxy" in OPTIONS else None
-    trainer, _ = build("trained", spice=spice, proxy=proxy, **args)
-    heard: list[list[int]] = []
-    trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
-    trainer.train(resume_from_checkpoint=OPTIONS.get("checkpoint"))
-    check_wrapper(trainer)
-    learned = {}
-    if proxy is not None:
-        weights = {name: value for name, value in proxy.model.named_parameters() if value.requires_grad}
-        learned = {name: sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in weights.items()}
-    return {"picks": heard, "losses": losses(trainer), "learned": learned}
+TASKS = {
+    "all": Worker.run_everything,
+    "train": Worker.train_and_listen,
+    "select": Worker.select,
+    "fail": Worker.fail,
+}
 
 
-def select() -> dict[str, Any]:
-    """Selects a subset with no target training."""
-    # A fresh adapter of each process's own; process 0's counts.
-    proxy = setting.load_proxy(Path(OPTIONS["proxy"]), seed=RANK)
-    config = SpiceConfig(**setting.SETTINGS)
-    subset = select_subset(
-        proxy,
-        setting.dataset(),
-        config,
-        output_dir=FOLDER / "subset",
-        samples_per_step=setting.SAMPLES_PER_STEP,
-        accelerator=Accelerator(cpu=DEVICE == "cpu"),
-    )
-    return {"rows": subset.dataset.to_list()}
-
-
-def fail() -> dict[str, Any]:
-    """Trains until the last process fails, while it scores the first step after the checkpoint."""
-    trainer, _ = build("failing", spice=json.loads(OPTIONS.get("spice", "{}")))
-    select_step = StepSelector.select
-
-    def failing_select(self: StepSelector, *args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step > setting.SAVED_STEP and RANK == WORLD_SIZE - 1:
-            if OPTIONS["place"] == "collator":
-                self.scorer.collate = die
-            else:
-                # Within the forward, where sharded weights are gathered from every process.
-                model = self.scorer.get_model()
-                layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.act_fn"))
-                layer.forward = die
-        return select_step(self, *args, **kwargs)
-
-    StepSelector.select = failing_select
-    trainer.train()
-    return {"steps": trainer.state.global_step}
-
-
-def die(*args: Any, **kwargs: Any) -> Any:
-    """Fails in the way asked for, and notes when."""
-    (FOLDER / "failed_at").write_text(str(time.time()))
-    if OPTIONS["way"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise ValueError("the user's own error")
-
-
-TASKS = {"all": run_everything, "train": train_and_listen, "select": select, "fail": fail}
-
-
-def main() -> None:
+def main(config: str, folder: str, device: str, task: str, *options: str) -> None:
     """Does the task and writes what it found, one file a process."""
-    # Where every thread stands, should the launch run out of time.
-    faulthandler.dump_traceback_later(TIMEOUT - 20)
-    if DEVICE == "cpu":
-        cpu_shims.prepare(CONFIG)
-    result = TASKS[TASK]()
-    result["world_size"] = WORLD_SIZE
-    (FOLDER / f"{TASK}.{RANK}.json").write_text(json.dumps(result))
+    worker = Worker(
+        config,
+        Path(folder),
+        device,
+        dict(option.split("=", 1) for option in options),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    # Where every thread stands, should the run take too long.
+    faulthandler.dump_traceback_later(setting.TIMEOUT - 20)
+    if device == "cpu":
+        cpu_shims.prepare(config)
+    result = TASKS[task](worker) | {"world_size": worker.world_size}
+    (worker.folder / f"{task}.{worker.rank}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -246,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
