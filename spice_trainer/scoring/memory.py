@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.scoring.scorer import GradientScorer
 
 if sys.platform != "win32":
     import resource
@@ -49,26 +50,22 @@ def _peak_resident() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def check_memory(
-    feature_bytes: int, num_rows: int, *, num_features: int, dimension: int, device: torch.device, config: SpiceConfig
-) -> None:
+def check_memory(scorer: GradientScorer, num_rows: int, config: SpiceConfig) -> None:
     """Refuses features of a pool of `num_rows` candidates that exceed free memory, naming the setting that fits."""
-    free = free_memory(device)
-    if feature_bytes <= free:
+    needed, free = scorer.feature_bytes(1, num_rows), free_memory(scorer.device)
+    if needed <= free:
         return
     # A quarter of what is free: activations, the optimizer and the data need room too.
     fitting = int(free / 4 / num_rows / 4)
     power = 2 ** max(4, fitting.bit_length() - 1)
     if config.information == "exact":
-        fix = f"set sketch_dim={min(power, dimension)}, which fits, or a smaller pool_size"
+        fix = f"set sketch_dim={min(power, scorer.dimension)}, which fits, or a smaller pool_size"
     else:
-        fix = (
-            f'set a pool_size of at most {max(2, int(free / 2 / num_features / 4))}, or information="exact", which '
-            "can be sketched"
-        )
+        largest = max(2, int(free / 2 / scorer.num_features / 4))
+        fix = f'set a pool_size of at most {largest}, or information="exact", which can be sketched'
     raise ValueError(
-        f"Scoring a pool of {num_rows} candidates with {num_features:,} gradient numbers each needs "
-        f"{feature_bytes / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
+        f"Scoring a pool of {num_rows} candidates with {scorer.num_features:,} gradient numbers each needs "
+        f"{needed / 1e9:.1f} GB on {scorer.device}, where {free / 1e9:.1f} GB are free. To fix it, {fix}."
     )
 
 

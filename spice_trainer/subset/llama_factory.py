@@ -42,29 +42,18 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LlamaFactoryFormat:
-    """How LLaMA-Factory reads a subset.
-
-    Args:
-        entry (`dict[str, Any]`): The entry of `dataset_info.json`, but for its `file_name`.
-        convert (`Callable`, *optional*): What makes a row one that LLaMA-Factory reads. `None`: it reads them as
-            they are.
-        num_skipped (`int`): Rows that LLaMA-Factory leaves out.
-    """
+    """How LLaMA-Factory reads a subset."""
 
     entry: dict[str, Any]
+    """The entry of `dataset_info.json`, but for its `file_name`."""
     convert: Callable[[Row], dict[str, Any]] | None
+    """Makes a row one that LLaMA-Factory reads; `None` where it reads them as they are."""
     num_skipped: int
+    """Rows that LLaMA-Factory leaves out."""
 
 
 def describe_format(rows: Iterable[Row]) -> LlamaFactoryFormat | None:
-    """Finds out how LLaMA-Factory reads rows.
-
-    Args:
-        rows (`Iterable[Mapping[str, Any]]`): Rows with the same columns. Gone through more than once.
-
-    Returns:
-        [`LlamaFactoryFormat`], or `None` for rows that it does not read: tokenised ones, or with other columns.
-    """
+    """Finds out how LLaMA-Factory reads rows; `None` if it does not: tokenised ones, or with other columns."""
     examples = _first_values(rows)
 
     def holds_text(*columns: str) -> bool:

@@ -29,12 +29,6 @@ def fingerprint_model(model: nn.Module) -> str:
     that a 7B model takes seconds; a change of other values alone is not seen. Quantised parameters count by their
     stored bytes and the scales beside them, parameters on the meta device by name, shape and dtype. Where a parameter
     is spread over processes (FSDP, ZeRO-3), only this process's share is read.
-
-    Args:
-        model (`torch.nn.Module`): The model, on any device.
-
-    Returns:
-        `str`: SHA-256 as 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter in _without_wrappers(model).named_parameters():
@@ -45,15 +39,7 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What a manifest says of the model that selected, as JSON values.
-
-    Args:
-        model (`torch.nn.Module`): The model, with or without a PEFT adapter.
-
-    Returns:
-        `dict[str, Any]`: `name_or_path`, `class`, `model_type`, `num_parameters`, `num_trainable_parameters`, `lora`
-        (settings of the active adapter, or `None`) and `fingerprint` (see [`fingerprint_model`]).
-    """
+    """What a manifest says of the model that selected, as JSON values."""
     model = _without_wrappers(model)
     get_base_model = getattr(model, "get_base_model", None)
     base = get_base_model() if callable(get_base_model) else model
@@ -68,6 +54,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "lora": _describe_adapter(model),
         "fingerprint": fingerprint_model(model),
     }
+
+
+def without_fingerprint(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What two models have in common that differ in their weights alone."""
+    return {key: value for key, value in description.items() if key != "fingerprint"}
 
 
 def _sampled_bytes(tensor: Tensor) -> bytes:

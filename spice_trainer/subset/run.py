@@ -13,8 +13,11 @@ import os
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from spice_trainer.distributed import Processes
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
@@ -23,6 +26,8 @@ from spice_trainer.recording.records import RecordWriter, SelectedRow
 from spice_trainer.recording.summary import print_summary
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.selection.results import StepSelection
+from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
+from spice_trainer.subset.model import without_fingerprint
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
 
@@ -32,64 +37,53 @@ _STATE_FOLDER = re.compile(r"selection-(\d+)")
 _UNTIMED = ("seconds_checking", "seconds_training")
 
 
+@dataclass
 class SubsetRun:
-    """Selects step by step, keeps records and states.
+    """Selects step by step, keeps records and states; process 0 writes them."""
 
-    Args:
-        sampler ([`SpiceSampler`]):
-            Bound to a schedule and a selector.
-        output_dir (`str` or `os.PathLike`):
-            Where records and states go.
-        processes ([`Processes`]):
-            Those that select together; process 0 writes.
-        identity (`dict[str, Any]`):
-            What a continued selection must have in common with the one that was interrupted, as JSON values.
-        model (`dict[str, Any]`):
-            The selector as it was before it learned anything.
-        save_steps (`int`):
-            Steps between two states.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to begin anew where there is a state.
-    """
+    sampler: SpiceSampler
+    output_dir: Path
+    processes: Processes
+    identity: dict[str, Any]
+    """What a continued selection must have in common with the one that was interrupted, as JSON values."""
+    model: dict[str, Any]
+    """The selector as it was before it learned anything."""
+    save_steps: int
+    overwrite: bool
 
-    def __init__(
-        self,
-        sampler: SpiceSampler,
-        output_dir: str | os.PathLike[str],
-        *,
-        processes: Processes,
-        identity: dict[str, Any],
-        model: dict[str, Any],
-        save_steps: int,
-        overwrite: bool = False,
-    ) -> None:
-        self.sampler = sampler
-        self.output_dir = Path(output_dir)
-        self.processes = processes
-        self.identity = identity
-        self.model = model
-        self.save_steps = save_steps
-        self.overwrite = overwrite
+    def __post_init__(self) -> None:
         self.totals = RunTotals()
-        self._records = RecordWriter(self.output_dir / RECORDS_FOLDER) if processes.is_main else None
+        self._records = RecordWriter(self.output_dir / RECORDS_FOLDER) if self.processes.is_main else None
 
-    def run(self, *, show_progress: bool = True) -> None:
-        """Selects until the last step, from the latest state if there is one.
+    def is_done(self) -> bool:
+        """Whether `output_dir` holds the result of this very selection. Refuses to replace another one."""
+        if self.overwrite or not (self.output_dir / MANIFEST_FILE).exists():
+            return False
+        found = SubsetManifest.load(self.output_dir)
+        theirs = vars(found) | {"model": without_fingerprint(found.model)}
+        ours = {"config": self.sampler.config.to_dict()} | {
+            key: self.identity.get(key)
+            for key in ("dataset_fingerprint", "validation_fingerprint", "samples_per_step", "seed", "model")
+        }
+        differing = [key for key, value in ours.items() if theirs[key] != value]
+        if differing:
+            raise FileExistsError(
+                f"{self.output_dir} holds a subset of another selection (other {', '.join(differing)}), which stays "
+                "as it is. Choose another output_dir, or pass overwrite=True to replace it."
+            )
+        logger.info(
+            "SPICE: %s holds the finished subset of this selection already; nothing is selected anew.", self.output_dir
+        )
+        return True
 
-        Args:
-            show_progress (`bool`, *optional*, defaults to `True`): Whether process 0 shows a progress bar.
-
-        Raises:
-            ValueError: If the latest state is of another selection.
-        """
-        from tqdm.auto import tqdm
-
+    def run(self) -> None:
+        """Selects until the last step, from the latest state if there is one."""
         first = self._resume()
         steps = range(first, self.sampler.schedule.steps_per_epoch)
         self.sampler.start_run(first)
-        is_shown = show_progress and self.processes.is_main
+        is_hidden = not self.processes.is_main
         try:
-            for step in tqdm(steps, desc="Selecting", initial=first, total=first + len(steps), disable=not is_shown):
+            for step in tqdm(steps, desc="Selecting", initial=first, total=first + len(steps), disable=is_hidden):
                 self._record(self.sampler.select_step(0, step))
                 if (step + 1) % self.save_steps == 0:
                     self._save(step + 1)
@@ -106,10 +100,19 @@ class SubsetRun:
         for _, folder in self._states():
             shutil.rmtree(folder)
 
-    def selected_rows(self) -> tuple[SelectedRow, ...]:
-        """All picks from the records, in the order of picking. On process 0."""
+    def manifest(self) -> SubsetManifest:
+        """All picks from the records, in the order of picking, and what they came from. On process 0."""
         text = (self.output_dir / RECORDS_FOLDER / "selections.jsonl").read_text()
-        return tuple(SelectedRow(**json.loads(line)) for line in text.splitlines())
+        return SubsetManifest(
+            rows=tuple(SelectedRow(**json.loads(line)) for line in text.splitlines()),
+            num_rows=self.sampler.schedule.num_rows,
+            dataset_fingerprint=self.identity["dataset_fingerprint"],
+            model=self.model,
+            config=self.sampler.config.to_dict(),
+            samples_per_step=self.identity["samples_per_step"],
+            seed=self.identity["seed"],
+            validation_fingerprint=self.identity.get("validation_fingerprint"),
+        )
 
     def _record(self, selection: StepSelection) -> None:
         self.totals.add_selection(selection)

@@ -36,11 +36,11 @@ from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subset
-from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
-from spice_trainer.subset.model import describe_model
+from spice_trainer.subset.manifest import SubsetManifest
+from spice_trainer.subset.model import describe_model, without_fingerprint
 from spice_trainer.subset.run import SubsetRun
 from spice_trainer.utils.fields import WholeNumber
-from spice_trainer.utils.logging import logger, show_messages
+from spice_trainer.utils.logging import show_messages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -217,39 +217,20 @@ def select_subset(
     sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
     described = processes.broadcast(describe_model(proxy.model) if processes.is_main else {})
     # A fresh adapter is drawn anew when a selection is continued, and comes from its state.
-    identity["model"] = {key: value for key, value in described.items() if key != "fingerprint"}
-
+    identity["model"] = without_fingerprint(described)
     output_dir = Path(output_dir)
+    run = SubsetRun(sampler, output_dir, processes, identity, described, save_steps, overwrite)
     with processes.failing_together("looking into output_dir"):
-        is_done = processes.is_main and not overwrite and _is_done(output_dir, config, identity)
+        is_done = processes.is_main and run.is_done()
     if not processes.broadcast(is_done):
         with processes.failing_together("verifying the sample gradients"):
             check_selection(
                 selector.scorer, config, verify=verify and processes.is_main, autocast=accelerator.autocast
             )
-        run = SubsetRun(
-            sampler,
-            output_dir,
-            processes=processes,
-            identity=identity,
-            model=described,
-            save_steps=save_steps,
-            overwrite=overwrite,
-        )
         run.run()
         with processes.failing_together("writing the subset"):
             if processes.is_main:
-                manifest = SubsetManifest(
-                    rows=run.selected_rows(),
-                    num_rows=len(dataset),
-                    dataset_fingerprint=identity["dataset_fingerprint"],
-                    model=run.model,
-                    config=config.to_dict(),
-                    samples_per_step=samples_per_step,
-                    seed=schedule.seed,
-                    validation_fingerprint=identity.get("validation_fingerprint"),
-                )
-                export_subset(dataset, manifest, output_dir, name=name, overwrite=overwrite)
+                export_subset(dataset, run.manifest(), output_dir, name=name, overwrite=overwrite)
                 # The embedding is as it was; looking for it would ask the hub.
                 proxy.model.save_pretrained(output_dir / SELECTOR_FOLDER, save_embedding_layers=False)  # type: ignore[operator]
         run.finish()
@@ -300,26 +281,6 @@ def _identify(
     }
 
 
-def _is_done(output_dir: Path, config: SpiceConfig, identity: dict[str, Any]) -> bool:
-    """Whether `output_dir` holds the result of this very selection. Refuses to replace another one."""
-    if not (output_dir / MANIFEST_FILE).exists():
-        return False
-    found = SubsetManifest.load(output_dir)
-    theirs = vars(found) | {"model": {key: value for key, value in found.model.items() if key != "fingerprint"}}
-    ours = {"config": config.to_dict()} | {
-        key: identity.get(key)
-        for key in ("dataset_fingerprint", "validation_fingerprint", "samples_per_step", "seed", "model")
-    }
-    differing = [key for key, value in ours.items() if theirs[key] != value]
-    if differing:
-        raise FileExistsError(
-            f"{output_dir} holds a subset of another selection (other {', '.join(differing)}), which stays as it is. "
-            "Choose another output_dir, or pass overwrite=True to replace it."
-        )
-    logger.info("SPICE: %s holds the finished subset of this selection already; nothing is selected anew.", output_dir)
-    return True
-
-
 def read_rows(
     dataset: Any, proxy: ProxyModel, processing_class: Any, data_collator: Any, **tokenization: Any
 ) -> TargetRows:
@@ -357,15 +318,7 @@ def check_selection(
             "scored. Look at the prompt masking and at `max_length`."
         )
     check_token_ids(rows, scorer.vocabulary)
-    num_candidates = min(config.pool_size, len(scorer.dataset))
-    check_memory(
-        scorer.feature_bytes(1, num_candidates),
-        num_candidates,
-        num_features=scorer.num_features,
-        dimension=scorer.dimension,
-        device=scorer.device,
-        config=config,
-    )
+    check_memory(scorer, min(config.pool_size, len(scorer.dataset)), config)
     if verify and config.takes_gradients:
         shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
         verify_gradients(scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=autocast)

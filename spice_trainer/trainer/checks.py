@@ -105,8 +105,7 @@ def warn_of_arguments(args: TrainingArguments) -> None:
 
 def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows: int, samples_per_step: int) -> None:
     """Warns, with the value to use instead, of arguments in steps that were meant for an epoch of all samples."""
-    plain = math.ceil(num_rows / samples_per_step)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    plain, total = math.ceil(num_rows / samples_per_step), count_steps(args, steps_per_epoch)
     if args.max_steps > 0 and args.max_steps > math.ceil(args.num_train_epochs * steps_per_epoch):
         epochs, plain_epochs = args.max_steps / steps_per_epoch, args.max_steps / plain
         logger.warning(
@@ -128,6 +127,11 @@ def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows:
             "SPICE: %s=%d exceeds the run of %d optimizer steps (an epoch has %d steps instead of %d). Use %s=%d.",
             name, value, total, steps_per_epoch, plain, name, fitting,
         )  # fmt: skip
+
+
+def count_steps(args: TrainingArguments, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run whose epochs have so many."""
+    return int(args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch))
 
 
 def is_token_normalized(trainer: Any) -> bool:
@@ -168,15 +172,7 @@ def check_run(
         num_rows=schedule.num_rows,
         samples_per_step=schedule.shape.samples_per_step,
     )
-    num_candidates = min(schedule.pool_size, schedule.num_rows)
-    check_memory(
-        scorer.feature_bytes(1, num_candidates),
-        num_candidates,
-        num_features=scorer.num_features,
-        dimension=scorer.dimension,
-        device=scorer.device,
-        config=config,
-    )
+    check_memory(scorer, min(schedule.pool_size, schedule.num_rows), config)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be trained "
@@ -185,7 +181,11 @@ def check_run(
 
 
 def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Callable[[], None] | None:
-    """Compares sample gradients with autograd's, now and, where that tells too little, when training begins."""
+    """Compares sample gradients with autograd's, now and, where that tells too little, when training begins.
+
+    Returned is what to call then, on every process: where weights are partitioned or not on their device yet, or the
+    trainer replaces layers as it begins. Of the rows the two shortest with labels are used.
+    """
     shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
     model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
     is_target = model is trainer.model

@@ -51,12 +51,7 @@ NOT_ATTACHED = "SPICE is not attached to this trainer, so there is nothing to de
 
 
 class HookedMethod:
-    """A method bound on one trainer. An object, so that a trainer can be copied and pickled with it.
-
-    Args:
-        hooks ([`SpiceHooks`]): What is called.
-        name (`str`): The trainer's method.
-    """
+    """A method bound on one trainer. An object, so that a trainer can be copied and pickled with it."""
 
     def __init__(self, hooks: SpiceHooks, name: str) -> None:
         self.hooks = hooks

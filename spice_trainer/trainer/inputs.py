@@ -5,7 +5,6 @@ trainer's own loader ─ dataset, collator ─ schedule of pools ─ selector (t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.trainer.checks import is_token_normalized, num_parameters
+from spice_trainer.trainer.checks import count_steps, is_token_normalized, num_parameters
 from spice_trainer.utils.random import preserved_random_state
 
 
@@ -60,19 +59,7 @@ def build_inputs(
 def training_rows(
     trainer: Any, get_loader: Callable[[], DataLoader[Any]], *, name: str = "get_train_dataloader"
 ) -> tuple[Any, Callable[..., Any]]:
-    """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        get_loader (`Callable`): Its own `get_train_dataloader`, or `get_eval_dataloader`.
-        name (`str`, *optional*, defaults to `"get_train_dataloader"`): Which of them, for the message.
-
-    Returns:
-        `tuple`: The dataset, and the collator.
-
-    Raises:
-        ValueError: If the loader has no rows by number.
-    """
+    """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected."""
     loaders = trainer.accelerator._dataloaders
     num_loaders = len(loaders)
     signature_columns = getattr(trainer, "_signature_columns", None)
@@ -95,14 +82,7 @@ def training_rows(
 
 
 def own_sampling(trainer: Any) -> str | None:
-    """Name of what decides over the order of the rows in place of the Trainer, which SPICE replaces.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-
-    Returns:
-        `str`, *optional*: A method of a subclass or bound on the instance; `None` for the Trainer's and TRL's own.
-    """
+    """Name of the user's own method that orders the rows (in a subclass, or bound), which SPICE replaces."""
     for name in ("get_train_dataloader", "_get_train_sampler"):
         owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), None)
         if name in vars(trainer):
@@ -113,13 +93,7 @@ def own_sampling(trainer: Any) -> str | None:
 
 
 def build_trainer_schedule(trainer: Any, config: SpiceConfig, dataset: Any) -> PoolSchedule:
-    """The schedule of pools under the trainer's batch size, processes and seeds.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        config ([`SpiceConfig`]): The settings.
-        dataset (`Any`): Its rows.
-    """
+    """The schedule of pools under the trainer's batch size, processes and seeds."""
     args = trainer.args
     return build_schedule(
         config,
@@ -141,16 +115,7 @@ def build_trainer_selector(
     collate: Callable[..., Any],
     proxy: ProxyModel | None,
 ) -> StepSelector:
-    """What selects for the trainer's steps.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        config ([`SpiceConfig`]): The settings.
-        schedule ([`PoolSchedule`]): Candidates of every step.
-        dataset (`Any`): Its rows.
-        collate (`Callable`): Its collator.
-        proxy ([`ProxyModel`], *optional*): Scores instead of the trainer's model.
-    """
+    """What selects for the trainer's steps."""
 
     def get_model() -> nn.Module:
         model: nn.Module = trainer.model
@@ -174,12 +139,7 @@ def build_trainer_selector(
 def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
     """Refuses optimizers whose state the settings need and that cannot be read, as far as is known before training.
 
-    Args:
-        trainer (`transformers.Trainer`): The trainer; most make their optimizer when training begins.
-        config ([`SpiceConfig`]): The settings.
-
-    Raises:
-        ValueError: If its state is partitioned, or it is none of PyTorch's that keep what is needed.
+    Most trainers make their optimizer only then.
     """
     takes = ((PRECONDITIONING, config.gradient_preconditioning == "adam"), (MOMENTUM, config.takes_momentum))
     setting = next((setting for setting, is_taken in takes if is_taken), None)
@@ -205,17 +165,7 @@ def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
 
 
 def validation_rows(trainer: Any) -> TargetRows | None:
-    """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-
-    Returns:
-        [`TargetRows`], *optional*
-
-    Raises:
-        ValueError: If it has several, or one without rows by number.
-    """
+    """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none."""
     given = trainer.eval_dataset
     if given is None:
         return None
@@ -232,14 +182,7 @@ def validation_rows(trainer: Any) -> TargetRows | None:
 def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_dataset: Any) -> TargetRows:
     """Rows as the target reads them, with what a proxy of another tokenizer needs to read them itself.
 
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        dataset (`Any`): Its tokenised rows, unused columns removed.
-        collate (`Callable`): Its collator.
-        raw_dataset (`Any`): The same rows with all columns that the trainer was given.
-
-    Returns:
-        [`TargetRows`]
+    `dataset` lacks the columns that the trainer does not use; `raw_dataset` has all that it was given.
     """
     args, tokenizer = trainer.args, getattr(trainer, "processing_class", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -265,13 +208,12 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_d
 def plan_run(trainer: Any, inputs: RunInputs, proxy: ProxyModel | None) -> RunPlan:
     """What is known of the run before it starts."""
     args, schedule, scorer = trainer.args, inputs.schedule, inputs.selector.scorer
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
     pool_size = min(schedule.pool_size, schedule.num_rows)
     num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
     candidate_tokens = [scorer.shorten(row).num_tokens for row in inputs.candidates]
     return RunPlan(
         num_rows=schedule.num_rows,
-        total_steps=total,
+        total_steps=count_steps(args, schedule.steps_per_epoch),
         dimension=scorer.dimension,
         num_features=scorer.num_features,
         feature_bytes=scorer.feature_bytes(num_pools, num_pools * pool_size),

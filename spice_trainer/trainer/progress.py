@@ -13,12 +13,7 @@ SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
 class ScoringProgress:
-    """Reports scoring to the user.
-
-    Args:
-        trainer (`transformers.Trainer`): Its bar is used; a second one would garble it.
-        sampler ([`SpiceSampler`]): Tells which step it is.
-    """
+    """Reports scoring to the user, on the trainer's bar where there is one: a second one would garble it."""
 
     def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
         self.trainer = trainer
