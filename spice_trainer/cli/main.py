@@ -16,14 +16,7 @@ COMMANDS = {"select": (_select, "Select a subset of a dataset with no target tra
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a subcommand.
-
-    Args:
-        argv (`list[str]`, *optional*): Arguments. Defaults to those of the command line.
-
-    Raises:
-        SystemExit: If the first argument names no command.
-    """
+    """Runs the subcommand that the first argument names; by default of the command line's."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if name in COMMANDS:
         COMMANDS[name][0](arguments)

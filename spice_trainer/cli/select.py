@@ -21,35 +21,14 @@ from spice_trainer.utils.random import seeded_random_state
 
 @dataclass
 class SubsetArguments:
-    """What `spice-trainer select` takes beside the arguments it shares with training scripts.
-
-    Args:
-        output_dir (`str`):
-            Where the subset, its manifest, the records and the states go.
-        validation_dataset_name (`str`, *optional*):
-            Rows like those of `dataset_name`, with which the strategy `less` compares: a file, a folder, or a name on
-            the hub, of which `dataset_test_split` is read.
-        samples_per_step (`int`, *optional*):
-            Rows picked between two updates of the selector. Defaults to 10 pools of `num_selected`.
-        max_length (`int`, *optional*, defaults to `1024`):
-            Tokens that a row is cut to while scoring.
-        completion_only_loss (`bool`, *optional*):
-            As in `SFTConfig`.
-        assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            As in `SFTConfig`.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the pools and of the fresh adapter.
-        save_steps (`int`, *optional*, defaults to `10`):
-            Steps between two states, from which an interrupted selection continues.
-        subset_name (`str`, *optional*, defaults to `"spice_subset"`):
-            Name of the JSONL file and of LLaMA-Factory's entry.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to begin anew where `output_dir` holds another selection.
-    """
+    """What `spice-trainer select` takes beside the arguments it shares with training scripts."""
 
     output_dir: str = field(metadata={"help": "Where the subset, its manifest, records and states go."})
     validation_dataset_name: str | None = field(
-        default=None, metadata={"help": "File, folder or name of the rows that the strategy less compares with."}
+        default=None,
+        metadata={
+            "help": "File, folder or name of the rows that the strategy less compares with; of its dataset_test_split."
+        },
     )
     samples_per_step: int | None = field(
         default=None, metadata={"help": "Rows picked between two updates of the selector. None: 10 pools' picks."}
@@ -58,17 +37,15 @@ class SubsetArguments:
     completion_only_loss: bool | None = field(default=None, metadata={"help": "As in SFTConfig."})
     assistant_only_loss: bool = field(default=False, metadata={"help": "As in SFTConfig."})
     seed: int = field(default=42, metadata={"help": "Seed of the pools and of the fresh adapter."})
-    save_steps: int = field(default=10, metadata={"help": "Steps between two states."})
+    save_steps: int = field(
+        default=10, metadata={"help": "Steps between two states, from which an interrupted selection continues."}
+    )
     subset_name: str = field(default="spice_subset", metadata={"help": "Name of the JSONL file and of its entry."})
     overwrite: bool = field(default=False, metadata={"help": "Begin anew where there is another selection."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments and selects.
-
-    Args:
-        argv (`list[str]`, *optional*): Arguments. Defaults to those of the command line.
-    """
+    """Parses the arguments, by default those of the command line, and selects."""
     try:
         from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
     except ImportError as error:

@@ -11,13 +11,14 @@ No package is imported here: what is not loaded cannot be part of a model.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from spice_trainer.utils.logging import logger
@@ -109,6 +110,12 @@ def warn_of_quantization(model: nn.Module) -> None:
             "a sample's gradient. Load the model with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), "
             "or in 4 bits, to score in batches."
         )
+
+
+def num_values(parameter: Tensor) -> int:
+    """Numbers that a parameter stands for: 4-bit weights are stored two a byte, and ZeRO-3 leaves an empty tensor."""
+    shape: Sequence[int] | None = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return int(getattr(parameter, "ds_numel", parameter.numel())) if shape is None else math.prod(shape)
 
 
 def check_quantized_layers(model: nn.Module) -> None:

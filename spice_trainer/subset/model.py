@@ -7,8 +7,7 @@ cache locations or object identities.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from spice_trainer.data.fingerprints import spread_positions
 from spice_trainer.data.json_values import canonical_line
 from spice_trainer.distributed import without_wrapper
+from spice_trainer.gradients.backends import num_values
 
 MAX_VALUES = 4_096
 """Numbers of a tensor that a model's fingerprint reads, at most."""
@@ -49,8 +49,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "name_or_path": _text_or_none(getattr(config, "_name_or_path", None)),
         "class": type(base).__name__,
         "model_type": _text_or_none(getattr(config, "model_type", None)),
-        "num_parameters": sum(_num_values(parameter) for parameter in parameters),
-        "num_trainable_parameters": sum(_num_values(item) for item in parameters if item.requires_grad),
+        "num_parameters": sum(num_values(parameter) for parameter in parameters),
+        "num_trainable_parameters": sum(num_values(item) for item in parameters if item.requires_grad),
         "lora": _describe_adapter(model),
         "fingerprint": fingerprint_model(model),
     }
@@ -84,14 +84,6 @@ def _stored_tensors(parameter: Tensor) -> Iterable[Tensor]:
         scales = getattr(holder, name, None)
         if isinstance(scales, Tensor):
             yield scales
-
-
-def _num_values(parameter: Tensor) -> int:
-    # Four-bit weights are stored two a byte, in a shape of their own; ZeRO-3 leaves an empty tensor behind.
-    shape: Sequence[int] | None = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    if shape is not None:
-        return math.prod(shape)
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _describe_adapter(model: nn.Module) -> dict[str, Any] | None:

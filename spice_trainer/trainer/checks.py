@@ -22,7 +22,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, embedding_size
 from spice_trainer.data.rows import CandidateRow
 from spice_trainer.distributed import check_parallelism
-from spice_trainer.gradients.backends import changes_when_training_begins, warn_of_quantization
+from spice_trainer.gradients.backends import changes_when_training_begins, num_values, warn_of_quantization
 from spice_trainer.gradients.verification import has_whole_weights, verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.sampling.schedule import PoolSchedule
@@ -243,12 +243,8 @@ def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, r
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Weights of a model, also where they are partitioned (DeepSpeed) or packed two to a byte (bitsandbytes)."""
-    return sum(
-        int(getattr(parameter, "ds_numel", parameter.numel()))
-        * (2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1)
-        for parameter in model.parameters()
-    )
+    """Weights of a model."""
+    return sum(num_values(parameter) for parameter in model.parameters())
 
 
 def check_adapter_is_saved(model: nn.Module, *, is_resumed: bool) -> None:

@@ -53,6 +53,7 @@ def test_a_trainer_is_copied_and_pickled_with_spice(how: str, with_proxy: bool, 
     before = trainable_weights(trainer.model)
     copied = copy.deepcopy(trainer) if how == "deepcopy" else pickle.loads(pickle.dumps(trainer))
     assert copied._spice is not trainer._spice and copied._spice.trainer is copied
+    assert copied._spice.handle is not trainer._spice.handle and copied._spice.handle.sampler is copied._spice.sampler
     assert copied._spice.callback in copied.callback_handler.callbacks
     copied.args.output_dir = str(tmp_path / "copy")
     torch.manual_seed(1)
