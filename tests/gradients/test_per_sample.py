@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_head import sample_losses
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
@@ -259,16 +258,6 @@ def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
     losses, found = batched_gradients(model, [unlabelled, only_first])
     assert losses.tolist() == [0, 0]
     assert all(float(gradients.abs().max()) == 0 for gradients in found)
-
-
-def test_sample_losses_equal_a_loop() -> None:
-    logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 4, -100], [-100, -100, 2]])
-    log_probabilities = logits.log_softmax(-1)
-    expected = [
-        -(log_probabilities[0, 0, 1] + log_probabilities[0, 1, 4]) / 2,
-        -log_probabilities[1, 2, 2],
-    ]
-    torch.testing.assert_close(sample_losses(logits, targets, targets != -100), torch.stack(expected))
 
 
 def test_one_context_serves_many_batches() -> None:

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spice_trainer.gradients.per_sample import SampleGradients
-from tests.gradients.test_sharded_verification import verify_two_rows
+from tests.gradients.test_verification_sharded import verify_two_rows
 from tests.support.gradient_loop import batched_gradients, example_rows, looped_gradients, relative_error
 from tests.support.models import tiny_lora_model
 from tests.support.replays import train_and_replay
