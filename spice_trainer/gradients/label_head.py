@@ -154,11 +154,6 @@ class LabelHead:
         """Whether the head's product is what the model returns; `None` before a forward was looked at."""
         return _known.get(self._head)
 
-    @property
-    def chunk(self) -> tuple[int, int]:
-        """Label positions whose logits are held at a time, and how many logits each has."""
-        return chunk_tokens(self._head.out_features), self._head.out_features
-
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Hooks the head; removing the handles undoes it."""
         return [self._head.register_forward_pre_hook(self._before_head)]

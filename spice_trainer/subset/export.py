@@ -41,16 +41,7 @@ DATASET_INFO_FILE = "dataset_info.json"
 
 @dataclass(frozen=True)
 class SubsetFiles:
-    """Where an exported subset is.
-
-    Args:
-        dataset (`pathlib.Path`): Folder for `datasets.load_from_disk`.
-        jsonl (`pathlib.Path`): One row a line, for TRL and `datasets.load_dataset("json")`.
-        llama_factory_jsonl (`pathlib.Path`, *optional*): The file that LLaMA-Factory reads, `jsonl` itself where it
-            can; `None` for rows that LLaMA-Factory does not read.
-        dataset_info (`pathlib.Path`, *optional*): LLaMA-Factory's `dataset_info.json`, or `None` as above.
-        manifest (`pathlib.Path`): `manifest.json`; `manifest.jsonl` is beside it.
-    """
+    """Where an exported subset is; the two of LLaMA-Factory are `None` for rows that it does not read."""
 
     dataset: Path
     jsonl: Path
@@ -75,23 +66,8 @@ def export_subset(
     `<name>_llamafactory.jsonl` is written too, with the conversation in `messages`. Rows that are only tokenised, or
     whose columns neither trainer knows, get no entry, and a warning.
 
-    Exporting the same subset once more changes nothing. `dataset_info.json` keeps its other entries.
-
-    Args:
-        dataset (`datasets.Dataset` or `Sequence[Mapping[str, Any]]`): The dataset that was selected from.
-        manifest ([`SubsetManifest`]): The picks.
-        output_dir (`str` or `os.PathLike`): Folder to write to. Made if missing; LLaMA-Factory's `data` folder will
-            do.
-        name (`str`, *optional*, defaults to `"spice_subset"`): Name of the JSONL and of LLaMA-Factory's entry.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether another subset there may be replaced.
-
-    Returns:
-        [`SubsetFiles`]
-
-    Raises:
-        FileExistsError: If a file to be written is there and holds something else.
-        ValueError: If the dataset is not the manifest's, no row was picked, or the name cannot be one.
-        ImportError: If `datasets` is not installed.
+    Exporting the same subset once more changes nothing, and `dataset_info.json` keeps its other entries, so that
+    `output_dir` may be LLaMA-Factory's `data` folder.
     """
     check_name(name)
     stored = _as_stored_dataset(rebuild_subset(manifest, dataset))

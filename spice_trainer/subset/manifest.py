@@ -89,14 +89,7 @@ class SubsetManifest:
         return tuple(row.index for row in self.rows)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `manifest.jsonl`, then `manifest.json`, which says by a checksum which rows belong to it.
-
-        Args:
-            folder (`str` or `os.PathLike`): Where to. Made if missing; an earlier manifest there is replaced.
-
-        Raises:
-            ValueError: If a number is not finite, or a value is not JSON.
-        """
+        """Writes `manifest.jsonl`, then `manifest.json`, which says by a checksum which rows belong to it."""
         folder = Path(folder)
         lines = "".join(_to_json(asdict(row), f"picked row {row.index}") + "\n" for row in self.rows)
         metadata = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
@@ -108,18 +101,7 @@ class SubsetManifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> SubsetManifest:
-        """Reads a manifest.
-
-        Args:
-            folder (`str` or `os.PathLike`): Folder of `manifest.json` and `manifest.jsonl`.
-
-        Returns:
-            [`SubsetManifest`]
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If the two files do not belong together, or are of another format version.
-        """
+        """Reads the manifest in a folder; a `ValueError` if its two files do not belong together."""
         path, rows_path = Path(folder) / MANIFEST_FILE, Path(folder) / ROWS_FILE
         for item in (path, rows_path):
             if not item.is_file():
