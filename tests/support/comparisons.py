@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tests.support.forks import fork
 from tests.support.models import VOCAB_SIZE, tiny_model
 from tests.support.trainers import tiny_tokenizer
 
@@ -21,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 # The examples are scripts: what lies beside them is imported by its bare name.
 if str(EXAMPLES) not in sys.path:
     sys.path.append(str(EXAMPLES))
+import compare  # noqa: E402
 
 NUM_STEPS = 4
 DOMAINS = ("code", "general", "math")
@@ -95,33 +95,6 @@ def tiny_comparison(folder: Path, **overrides: Any) -> Path:
     return path
 
 
-# One process imports, and forks for every attempt: an attempt that is killed ends as by `kill -9`.
-_SCRIPT = """
-import json, os, sys, traceback
-sys.path[0] = {examples!r}
-sys.argv = {arguments!r}
-import compare, torch
-torch.set_num_threads(1)
-statuses = []
-for moment in {attempts!r}:
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            exec(moment, {{}})
-            compare.main()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-print("statuses", json.dumps(statuses))
-"""
-
-
 def start(command: str, config: Path, *options: str, attempts: Sequence[str] = ("",)) -> tuple[list[int], str]:
     """Run `compare.py` once for each of `attempts`, which is Python that runs before it and decides when it dies.
 
@@ -129,24 +102,20 @@ def start(command: str, config: Path, *options: str, attempts: Sequence[str] = (
         The exit status of each (−9 where it was killed), and what they printed.
     """
     arguments = ["compare.py", command, str(config), *options]
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            _SCRIPT.format(examples=str(EXAMPLES), arguments=arguments, attempts=list(attempts)),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    output = found.stdout + found.stderr
-    assert found.returncode == 0, output[-3000:]
-    return json.loads(found.stdout.splitlines()[-1].removeprefix("statuses ")), output
+    ended = []
+    for number, moment in enumerate(attempts):
+        folder = config.parent / "printed" / f"{command}-{number}"
+        ended.append(fork(_compare, [(arguments, moment)], folder, timeout=300))
+        assert not ended[-1].timed_out, ended[-1].stderr[-3000:]
+    output = "".join(attempt.stdout for attempt in ended) + "".join(attempt.stderr for attempt in ended)
+    return [code for attempt in ended for code in attempt.codes], output
+
+
+def _compare(arguments: list[str], moment: str) -> None:
+    """One attempt, in a forked process."""
+    exec(moment, {})
+    sys.argv = arguments
+    compare.main()
 
 
 def results(output_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ with warnings.catch_warnings():
     import torch
     import transformers.trainer  # noqa: F401
 
-    import tests.distributed.worker  # noqa: F401
+    import tests.distributed.worker
+    import tests.support.comparisons  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401

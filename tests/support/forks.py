@@ -80,7 +80,7 @@ def _run(
     code = 1
     try:
         for stream, path in zip((1, 2), outputs, strict=True):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.environ.clear()
         os.environ.update(environment)
         # What libraries announce would be a warning in a user's run too.
