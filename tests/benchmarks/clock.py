@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.support.peak_memory import peak_bytes
+from tests.benchmarks.peak_memory import peak_bytes
 
 Open = Callable[[], AbstractContextManager[Callable[[], Any]]]
 

@@ -139,13 +139,11 @@ def fork(config: str, folder: Path, *arguments: str, num_processes: int = 2, tim
             environment = prepare_deepspeed_cmd_env(settings)[1]
         else:
             environment = prepare_multi_gpu_env(settings)
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(settings.main_process_port)}
-    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     ended = forks.fork(
         worker.main,
         [(config, os.fspath(folder), "cpu", *arguments)] * num_processes,
         folder,
-        environments=[environment | sizes | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(num_processes)],
+        environments=forks.process_environments(num_processes, environment),
         timeout=timeout,
     )
     return Launched(max(map(abs, ended.codes)), ended.stdout, ended.stderr, ended.seconds, ended.timed_out)

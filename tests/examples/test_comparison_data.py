@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.comparisons import tiny_comparison, tiny_file
+from tests.examples.comparisons import tiny_comparison, tiny_file
 
 # First: it makes the examples' folder importable.
 from comparison.choices import build_choice_rows  # isort: skip

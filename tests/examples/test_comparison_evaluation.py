@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.comparisons import DOMAINS
+from tests.examples.comparisons import DOMAINS
 from tests.support.models import VOCAB_SIZE, PlainLanguageModel, tiny_lora_model
 
 from comparison.evaluation import answer_losses, choice_accuracy, held_out_losses  # isort: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spice_trainer import SpiceConfig
-from tests.support.comparisons import EXAMPLES, tiny_comparison
+from tests.examples.comparisons import EXAMPLES, tiny_comparison
 
 from comparison.driver import run_comparison  # isort: skip
 from comparison.json_lines import append_line, keep_lines, read_lines  # isort: skip

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.comparisons import NUM_STEPS, results, start, tiny_comparison, without_clocks
+from tests.examples.comparisons import NUM_STEPS, results, start, tiny_comparison, without_clocks
 from tests.support.trainers import same_weights, trainable_weights
 
 from comparison.driver import check_fields, check_shared  # isort: skip

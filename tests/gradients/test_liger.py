@@ -27,7 +27,7 @@ needs_liger = pytest.mark.skipif(
 def run(task: str) -> dict[str, Any]:
     """A task of `liger_on_cpu.py` in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.liger_on_cpu", task],
+        [sys.executable, "-m", "tests.gradients.liger_on_cpu", task],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,

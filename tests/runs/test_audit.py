@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer
 
 from spice_trainer import SpiceConfig, attach_spice
-from tests.support.audit_oracle import Expected, Row, Witness, expect_pool, num_label_tokens
+from tests.runs.audit_oracle import Expected, Row, Witness, expect_pool, num_label_tokens
 from tests.support.models import VOCAB_SIZE, tiny_lora_model
 from tests.support.trainers import make_sft_trainer, make_trainer, read_records, tiny_rows
 

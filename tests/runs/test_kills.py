@@ -20,7 +20,7 @@ NUM_KILLS = 30
 @pytest.mark.timeout(1500)
 def test_runs_survive_being_killed() -> None:
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.kills", str(NUM_KILLS)],
+        [sys.executable, "-W", "ignore", "-m", "tests.runs.kills", str(NUM_KILLS)],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

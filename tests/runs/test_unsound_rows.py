@@ -24,7 +24,7 @@ from spice_trainer import attach_spice
 from spice_trainer.config import SpiceConfig
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.scoring.scorer import GradientScorer
-from tests.support.audit_oracle import Witness, expect_pool, num_label_tokens
+from tests.runs.audit_oracle import Witness, expect_pool, num_label_tokens
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import (
     collate,

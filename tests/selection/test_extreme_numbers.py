@@ -36,7 +36,7 @@ from spice_trainer.selection.gram import measure_rows, normalized_gram
 from spice_trainer.selection.greedy import select, select_from_gradients
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolSelection, StepSelection
-from tests.support.greedy_certificate import check_selection, coordinate_gains, gram_gains, log_det_gains
+from tests.selection.greedy_certificate import check_selection, coordinate_gains, gram_gains, log_det_gains
 
 # For a longer search by hand: EXAMPLES=5000 python -m pytest tests/selection/test_extreme_numbers.py
 EXAMPLES = int(os.environ.get("EXAMPLES", "150"))

@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 
 from spice_trainer.subset.export import export_subset
 from spice_trainer.subset.manifest import SubsetManifest, rebuild_subset
-from tests.support.llama_factory_reader import read_llama_factory
+from tests.subset.llama_factory_reader import read_llama_factory
 from tests.support.models import tiny_lora_model
 from tests.support.subsets import INDICES, MESSAGES, NUM_ROWS, PROMPTS, export, make_manifest, make_rows, read_jsonl
 from tests.support.trainers import make_sft_trainer, tiny_tokenizer, training_options

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tests.support.llama_factory_reader import is_trained_on, read_llama_factory
+from tests.subset.llama_factory_reader import is_trained_on, read_llama_factory
 from tests.support.subsets import INDICES, MESSAGES, NUM_ROWS, PROMPTS, assistant, export, make_rows, read_jsonl, user
 
 FUNCTION = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

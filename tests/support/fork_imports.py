@@ -11,7 +11,7 @@ with warnings.catch_warnings():
     import transformers.trainer  # noqa: F401
 
     import tests.distributed.worker
-    import tests.support.comparisons  # noqa: F401
+    import tests.examples.comparisons  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 import traceback
@@ -48,7 +49,7 @@ def fork(
 ) -> Ended:
     """Runs the function once for each tuple of arguments, all at once, and waits for all; `folder` takes the output.
 
-    The first environment is the whole environment of the first process; without any they have this process's.
+    The first environment is the whole environment of the first process; without any, all have this process's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -71,6 +72,16 @@ def fork(
              for name in ("stdout", "stderr")]  # fmt: skip
     codes = [process.exitcode for process in processes]
     return Ended(codes, *texts, time.monotonic() - started, bool(left))
+
+
+def process_environments(num_processes: int, environment: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """What torch's launcher adds to the environment of each of the processes that are to find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    given = dict(os.environ if environment is None else environment) | address | sizes
+    return [given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
 def _run(

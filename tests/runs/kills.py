@@ -1,6 +1,6 @@
 """A run that is killed at random moments, and resumed, against one that is not. Run by `test_kills.py`.
 
-    python -m tests.support.kills NUM_KILLS [SEED]
+    python -m tests.runs.kills NUM_KILLS [SEED]
 
 Each run is a process of its own, forked here after the imports and ended by SIGKILL, so that nothing of Python's
 cleaning up happens. It is killed twice, at the first attempt and again while it continues, then left to end. The
