@@ -14,8 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate import Accelerator
+from peft import LoraConfig
+
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.files import open_dataset
+from spice_trainer.proxy.model import ProxyModel
+from spice_trainer.subset.select import select_subset
 from spice_trainer.utils.random import seeded_random_state
 
 
@@ -50,12 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
     except ImportError as error:
         raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
-    from accelerate import Accelerator
-    from peft import LoraConfig
-
-    from spice_trainer.proxy.model import ProxyModel
-    from spice_trainer.subset.select import select_subset
-
     parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, SubsetArguments), prog="spice-trainer select")
     script, model, config, arguments = parser.parse_args_and_config(args=argv)
     if model.model_name_or_path is None or script.dataset_name is None:

@@ -28,6 +28,7 @@ from typing import Any
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.utils.logging import logger
 
+RECORDS_FOLDER = "spice"
 RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")
 LEDGER_FILE = "ledger.json"
 _ALL_FILES = (*RECORD_FILES, LEDGER_FILE)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from spice_trainer.distributed import Processes
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.recording.metrics import RunTotals
-from spice_trainer.recording.records import RecordWriter, SelectedRow
+from spice_trainer.recording.records import RECORDS_FOLDER, RecordWriter, SelectedRow
 from spice_trainer.recording.summary import print_summary
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.selection.results import StepSelection
@@ -31,7 +31,6 @@ from spice_trainer.subset.model import without_fingerprint
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
 
-RECORDS_FOLDER = "spice"
 _STATE_FOLDER = re.compile(r"selection-(\d+)")
 # What a step of a run that trains nothing cannot take.
 _UNTIMED = ("seconds_checking", "seconds_training")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
@@ -43,7 +44,6 @@ from spice_trainer.utils.fields import WholeNumber
 from spice_trainer.utils.logging import show_messages
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from datasets import Dataset
 
 # The paper's T.
@@ -58,7 +58,7 @@ class SelectedSubset:
     Args:
         dataset (`datasets.Dataset`):
             The selected rows with all their columns, in the order of picking.
-        manifest ([`~subset.manifest.SubsetManifest`]):
+        manifest (`SubsetManifest`):
             Which rows of the given dataset they are (`manifest.indices`), by what they were picked, and from which
             data.
         output_dir (`pathlib.Path`):
@@ -153,8 +153,6 @@ def select_subset(
     >>> SFTTrainer(model="Qwen/Qwen2.5-7B", args=args, train_dataset=subset.dataset).train()
     ```
     """
-    from accelerate import Accelerator
-
     config = SpiceConfig() if config is None else config
     if not isinstance(config, SpiceConfig):
         raise TypeError(f"config must be a SpiceConfig, got {type(config).__name__}.")

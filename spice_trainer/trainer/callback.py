@@ -17,7 +17,7 @@ from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfe
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.recording.ledger import CostLedger
 from spice_trainer.recording.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
-from spice_trainer.recording.records import RecordWriter
+from spice_trainer.recording.records import RECORDS_FOLDER, RecordWriter
 from spice_trainer.recording.summary import (
     WARN_AFTER_POOLS,
     RunPlan,
@@ -34,8 +34,6 @@ from spice_trainer.selection.results import StepSelection
 from spice_trainer.trainer.checks import check_adapter_is_saved
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import reading_saved
-
-RECORDS_FOLDER = "spice"
 
 
 class SpiceCallback(TrainerCallback):
