@@ -6,14 +6,15 @@ python examples/sensitivity.py --model demo_output/model --data demo_output/trai
 
 Trains a few steps on random rows, and at some of them takes the exact Gram matrix of a pool and of as many other rows.
 From the pool it picks with every normalisation of the gradients, scale α of the information, conflict penalty λ,
-conflict reference and rule, and tells of each the picks that the first line of its normalisation does not make, how
-long the picked answers are, and how near the gradient of a step on the picks is to that of the other rows, which no
-rule saw:
+conflict reference and rule. Of each it tells how many picks differ from those of the first line of its normalisation,
+how long the picked answers are, and how near the gradient of a step on the picks is to that of the other rows, which
+no rule saw:
 
     cos(Σ_S t_i g_i, Σ_R t_j g_j)  for their loss per token,      cos(Σ_S t_i g_i, Σ_R g_j)  for their loss per row
 
 with S the picks, R the other rows, g the mean gradient of a row and t its label tokens. It costs a scoring of these
-rows, and says which settings are worth comparing with `examples/compare.py`. No more: only training shows what helps.
+rows, and says no more than which settings are worth comparing with `examples/compare.py`: only training shows what
+helps.
 Needs `pip install 'spice-trainer[examples]'`.
 """
 

@@ -33,7 +33,8 @@ PAGES = [
     *sorted((ROOT / "examples").rglob("*.md")),
     *sorted((ROOT / "tests").rglob("*.md")),
 ]
-HOME = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Homepage"]
+URLS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+HOME = URLS["Homepage"]
 # Their names stand for a model that is on the machine.
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -62,6 +63,7 @@ def commands(page: Path) -> str:
 
 
 def links(page: Path) -> list[str]:
+    """The targets of a page's links, named ones too."""
     text = re.sub(r"`[^`]*`", "", prose(page))
     defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE))
     text = re.sub(r"^\[[^\]]+\]: \S+$", "", text, flags=re.MULTILINE)
@@ -95,28 +97,32 @@ def test_what_helps_is_on_the_first_screen() -> None:
     assert "matching" in first
 
 
+def check_link(link: str, page: Path) -> None:
+    """Follows a link within the repository to its file and heading; others are left alone."""
+    target, _, anchor = link.partition("#")
+    if target.startswith(f"{HOME}/blob/main/"):
+        path = ROOT / target.removeprefix(f"{HOME}/blob/main/")
+    elif "://" in target:
+        return
+    else:
+        # PyPI shows README alone.
+        assert page != README, f"{link} is relative"
+        path = page.parent / target if target else page
+    assert path.exists(), link
+    assert not anchor or anchor in anchors(path), link
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
-        target, _, anchor = link.partition("#")
-        if target.startswith(HOME):
-            path = ROOT / target.removeprefix(f"{HOME}/blob/main/")
-        elif "://" in target:
-            continue
-        else:
-            # PyPI shows README alone.
-            assert page != README, f"{link} is relative"
-            path = page.parent / target if target else page
-        assert path.exists(), link
-        assert not anchor or anchor in anchors(path), link
+        check_link(link, page)
 
 
 def test_the_projects_urls_lead_somewhere() -> None:
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"].values()
-    assert all(url.startswith(HOME) for url in urls)
-    paths = [url.removeprefix(f"{HOME}/blob/main/") for url in urls if "/blob/" in url]
-    assert paths
-    assert all((ROOT / path).is_file() for path in paths)
+    assert URLS.keys() == {"Homepage", "Documentation", "Changelog", "Issues"}
+    for url in URLS.values():
+        assert url.startswith(HOME), url
+        check_link(url, README)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
