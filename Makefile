@@ -20,19 +20,25 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --constraint
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-slow test-all test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# One thread: the tests' models are tiny, and the tests of several processes bring their own.
+# Some minutes, of every part. One thread: the tests' models are tiny, and the tests of several processes bring their own.
 test: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+# What `make test` leaves out: kills, launches, compilers, whole comparisons, the benchmarks' own tests.
+test-slow: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow
 
 # The arithmetic does not depend on their versions, and is tested once.
 test-oldest: $(VENV_OLDEST)/.test-installed
-	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST) -m 'oldest and not slow and not distributed' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST) -m 'oldest and not slow' $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

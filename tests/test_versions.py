@@ -54,7 +54,7 @@ def test_what_the_package_imports_is_required() -> None:
     """A library that only comes along with another may stop to."""
     imported = {
         module
-        for path in (ROOT / "spice_trainer").glob("*.py")
+        for path in (ROOT / "spice_trainer").rglob("*.py")
         for module in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
     }
     libraries = imported - sys.stdlib_module_names - {"spice_trainer"}

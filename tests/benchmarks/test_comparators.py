@@ -14,6 +14,8 @@ from tests.benchmarks.comparators import COMPARATORS, GradientTable, Unavailable
 from tests.support.gradient_loop import batched_gradients, collate, example_rows, looped_gradients, relative_error
 from tests.support.models import tiny_lora_model
 
+pytestmark = pytest.mark.slow
+
 ROWS = example_rows()
 # Rows of unlike length share a micro-batch, and one is alone.
 GROUPS = ([1, 2], [0, 4], [3])

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.flops import DecoderShape, forward_flops, num_pairs, peak_flops, scoring_flops, utilisation
 from tests.support.models import VOCAB_SIZE, tiny_model
 
+pytestmark = pytest.mark.slow
+
 # hidden 32, 4 heads of 8, 2 key-value heads, MLP 48, 2 layers: per layer q and o 32·32 each, k and v 32·16 each, three
 # of 32·48, hence 3072 + 4608.
 LAYER_PARAMETERS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)

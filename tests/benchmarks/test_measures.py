@@ -21,6 +21,8 @@ from tests.benchmarks.tables import Table, bytes_shown, passed, plain_table, pri
 from tests.benchmarks.workload import Workload, collate, padding_share, tiny_rows
 from tests.support.models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

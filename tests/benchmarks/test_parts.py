@@ -20,6 +20,8 @@ from tests.benchmarks.parts.end_to_end import compare
 from tests.benchmarks.synthetic import qwen2_config
 from tests.benchmarks.tables import plain_table
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["--model", "tiny", "--rows", "24", "--pools", "2", "--repeats", "2", "--batch-size", "4"]
 
 

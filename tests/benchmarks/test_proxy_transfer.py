@@ -16,6 +16,8 @@ from tests.benchmarks.proxy_transfer import lengths_alone, renormalized
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import collate, tiny_rows
 
+pytestmark = pytest.mark.slow
+
 
 def score(rows: list[Any], **spice: Any) -> PoolScores:
     model = tiny_lora_model()

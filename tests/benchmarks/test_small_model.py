@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.benchmarks.small_model import slice_model, slice_tokenizer
 from tests.support.models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 400
 KEPT = 300
 TEXTS = (

@@ -21,6 +21,8 @@ from tests.benchmarks.synthetic import (
     qwen2_config,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_distribution_has_the_median_and_the_mean() -> None:
     """In closed form: a cut lognormal's median, and its mean by the shifted normal."""

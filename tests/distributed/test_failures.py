@@ -13,7 +13,7 @@ from tests.distributed import setting
 from tests.distributed.launch import Launched, fork, launch
 from tests.support.trainers import trained_indices
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def fail(
     return launched
 
 
-@pytest.mark.parametrize("is_launched", [True, False])
+@pytest.mark.parametrize("is_launched", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_error_while_scoring_ends_every_process(is_launched: bool, model_folder: Path, tmp_path: Path) -> None:
     stderr = fail(
         "multi_gpu", tmp_path, place="collator", way="raise", model_folder=model_folder, is_launched=is_launched
@@ -60,6 +60,7 @@ def test_an_error_in_a_forward_reaches_the_others(spice: dict[str, Any], model_f
     assert "SPICE: process 1 of 2 failed while scoring candidates, so this one stops too" in stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_folder: Path, tmp_path: Path) -> None:
     stderr = fail(
         "multi_gpu", tmp_path, place="forward", way="kill", model_folder=model_folder, is_launched=True
@@ -72,6 +73,7 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_before_is_good(model_f
     assert trained_indices(tmp_path / "resumed")[: setting.SAVED_STEP + 1] == trained_indices(tmp_path / "failing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero3"])
 def test_an_error_within_a_sharded_forward_ends_every_process(config: str, model_folder: Path, tmp_path: Path) -> None:
     if config.startswith("deepspeed"):

@@ -14,7 +14,7 @@ from tests.distributed import setting
 from tests.distributed.launch import fork
 from tests.support.trainers import read_records, trained_indices
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 # What is compared with one process: nothing, the target's own scores, scoring beside the training.
 CASES: dict[str, dict[str, Any]] = {
@@ -24,7 +24,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize(
+    "config", [pytest.param(config, marks=[pytest.mark.slow] * (config != "multi_gpu")) for config in CASES]
+)
 def test_a_proxy_picks_what_it_picks_in_one_process(config: str, tmp_path: Path) -> None:
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")

@@ -13,7 +13,10 @@ from tests.distributed import setting
 from tests.distributed.launch import fork
 from tests.support.trainers import read_records, trained_indices
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
+
+# DDP is what `make test` tries; with sharded weights the same takes longer.
+CONFIGS = ["multi_gpu", *(pytest.param(config, marks=pytest.mark.slow) for config in ("fsdp2", "deepspeed_zero3"))]
 
 
 def train_on_two(config: str, folder: Path, *options: str) -> list[list[int]]:
@@ -24,6 +27,7 @@ def train_on_two(config: str, folder: Path, *options: str) -> list[list[int]]:
     return heard[0]
 
 
+@pytest.mark.slow
 def test_resuming_with_other_numbers_of_processes(tmp_path: Path) -> None:
     # Without dropout, which draws differently in every process.
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
@@ -45,7 +49,7 @@ def test_resuming_with_other_numbers_of_processes(tmp_path: Path) -> None:
 ADAPTIVE = {"stop_ratio": 0.75, "pools_per_step": 2}
 
 
-@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_adaptive_stopping(config: str, tmp_path: Path) -> None:
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
@@ -64,7 +68,7 @@ def test_adaptive_stopping(config: str, tmp_path: Path) -> None:
 PARTIAL = {"scoring_layers": 1, "scoring_max_tokens": 3, "scoring_prefilter": 0.6}
 
 
-@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_scoring_less(config: str, tmp_path: Path) -> None:
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
@@ -77,6 +81,7 @@ def test_scoring_less(config: str, tmp_path: Path) -> None:
     assert heard == picks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "ifd"])
 def test_strategies(strategy: str, tmp_path: Path) -> None:
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
@@ -86,6 +91,7 @@ def test_strategies(strategy: str, tmp_path: Path) -> None:
     assert heard == trained_indices(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ifd", "less"])
 def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
     # Every process runs as many forwards as the others: two a row, or those of the validation rows first.
@@ -96,6 +102,7 @@ def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
     assert heard == trained_indices(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_preconditioned_gradients(tmp_path: Path) -> None:
     # DDP leaves the whole optimizer on every process.
     spice = {"gradient_preconditioning": "adam", "alpha_scaling": "pool"}
@@ -114,6 +121,7 @@ def test_conflict_with_the_momentum(tmp_path: Path) -> None:
     assert any(pick["conflict"] for pick in read_records(tmp_path / "one", "selections"))
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter(tmp_path: Path) -> None:
     # B is zero, so the gradients of A are too until the first update.
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0, randomize=False)
@@ -122,6 +130,7 @@ def test_a_fresh_adapter(tmp_path: Path) -> None:
     assert heard == trained_indices(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     # Blocks of 64 weights.
@@ -133,6 +142,7 @@ def test_a_base_in_4_bits(tmp_path: Path) -> None:
     assert heard == trained_indices(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     folder = setting.save_model(tmp_path / "model")
     options: dict[str, Any] = {"bf16": True, "num_train_epochs": 1, "save_strategy": "no"}

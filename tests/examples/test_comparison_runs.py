@@ -69,6 +69,7 @@ def copy_of(whole: Path, folder: Path, **overrides: Any) -> Path:
     return tiny_comparison(folder, **({"seeds": [0], "learning_rates": [1e-2, 1e-3]} | overrides))
 
 
+@pytest.mark.slow
 def test_results_of_a_comparison(whole: Path) -> None:
     lines = results(whole / "output")
     assert [(line["arm"], line["learning_rate"]) for line in lines] == [
@@ -96,6 +97,7 @@ def test_results_of_a_comparison(whole: Path) -> None:
     assert not list((whole / "output").glob("runs/*/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_all_arms_see_the_same_pools(whole: Path) -> None:
     settings = load_settings(whole / "comparison.yaml")
     schedule = pools_of(settings, settings.arm("random"), 64, 0)
@@ -106,6 +108,7 @@ def test_all_arms_see_the_same_pools(whole: Path) -> None:
         assert [line["num_selected"] for line in records] == [2] * 8
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice(whole: Path) -> None:
     before = (whole / "output" / "results.jsonl").read_bytes()
     statuses, output = start("run", whole / "comparison.yaml", attempts=[KILL_AT_LINE.format(number=1, torn=False)])
@@ -151,6 +154,7 @@ def test_a_killed_comparison_ends_as_one_that_was_not(
         assert line["seconds"].keys() == expected[0]["seconds"].keys() and line["seconds"]["training"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(whole: Path, tmp_path: Path) -> None:
     config = copy_of(whole, tmp_path, learning_rates=[1e-2])
     clock = tmp_path / "output" / "runs" / "spice-seed0-lr0.01-steps4" / "clock.jsonl"
