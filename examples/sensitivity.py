@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -34,8 +34,7 @@ from theory import NORMALIZATIONS, build_parser, command_of, record, renormalize
 from torch import Tensor
 
 from spice_trainer import SpiceConfig
-from spice_trainer.scoring.measure import PoolScores
-from spice_trainer.selection.strategies import StrategyInputs, select_by_strategy
+from spice_trainer.selection import PickOptions, PoolScores, select_by_strategy
 
 NUM_RANDOM_SUBSETS = 200
 RULES = ("dpp", "matching", "facility_location")
@@ -64,25 +63,26 @@ class Picks:
     per_row: float
 
 
-def settings_to_try(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]:
-    """Every setting with its name; what the others are compared with comes first."""
-    usual = {"fisher_alpha": 1.0, "conflict_penalty": 0.1, "conflict_reference": "selected"}
-    yield "spice, α 1, λ 0.1", {"name": "spice", **usual}
+def settings_to_try(options: argparse.Namespace) -> Iterator[tuple[str, str, PickOptions]]:
+    """Every setting with its name, its rule and its options; what the others are compared with comes first."""
+    usual = PickOptions(fisher_alpha=1.0, conflict_penalty=0.1, conflict_reference="selected")
+    yield "spice, α 1, λ 0.1", "spice", usual
     for alpha in options.fisher_alphas:
-        yield f"α {alpha:g}", {"name": "spice", **usual, "fisher_alpha": alpha}
+        yield f"α {alpha:g}", "spice", replace(usual, fisher_alpha=alpha)
     for penalty in options.conflict_penalties:
-        yield f"λ {penalty:g}", {"name": "spice", **usual, "conflict_penalty": penalty}
+        yield f"λ {penalty:g}", "spice", replace(usual, conflict_penalty=penalty)
+    penalty = max(options.conflict_penalties)
     for reference in ("candidates", "pool"):
-        strong = {"conflict_reference": reference, "conflict_penalty": max(options.conflict_penalties)}
-        yield f"λ {strong['conflict_penalty']:g}, with {reference}", {"name": "spice", **usual, **strong}
+        strong = replace(usual, conflict_reference=reference, conflict_penalty=penalty)
+        yield f"λ {penalty:g}, with {reference}", "spice", strong
     for rule in RULES:
-        yield rule, {"name": rule}
+        yield rule, rule, usual
 
 
 def look(scores: PoolScores, picks: Sequence[int]) -> tuple[float, float, float]:
     """Label tokens a pick, and both cosines of some picks, from the first half of the rows, with the second half."""
     tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
-    raw = torch.where(scores.nonzero[:, None] & scores.nonzero, renormalized(scores, "none"), 0.0)
+    raw = torch.where(scores.sound[:, None] & scores.sound, renormalized(scores, "none"), 0.0)
     step, others = torch.zeros_like(tokens), torch.ones_like(tokens)
     step[list(picks)] = tokens[list(picks)]
     others[: len(tokens) // 2] = 0.0
@@ -106,7 +106,7 @@ def compare(scored: Sequence[PoolScores], options: argparse.Namespace) -> list[P
 
     generator = torch.Generator().manual_seed(options.seed)
     halves = [slice(len(scores.candidates) // 2) for scores in scored]
-    sound = [scores.nonzero[half].nonzero().flatten() for scores, half in zip(scored, halves, strict=True)]
+    sound = [scores.sound[half].nonzero().flatten() for scores, half in zip(scored, halves, strict=True)]
     add(
         "",
         "random rows",
@@ -124,15 +124,12 @@ def compare(scored: Sequence[PoolScores], options: argparse.Namespace) -> list[P
     add("", "top_norm", None, [[places[: options.num_selected].tolist()] for places in top])
     for normalization in NORMALIZATIONS:
         inputs = [
-            StrategyInputs(sound=scores.nonzero[half], gram=renormalized(scores, normalization)[half, half])
+            PoolScores(sound=scores.sound[half], gram=renormalized(scores, normalization)[half, half])
             for scores, half in zip(scored, halves, strict=True)
         ]
         first: list[tuple[int, ...]] = []
-        for setting, arguments in settings_to_try(options):
-            indices = [
-                select_by_strategy(inputs=one, num_selected=options.num_selected, **arguments).indices
-                for one in inputs
-            ]
+        for setting, name, rules in settings_to_try(options):
+            indices = [select_by_strategy(name, one, options.num_selected, rules).indices for one in inputs]
             first = first or indices
             other = fmean(len(set(ours) - set(theirs)) for ours, theirs in zip(indices, first, strict=True))
             add(normalization, setting, other, [[picks] for picks in indices])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
-from spice_trainer.scoring.measure import PoolScores
+from spice_trainer import PoolScores, SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.selection.gram import normalization_weights, normalized_gram, scaled_alpha
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.theory import analyse_pool, summarise
@@ -61,7 +60,10 @@ class PoolRecorder:
     def __call__(self, selection: StepSelection) -> None:
         """Hear of a step's picks, before it trains. Scoring leaves no trace in the model or the random states."""
         if selection.step % self.every == 0:
-            found = self.sampler.scorer.score([pool.candidates for pool in selection.pools])
+            # By whole gradients, whatever picks the rows that train: a rule that asks for less is scored by less.
+            config = replace(self.sampler.config, strategy="fisher")
+            scorer = self.sampler.scorer.with_config(config)
+            found = scorer.score([pool.candidates for pool in selection.pools])
             self.pools.extend((selection.step, scores) for scores in found)
 
 

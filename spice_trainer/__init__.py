@@ -14,12 +14,22 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+# The rules that `SpiceConfig(strategy=...)` may name register themselves.
+from spice_trainer.selection import (
+    PickOptions,
+    Picks,
+    PoolScores,
+    Selection,
+    Strategy,
+    register_strategy,
+    select,
+    select_from_gradients,
+)
+
 if TYPE_CHECKING:
     from spice_trainer.config import SpiceConfig
     from spice_trainer.proxy.model import ProxyModel
     from spice_trainer.sampling.sampler import SpiceSampler
-    from spice_trainer.selection.greedy import select, select_from_gradients
-    from spice_trainer.selection.results import Selection
     from spice_trainer.subset.select import SelectedSubset, select_subset
     from spice_trainer.trainer.attach import SpiceTrainer, SpiceTrainerMixin, attach_spice, detach_spice
     from spice_trainer.trainer.callback import SpiceCallback
@@ -29,6 +39,9 @@ if TYPE_CHECKING:
 __version__ = version("spice-trainer")
 
 __all__ = [
+    "PickOptions",
+    "Picks",
+    "PoolScores",
     "ProxyModel",
     "SelectedSubset",
     "Selection",
@@ -39,9 +52,11 @@ __all__ = [
     "SpiceSampler",
     "SpiceTrainer",
     "SpiceTrainerMixin",
+    "Strategy",
     "__version__",
     "attach_spice",
     "detach_spice",
+    "register_strategy",
     "select",
     "select_from_gradients",
     "select_subset",
@@ -53,7 +68,6 @@ if not TYPE_CHECKING:
     _MODULES = {
         "ProxyModel": "proxy.model",
         "SelectedSubset": "subset.select",
-        "Selection": "selection.results",
         "SpiceCallback": "trainer.callback",
         "SpiceConfig": "config",
         "SpiceHandle": "trainer.handle",
@@ -63,8 +77,6 @@ if not TYPE_CHECKING:
         "SpiceTrainerMixin": "trainer.attach",
         "attach_spice": "trainer.attach",
         "detach_spice": "trainer.attach",
-        "select": "selection.greedy",
-        "select_from_gradients": "selection.greedy",
         "select_subset": "subset.select",
     }
 

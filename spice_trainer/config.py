@@ -5,15 +5,14 @@ Per pool of N = `pool_size` candidates, greedy selection takes K = `num_selected
     s(x|S) = Δ(x|S) - λ c(x|S),    Δ(x|S) = F(S ∪ {x}) - F(S),    F(S) = log det(I + α Σ_{i∈S} g_i g_iᵀ)
 
 with α = `fisher_alpha` and λ = `conflict_penalty`. T = `pools_per_step` pools feed one optimizer step.
-
-Nothing here needs more than Python, so that a command line can be read without loading what the rules compute with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from spice_trainer.utils.fields import Check, OneOf, RealNumber, WholeNumber, model_name, name_list, truth_value
 
@@ -22,67 +21,91 @@ ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 GradientPreconditioning = Literal["none", "adam"]
 Information = Literal["exact", "diagonal", "adafisher"]
-StrategyName = Literal[
-    "spice",
-    "fisher",
-    "random",
-    "top_norm",
-    "dpp",
-    "matching",
-    "facility_location",
-    "loss",
-    "perplexity",
-    "ifd",
-    "less",
-]
 
 DEFAULT_SKETCH_DIM = 32_768
 """Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""
 
 MIN_SKETCH_DIM = 16
 
-NEEDS: dict[StrategyName, tuple[str, ...]] = {
-    "spice": ("gram",),
-    "fisher": ("gram",),
-    "random": ("seed", "step", "pool"),
-    "top_norm": ("gradient_norms",),
-    "dpp": ("gram",),
-    "matching": ("gram",),
-    "facility_location": ("gram",),
-    "loss": ("losses", "label_tokens"),
-    "perplexity": ("losses",),
-    "ifd": ("losses", "losses_without_instruction"),
-    "less": ("gradient_norms", "alignment", "reference_norm"),
-}
-"""What each rule reads of a pool, fields of [`StrategyInputs`] beside `sound`."""
 
-BY_INFORMATION: tuple[StrategyName, ...] = ("spice", "fisher")
-"""Rules that maximise the Fisher information."""
+class StrategyTraits(Protocol):
+    """What settings ask of a rule. The rules themselves are above this layer, in `selection.strategies`."""
 
-WITH_GRAM = tuple(name for name, needs in NEEDS.items() if "gram" in needs)
-"""Rules that compare all candidates' gradients with each other."""
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it reads of a pool: fields of [`PoolScores`] beside `sound`."""
 
-WITH_GRADIENTS = tuple(name for name, needs in NEEDS.items() if {"gram", "gradient_norms", "alignment"} & set(needs))
-"""Rules that need a backward through the model."""
+    @property
+    def num_forwards(self) -> int:
+        """Forwards through the model that a candidate costs."""
 
-WITH_FEATURES = tuple(name for name, needs in NEEDS.items() if {"gram", "alignment"} & set(needs))
-"""Rules that compare gradients with something, and not only their norms."""
+    @property
+    def num_backwards(self) -> int:
+        """Backwards through the model that a candidate costs."""
 
-WITH_MODEL = tuple(name for name in NEEDS if name != "random")
-"""Rules that need the model at all."""
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether it compares gradients with something, and not only their norms."""
 
-# Settings that mean something to some rules only: when they are set, the rules, and why not the others.
-_LIMITED = (
-    ("stop_ratio", None, BY_INFORMATION, "it is a share of a gain of information, which this strategy has none of"),
-    ("min_gain", None, BY_INFORMATION, "it is a gain of information, which this strategy has none of"),
-    ("information", "exact", BY_INFORMATION, "this strategy picks by something else than information"),
-    ("gradient_centering", False, BY_INFORMATION, "this strategy picks by something else than information"),
-    ("gradient_preconditioning", "none", WITH_FEATURES, "this strategy compares no gradients with each other"),
-    ("scoring_prefilter", None, WITH_GRADIENTS, "this strategy takes no gradients, which the filter would save"),
-    ("proxy_check_pools", 0, WITH_GRAM, "the comparison is of gains that come from a pool's Gram matrix"),
-    ("overlap_scoring", False, WITH_GRAM, "beside the training nothing but the Gram matrix's gradients is computed"),
-    ("proxy_model_name_or_path", None, WITH_MODEL, "this strategy scores nothing, so a proxy would have no work"),
+    @property
+    def maximizes_information(self) -> bool:
+        """Whether its gains are of Fisher information."""
+
+    @property
+    def has_conflict_penalty(self) -> bool:
+        """Whether λ means something to it."""
+
+
+STRATEGIES: dict[str, StrategyTraits] = {}
+"""Every rule by its name. [`register_strategy`] fills it; importing `spice_trainer` adds the package's own."""
+
+
+def _maximizes_information(rule: StrategyTraits) -> bool:
+    return rule.maximizes_information
+
+
+def _takes_gram(rule: StrategyTraits) -> bool:
+    return "gram" in rule.needs
+
+
+# Settings that mean something to some rules only: when they are set, to which, and why not to the others.
+_LIMITED: tuple[tuple[str, object, Callable[[StrategyTraits], bool], str], ...] = (
+    (
+        "stop_ratio",
+        None,
+        _maximizes_information,
+        "it is a share of a gain of information, which this strategy has none of",
+    ),
+    ("min_gain", None, _maximizes_information, "it is a gain of information, which this strategy has none of"),
+    ("information", "exact", _maximizes_information, "this strategy picks by something else than information"),
+    ("gradient_centering", False, _maximizes_information, "this strategy picks by something else than information"),
+    (
+        "gradient_preconditioning",
+        "none",
+        lambda rule: rule.compares_gradients,
+        "this strategy compares no gradients with each other",
+    ),
+    (
+        "scoring_prefilter",
+        None,
+        lambda rule: rule.num_backwards > 0,
+        "this strategy takes no gradients, which the filter would save",
+    ),
+    ("proxy_check_pools", 0, _takes_gram, "the comparison is of gains that come from a pool's Gram matrix"),
+    ("overlap_scoring", False, _takes_gram, "beside the training nothing but the Gram matrix's gradients is computed"),
+    (
+        "proxy_model_name_or_path",
+        None,
+        lambda rule: rule.num_forwards > 0,
+        "this strategy scores nothing, so a proxy would have no work",
+    ),
 )
+
+
+def _registered(owner: str, name: str, value: object) -> Any:
+    """A rule's name. Those that a user registered count, so the legal ones are looked up when they are asked for."""
+    return OneOf(tuple(STRATEGIES))(owner, name, value)
+
 
 # What each setting must be, whatever the others are. None is legal where it is the default.
 _CHECKS: dict[str, Check] = {
@@ -100,7 +123,7 @@ _CHECKS: dict[str, Check] = {
     "min_gain": RealNumber("at least 0", "gains are never negative", lambda x: x >= 0),
     "selection_epochs": WholeNumber(1, "the first epoch has no earlier picks to replay"),
     "tie_tolerance": RealNumber("at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1),
-    "strategy": OneOf(get_args(StrategyName)),
+    "strategy": _registered,
     "gradient_centering": truth_value,
     "gradient_preconditioning": OneOf(get_args(GradientPreconditioning)),
     "validation_rows": WholeNumber(1, "a mean gradient needs at least one row"),
@@ -289,7 +312,13 @@ class SpiceConfig:
 
     _: KW_ONLY
 
-    strategy: StrategyName = field(default="spice", metadata={"help": "Rule that picks from a pool."})
+    strategy: str = field(
+        default="spice",
+        metadata={
+            "help": "Rule that picks from a pool: spice, fisher, random, top_norm, dpp, matching, facility_location, "
+            "loss, perplexity, ifd, less, or one that you registered."
+        },
+    )
     gradient_centering: bool = field(
         default=False, metadata={"help": "Take the pool's mean gradient off each gradient, for spice and fisher."}
     )
@@ -388,19 +417,39 @@ class SpiceConfig:
         return self.stop_ratio is not None or self.min_gain is not None
 
     @property
+    def rule(self) -> StrategyTraits:
+        """What the strategy needs and costs."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def takes_momentum(self) -> bool:
         """Whether candidates are held against the optimizer's momentum."""
-        return self.conflict_reference == "momentum" and self.strategy in BY_INFORMATION
+        return self.conflict_reference == "momentum" and self.rule.maximizes_information
 
     @property
     def takes_gradients(self) -> bool:
         """Whether the strategy needs a backward through the model."""
-        return self.strategy in WITH_GRADIENTS
+        return self.rule.num_backwards > 0
 
     @property
     def takes_gram(self) -> bool:
         """Whether the strategy needs the Gram matrix of a pool's gradients."""
-        return self.strategy in WITH_GRAM
+        return "gram" in self.rule.needs
+
+    @property
+    def takes_model(self) -> bool:
+        """Whether the strategy needs the model at all."""
+        return self.rule.num_forwards > 0
+
+    @property
+    def takes_answers_alone(self) -> bool:
+        """Whether the strategy needs the losses of answers without what precedes them."""
+        return "losses_without_instruction" in self.rule.needs
+
+    @property
+    def takes_validation(self) -> bool:
+        """Whether the strategy compares candidates with a validation set."""
+        return "alignment" in self.rule.needs
 
     def resolve_sketch_dim(self) -> int:
         """Return how many numbers of each sample gradient are kept.
@@ -410,7 +459,7 @@ class SpiceConfig:
             and so does any number that is at least the gradient's own. The smallest where the `strategy` asks for
             norms alone, which are exact whatever is kept.
         """
-        if self.strategy not in WITH_FEATURES:
+        if not self.rule.compares_gradients:
             return MIN_SKETCH_DIM
         if self.sketch_dim is not None and self.sketch_dim >= 0:
             return self.sketch_dim
@@ -444,10 +493,10 @@ class SpiceConfig:
             )
 
     def _check_strategy(self) -> None:
-        for name, unset, strategies, reason in _LIMITED:
+        for name, unset, is_meant, reason in _LIMITED:
             value = getattr(self, name)
-            if value != unset and self.strategy not in strategies:
-                listed = ", ".join(repr(strategy) for strategy in strategies)
+            if value != unset and not is_meant(self.rule):
+                listed = ", ".join(repr(strategy) for strategy, rule in STRATEGIES.items() if is_meant(rule))
                 raise ValueError(
                     f"SpiceConfig: {name}={value!r} with strategy={self.strategy!r}: {reason}. Fix: leave {name} out, "
                     f"or set strategy to one of {listed}."

@@ -14,7 +14,7 @@ from typing import Any
 from comparison.choices import build_choice_rows
 from comparison.rows import Row, Splits, read_rows, split_rows
 from comparison.settings import Settings
-from spice_trainer.sampling.step_shape import plan_step
+from spice_trainer.sampling.schedule import plan_step
 
 
 @dataclass(frozen=True)

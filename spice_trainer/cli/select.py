@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if model.model_name_or_path is None or script.dataset_name is None:
         parser.error("--model_name_or_path and --dataset_name are needed")
     validation = None
-    if config.strategy == "less":
+    if config.takes_validation:
         if arguments.validation_dataset_name is None:
             parser.error("--strategy less needs --validation_dataset_name, the rows to compare candidates with")
         validation = open_dataset(

@@ -11,71 +11,44 @@ Axes: K rows of the subset, S tokens, D trainable numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.distributed import Processes
 from spice_trainer.gradients.forward import forward_parameters
 from spice_trainer.gradients.label_head import sample_losses
+from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.scoring.micro_batches import share_micro_batches
 from spice_trainer.scoring.out_of_memory import TokenBudget, fits_in_memory, learning_error
+from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import seeded_random_state
 
 
 class AdapterLearner:
-    """Takes optimizer steps of a small model's trainable weights, alike on every process.
+    """Takes optimizer steps of a proxy's trainable weights, alike on every process; each has a copy of it.
 
-    Args:
-        model (`torch.nn.Module`):
-            The model, in no wrapper.
-        learning_rate (`float`):
-            Constant.
-        weight_decay (`float`, *optional*, defaults to `0.01`):
-            AdamW's.
-        max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            The gradient is scaled down to this norm. 0 leaves it as it is.
-        tokens_per_batch (`int`):
-            Tokens of a forward and backward pass, padding included.
-        seed (`int`):
-            Dropout's: it is drawn from (seed, update, process), so that a resumed run draws the same.
-        autocast (`Callable`, *optional*):
-            Makes the context of the forward's precision.
-        processes ([`Processes`], *optional*):
-            Those that learn together, each with a copy of the model.
+    Dropout is drawn from (seed, update, process), so that a resumed run draws the same.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float,
-        tokens_per_batch: int,
-        seed: int,
-        weight_decay: float = 0.01,
-        max_grad_norm: float = 1.0,
-        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
-        processes: Processes | None = None,
-    ) -> None:
-        self.model = model
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, proxy: ProxyModel, runtime: Runtime, *, tokens_per_batch: int) -> None:
+        self.model = proxy.model
+        self.max_grad_norm = proxy.max_grad_norm
         self.tokens_per_batch = tokens_per_batch
         self.budget = TokenBudget(tokens_per_batch)
         self.num_updates = 0
-        self.processes = processes if processes is not None else Processes()
-        self._autocast = autocast
-        self._seed = seed
-        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.processes = runtime.processes
+        self._autocast = runtime.autocast
+        self._seed = runtime.seed
+        self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()), lr=learning_rate, weight_decay=weight_decay
+            list(self._parameters.values()), lr=proxy.learning_rate, weight_decay=proxy.weight_decay
         )
-        self._extra_inputs = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
+        self._extra_inputs = {"use_cache": False} if "use_cache" in forward_parameters(self.model) else {}
 
     def synchronize(self) -> None:
         """Gives every process the weights of process 0, as DDP does: users' scripts may draw adapters differently."""
@@ -96,16 +69,12 @@ class AdapterLearner:
         return next(iter(self._parameters.values())).device
 
     def learn(self, rows: Sequence[CandidateRow]) -> float | None:
-        """Takes one optimizer step. A collective of the processes.
+        """Takes one optimizer step on the rows, the same on every process. A collective.
 
         Leaves no trace but the weights: random states, modes and `.grad` are as before.
 
-        Args:
-            rows (`Sequence[CandidateRow]`): The subset, the same on every process.
-
-        Returns:
-            `float`, *optional*: Mean loss of a label token before the step; `None` where no step was taken, for want
-            of a label token or of a finite gradient.
+        Returns the mean loss of a label token before the step; `None` where no step was taken, for want of a label
+        token or of a finite gradient.
         """
         processes = self.processes
         rows = [row for row in rows if row.num_label_tokens > 0]
@@ -159,7 +128,7 @@ class AdapterLearner:
         targets = labels[:, 1:]
         mask = targets != -100
         with torch.enable_grad():
-            with self._autocast() if self._autocast is not None else nullcontext():
+            with self._autocast():
                 outputs = self.model(**inputs, **self._extra_inputs)
             logits = (outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits)[:, :-1]
             losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
@@ -206,14 +175,7 @@ class AdapterLearner:
         return {name: value.cpu().clone().contiguous() for name, value in tensors.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores [`AdapterLearner.state_dict`].
-
-        Args:
-            tensors (`Mapping[str, torch.Tensor]`): As saved.
-
-        Raises:
-            ValueError: If they are of another model or adapter.
-        """
+        """Restores [`AdapterLearner.state_dict`]; raises a `ValueError` for those of another model or adapter."""
         saved = {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")}
         differing = sorted(saved ^ self._parameters.keys()) or sorted(
             name for name, value in self._parameters.items() if tensors[f"weights.{name}"].shape != value.shape

@@ -20,12 +20,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.selection.checks import sound_rows
 from spice_trainer.selection.gram import normalization_weights
 from spice_trainer.selection.information import InformationMeasure, build_information
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolTransfer
+from spice_trainer.selection.scores import PoolScores
 from spice_trainer.utils.statistics import spearman
 
 NUM_RANDOM_SUBSETS = 200
@@ -101,7 +101,7 @@ def compare_pools(
         information, target.candidates, ours, (theirs, by_length), num_random_subsets
     )
     return PoolTransfer(
-        pool=target.pool,
+        pool=target.pool or 0,
         num_selected=len(ours),
         num_selected_proxy=len(theirs),
         num_shared=len(set(ours) & set(theirs)),
@@ -127,7 +127,7 @@ def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
         [`PoolScores`]: For exact information only: it has no coordinates.
     """
     label_tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
-    norms = torch.where(scores.nonzero, label_tokens.clamp(min=1).rsqrt(), 0.0)
+    norms = torch.where(scores.sound, label_tokens.clamp(min=1).rsqrt(), 0.0)
     weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
     gram = torch.diag((weights * norms).square())
     momentum_cosines = None if scores.momentum_cosines is None else torch.zeros_like(norms)
@@ -146,8 +146,9 @@ class _PoolInformation:
 
     def __init__(self, scores: PoolScores, alpha: float, config: SpiceConfig) -> None:
         self._scores, self._alpha, self._kind = scores, alpha, config.information
+        self._gram = scores.sound_gram()
         # The rows that `select_pool` considers.
-        self.sound = sound_rows(scores.gram.masked_fill(~(scores.nonzero[:, None] & scores.nonzero), 0.0))
+        self.sound = sound_rows(self._gram)
 
     def first_gains(self) -> Float64[Tensor, " N"]:
         """Δ(x|∅) of every candidate; 0 for those that cannot be picked."""
@@ -174,7 +175,7 @@ class _PoolInformation:
             gradients = weights = None
         return build_information(
             self._kind,
-            gram=self._scores.gram[rows][:, rows],
+            gram=self._gram[rows][:, rows],
             gradients=None if gradients is None else gradients[rows],
             fisher_alpha=self._alpha,
             row_weights=None if weights is None else weights[rows],

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from spice_trainer.config import BY_INFORMATION, SpiceConfig
+from spice_trainer.config import SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
@@ -59,13 +59,14 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
     )
     on_each = " on each" if plan.num_processes > 1 else ""
     features = f"scoring holds {_bytes(plan.feature_bytes)} of gradient features{on_each}"
-    how = {
-        "top_norm": f"the norms of {plan.dimension:,} gradient numbers a sample; {features}",
-        "loss": "a forward a row and no backward",
-        "perplexity": "a forward a row and no backward",
-        "ifd": "two forwards a row and no backward",
-    }.get(config.strategy, f"{kept}; {features}")
-    num_scored = 0 if config.strategy == "random" else candidates
+    forwards = "a forward" if config.rule.num_forwards == 1 else "two forwards"
+    if not config.takes_gradients:
+        how = f"{forwards} a row and no backward"
+    elif config.rule.compares_gradients:
+        how = f"{kept}; {features}"
+    else:
+        how = f"the norms of {plan.dimension:,} gradient numbers a sample; {features}"
+    num_scored = candidates if config.takes_model else 0
     shared = f"shared by {plan.num_processes} processes, " if plan.num_processes > 1 else ""
     at_most = "at most " if config.is_adaptive else ""
     scorer = (
@@ -76,12 +77,12 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
     lines = [
         f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
         f"{schedule.steps_per_epoch:,}).",
-        f"Each step {'reads' if config.strategy == 'random' else 'scores'} {shape.pools_per_step} "
+        f"Each step {'scores' if config.takes_model else 'reads'} {shape.pools_per_step} "
         f"pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
         f'Rows are picked by strategy="{config.strategy}".',
-        *([] if config.strategy == "random" else [f"{scorer} scores, {shared}with {how}.", *_describe_part(config)]),
+        *([f"{scorer} scores, {shared}with {how}.", *_describe_part(config)] if config.takes_model else []),
         f"Per step about {num_scored * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
     ]
@@ -135,7 +136,7 @@ def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
 def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
     """Warnings after the first pools, naming the setting that changes what was seen."""
     warnings: list[str] = []
-    if config.strategy not in BY_INFORMATION:
+    if not config.rule.maximizes_information:
         # The settings that they name change nothing for the others.
         return warnings
     better = next(

@@ -1,4 +1,4 @@
-"""Watches for optimizer steps that nothing could be picked for.
+"""Optimizer steps that nothing could be picked for, and the row that then stands in their micro-batches.
 
 One such step trains on neutral fillers and is logged; more than `MAX_EMPTY_STEPS` in any `WINDOW` steps end the run:
 it has diverged, or its rows have nothing to train on.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
-from spice_trainer.selection.results import PoolSelection
+from spice_trainer.selection.results import PoolSelection, StepSelection
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import saved_whole_number
 
@@ -18,26 +19,14 @@ WINDOW = 20
 
 
 class EmptyStepWatch:
-    """Counts steps without a pick among the last ones.
-
-    Args:
-        min_gain (`float`, *optional*): The configured stopping rule, which can leave a pool without a pick too.
-    """
+    """Counts steps without a pick among the last ones. A `min_gain` can leave a pool without one too."""
 
     def __init__(self, min_gain: float | None) -> None:
         self._min_gain = min_gain
         self._recent: deque[int] = deque(maxlen=WINDOW)
 
     def note(self, step: int, pools: Sequence[PoolSelection]) -> None:
-        """Takes one scored step.
-
-        Args:
-            step (`int`): Optimizer updates done before it.
-            pools (`Sequence[PoolSelection]`): Its pools.
-
-        Raises:
-            RuntimeError: If more than `MAX_EMPTY_STEPS` of the last `WINDOW` steps had no pick.
-        """
+        """Takes one scored step; raises a `RuntimeError` for too many of the last ones without a pick."""
         is_empty = not any(pool.indices for pool in pools)
         self._recent.append(int(is_empty))
         if not is_empty:
@@ -66,3 +55,44 @@ class EmptyStepWatch:
     def load_state_dict(self, state: Sequence[int]) -> None:
         """Restores [`EmptyStepWatch.state_dict`]."""
         self._recent = deque(map(saved_whole_number, state), maxlen=WINDOW)
+
+
+class FillerRow:
+    """The row that stands in micro-batches without a pick: a pick wherever there is one, else a row known to be sound.
+
+    All its labels are −100, so its loss is 0 and its gradient 0 · ∂logits/∂θ. That is zero only where the row's own
+    forward is finite, for 0 · nan is nan: a filler from a pool whose rows all break the forward would break the
+    weights.
+    """
+
+    def __init__(self) -> None:
+        self._row: int | None = None
+
+    def provide(self, selection: StepSelection) -> StepSelection:
+        """Gives a step its filler, which is `None` while no row is known."""
+        sound = _sound_row(selection)
+        if sound is not None:
+            self._row = sound
+        return replace(selection, filler=self._row)
+
+    def state_dict(self) -> int | None:
+        """The row."""
+        return self._row
+
+    def load_state_dict(self, row: int | None, *, num_rows: int) -> None:
+        """Restores [`FillerRow.state_dict`]; raises an `IndexError` if the dataset has no such row."""
+        if row is not None and not 0 <= row < num_rows:
+            raise IndexError(f"the filler is none of the {num_rows} rows")
+        self._row = row
+
+
+def _sound_row(selection: StepSelection) -> int | None:
+    """A pick, or a candidate that a stopping rule left out."""
+    if selection.indices:
+        return selection.indices[0]
+    for pool in selection.pools:
+        unsound = {*pool.nonfinite, *pool.zero, *pool.out_of_memory}
+        for candidate in pool.candidates:
+            if candidate not in unsound:
+                return candidate
+    return None

@@ -9,6 +9,7 @@ a slot that would be empty holds a neutral filler, a picked row with all labels 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spice_trainer.data.rows import fetch_rows
-from spice_trainer.sampling.schedule import PoolSchedule, deal, slot_index
+from spice_trainer.sampling.schedule import PoolSchedule, cut, spread
 from spice_trainer.selection.results import StepSelection
 
 
@@ -38,6 +39,37 @@ class PickSource(Protocol):
         """Picks the rows of a step at the current weights."""
 
 
+def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
+    """Cut picks into contiguous slots whose sizes differ by at most one, the longer ones first."""
+    if num_slots < 1:
+        raise ValueError(f"num_slots={num_slots} must be at least 1.")
+    return cut(indices, spread(len(indices), num_slots))
+
+
+def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
+    """Return the slot that a rank trains on in a micro-batch: micro_batch · world_size + rank, as Accelerate deals."""
+    if not 0 <= rank < world_size or micro_batch < 0:
+        raise ValueError(
+            f"rank={rank}, micro_batch={micro_batch}, world_size={world_size}: rank must be from 0 to world_size - 1 "
+            "and micro_batch at least 0."
+        )
+    return micro_batch * world_size + rank
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where this process's micro-batches stand among all of a step."""
+
+    rank: int
+    world_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def number(self) -> int:
+        """Micro-batches of a step, over all processes."""
+        return self.world_size * self.gradient_accumulation_steps
+
+
 class SlotRows(list[Any]):
     """Rows of one micro-batch; `neutral` marks a filler that must not contribute to the loss."""
 
@@ -47,42 +79,33 @@ class SlotRows(list[Any]):
 
 
 class SpiceBatchSampler(Sampler[list[int]]):
-    """Yields this rank's micro-batches, scoring a step's pools when its first micro-batch is asked for.
+    """Yields this rank's micro-batches, scoring a step's pools when its first micro-batch is asked for."""
 
-    Args:
-        sampler ([`SpiceSampler`]): Picks the rows.
-        rank (`int`): This process.
-        world_size (`int`): Number of processes.
-        gradient_accumulation_steps (`int`): Micro-batches per optimizer step.
-    """
-
-    def __init__(self, sampler: PickSource, *, rank: int, world_size: int, gradient_accumulation_steps: int) -> None:
+    def __init__(self, sampler: PickSource, slots: Slots) -> None:
         self.sampler = sampler
-        self.rank = rank
-        self.world_size = world_size
-        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.slots = slots
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same on every rank."""
-        return self.sampler.schedule.steps_per_epoch * self.gradient_accumulation_steps
+        return self.sampler.schedule.steps_per_epoch * self.slots.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields the micro-batches of one epoch."""
         epoch, first_step = self.sampler.begin_epoch()
         # A resumed run's `skip_first_batches` walks these; nothing is scored for them.
-        for _ in range(first_step * self.gradient_accumulation_steps):
+        for _ in range(first_step * self.slots.gradient_accumulation_steps):
             yield []
         for step_in_epoch in range(first_step, self.sampler.schedule.steps_per_epoch):
             # transformers (5.23) would train a run that is resumed at its last step one step further.
             if self.sampler.is_over:
                 return
             selection = self.sampler.select_step(epoch, step_in_epoch)
-            slots = deal(selection.indices, self.world_size * self.gradient_accumulation_steps)
+            dealt = deal(selection.indices, self.slots.number)
             filler = selection.filler
             if filler is None:
                 filler = selection.indices[0] if selection.indices else self._unknown_filler(epoch, step_in_epoch)
-            for micro_batch in range(self.gradient_accumulation_steps):
-                rows = slots[slot_index(self.rank, micro_batch, world_size=self.world_size)]
+            for micro_batch in range(self.slots.gradient_accumulation_steps):
+                rows = dealt[slot_index(self.slots.rank, micro_batch, world_size=self.slots.world_size)]
                 yield SlotRows(rows) if rows else SlotRows([filler], neutral=True)
 
     def _unknown_filler(self, epoch: int, step_in_epoch: int) -> int:
@@ -108,16 +131,11 @@ class SelectedRows(Dataset[Any]):
 
 
 class SlotCollator:
-    """Collates a micro-batch with the user's collator, neutralises fillers, and moves it to the device.
-
-    Args:
-        collate (`Callable`): The user's collator.
-        device (`torch.device`): Where batches go. Moved here because an unprepared loader's batches would otherwise
-            reach models of older transformers versions (4.56) on the CPU.
-    """
+    """Collates a micro-batch with the user's collator, neutralises fillers, and moves it to the device."""
 
     def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], device: torch.device) -> None:
         self.collate = collate
+        # An unprepared loader's batches would reach models of older transformers (4.56) on the CPU.
         self.device = device
         self.num_tokens = 0
 
@@ -148,30 +166,12 @@ def build_dataloader(
     *,
     collate: Callable[[list[Any]], Mapping[str, Any]],
     device: torch.device,
-    rank: int,
-    world_size: int,
-    gradient_accumulation_steps: int,
+    slots: Slots,
 ) -> DataLoader[Any]:
-    """Builds the loader described above.
-
-    Args:
-        sampler ([`SpiceSampler`]): A bound sampler.
-        dataset (`Any`): Training rows.
-        collate (`Callable`): The user's collator.
-        device (`torch.device`): Where batches go.
-        rank (`int`): This process.
-        world_size (`int`): Number of processes.
-        gradient_accumulation_steps (`int`): Micro-batches per optimizer step.
-
-    Returns:
-        `torch.utils.data.DataLoader`
-    """
-    batch_sampler = SpiceBatchSampler(
-        sampler, rank=rank, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps
-    )
+    """Builds the loader described above, of the training rows in `dataset` with the user's collator."""
     return DataLoader(
         SelectedRows(dataset),
-        batch_sampler=batch_sampler,
+        batch_sampler=SpiceBatchSampler(sampler, slots),
         collate_fn=SlotCollator(collate, device),
         num_workers=0,
         # Without its own generator an iteration would draw its base seed from the training run's random state.

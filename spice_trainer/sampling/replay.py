@@ -17,11 +17,7 @@ from spice_trainer.utils.saved import saved_whole_number
 
 
 class PickReplay:
-    """Remembers the last selecting epoch's picks, and hands them out again.
-
-    Args:
-        selection_epochs (`int`, *optional*): Epochs that select; `None` is all.
-    """
+    """Remembers the last selecting epoch's picks, and hands them out again; `selection_epochs=None` never does."""
 
     def __init__(self, selection_epochs: int | None) -> None:
         self._selection_epochs = selection_epochs
@@ -41,20 +37,7 @@ class PickReplay:
             self._picks.extend(indices)
 
     def step(self, schedule: PoolSchedule, epoch: int, step_in_epoch: int, *, global_step: int) -> StepSelection:
-        """A step of a replayed epoch.
-
-        Args:
-            schedule ([`PoolSchedule`]): Steps of an epoch, and micro-batches of a step.
-            epoch (`int`): Epoch, from 0.
-            step_in_epoch (`int`): Step of the epoch, from 0.
-            global_step (`int`): Optimizer updates done before.
-
-        Returns:
-            [`StepSelection`]
-
-        Raises:
-            RuntimeError: If micro-batches must be equal and there are too few picks.
-        """
+        """A step of a replayed epoch; a `RuntimeError` if micro-batches must be equal and there are too few picks."""
         shape = schedule.shape
         steps = replay_epoch(
             self._picks,

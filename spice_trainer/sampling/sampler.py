@@ -1,6 +1,6 @@
 """The sampler: from an epoch's pools to the rows each optimizer step trains on.
 
-    epoch ─ pools (module `pools`) ─ scores at θ_t (module `scoring`) ─ picks (module `picks`) ─ rows of step t
+    epoch ─ pools ─ scores at θ_t ─ picks ─ rows of step t
 
 A step's pools are scored when its first row is asked for, so the weights are those of its beginning.
 [`SpiceSampler`] serves the Trainer (through `attach_spice`) and a hand-written loop (through [`SpiceSampler.bind`]).
@@ -9,6 +9,8 @@ A step's pools are scored when its first row is asked for, so the weights are th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +18,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.sampling.binding import bind_sampler
-from spice_trainer.sampling.empty_steps import EmptyStepWatch
-from spice_trainer.sampling.fillers import FillerRow
+from spice_trainer.data.checks import vocabulary_size
+from spice_trainer.data.rows import TargetRows
+from spice_trainer.distributed import Processes, without_wrapper
+from spice_trainer.proxy.model import ProxyModel, resolve_proxy
+from spice_trainer.sampling.build import build_selector, check_optimizer
+from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow
+from spice_trainer.sampling.loader import Slots, build_dataloader
 from spice_trainer.sampling.replay import PickReplay
-from spice_trainer.sampling.schedule import PoolSchedule, StepPools
+from spice_trainer.sampling.schedule import PoolSchedule, StepPools, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import StepSelection
 
@@ -78,23 +84,16 @@ class SpiceSampler(Sampler[int]):
         self._replay = PickReplay(self.config.selection_epochs)
 
     def prepare(self, schedule: PoolSchedule, selector: StepSelector, *, total_steps: int | None = None) -> None:
-        """Binds the sampler to a schedule and what selects, at the beginning of a run.
-
-        Args:
-            schedule ([`PoolSchedule`]): Candidates of every step.
-            selector ([`StepSelector`]): Scores them and picks.
-            total_steps (`int`, *optional*): Optimizer steps of the run. `None` is an epoch at a time.
-        """
+        """Begins a run of `total_steps` optimizer steps, or of an epoch at a time."""
         self.close()
         self._schedule, self._selector, self._total_steps = schedule, selector, total_steps
-        if selector.learner is not None:
-            selector.learner.synchronize()
+        selector.scorer.start()
         self._reset()
 
     def close(self) -> None:
         """Waits for scoring that runs beside the training, at the end of a run."""
         if self._selector is not None:
-            self._selector.close()
+            self._selector.scorer.close()
 
     def bind(
         self,
@@ -145,21 +144,39 @@ class SpiceSampler(Sampler[int]):
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
         """
-        return bind_sampler(
-            self,
-            model,
-            dataset,
-            collate=data_collator,
+        processes = Processes() if accelerator is None else Processes.of(accelerator)
+        model = without_wrapper(model)
+        schedule = build_schedule(
+            self.config,
+            len(dataset),
             per_device_train_batch_size=per_device_train_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            accelerator=accelerator,
+            num_slots=processes.world_size * gradient_accumulation_steps,
             token_normalized=token_normalized,
             drop_last=drop_last,
             seed=seed,
-            processing_class=processing_class,
-            validation_dataset=validation_dataset,
-            optimizer=optimizer,
         )
+        device = next(model.parameters()).device if accelerator is None else accelerator.device
+        self.proxy = resolve_proxy(self.proxy, self.config, device=device, seed=seed)
+        if self.proxy is None or self.config.proxy_check_pools > 0:
+            check_optimizer(optimizer, self.config)
+        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=vocabulary_size(model))
+        selector = build_selector(
+            self.config,
+            schedule,
+            Runtime(
+                get_model=lambda: model,
+                seed=schedule.seed,
+                processes=processes,
+                autocast=nullcontext if accelerator is None else accelerator.autocast,
+                get_optimizer=lambda: optimizer,
+            ),
+            rows,
+            proxy=self.proxy,
+            validation=None if validation_dataset is None else replace(rows, dataset=validation_dataset),
+        )
+        self.prepare(schedule, selector)
+        slots = Slots(processes.rank, processes.world_size, gradient_accumulation_steps)
+        return build_dataloader(self, dataset, collate=data_collator, device=device, slots=slots)
 
     @property
     def schedule(self) -> PoolSchedule:
@@ -177,8 +194,8 @@ class SpiceSampler(Sampler[int]):
 
     @property
     def scorer(self) -> GradientScorer:
-        """What scores: the target's scorer, or the proxy's."""
-        return self.selector.scorer
+        """What runs the model that scores: the target's scorer, or the proxy's."""
+        return self.selector.gradient_scorer
 
     def add_listener(self, listener: Callable[[StepSelection], None]) -> None:
         """Calls `listener` with every step's picks before it trains."""
@@ -270,18 +287,18 @@ class SpiceSampler(Sampler[int]):
             "replay": self._replay.state_dict(),
             "empty_steps": self._empty_steps.state_dict(),
             "filler": self._filler.state_dict(),
-            "selector": self.selector.state_dict(),
+            "selector": self.selector.scorer.state_dict(),
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
-        proxy = {f"{_PROXY}{name}": value for name, value in self.selector.tensors().items()}
+        proxy = {f"{_PROXY}{name}": value for name, value in self.selector.scorer.tensors().items()}
         return self._replay.tensors() | proxy
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Restores both; raises a `ValueError` if the checkpoint's proxy is not this run's."""
         proxy = {name.removeprefix(_PROXY): value for name, value in tensors.items() if name.startswith(_PROXY)}
-        self.selector.load_state_dict(state["selector"], proxy)
+        self.selector.scorer.load_state_dict(state["selector"], proxy)
         self._empty_steps.load_state_dict(state["empty_steps"])
         self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
         self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)

@@ -3,7 +3,9 @@
     epoch e: a permutation of the rows, seeded by (seed, e), cut into pools of N = pool_size
      └ step t: T pools with budgets k_0 … k_{T-1} ─ picks ─ dealt over world size × gradient accumulation slots
 
-T and the budgets k_p come from module `step_shape`; a short last pool of n rows has budget ceil(k_p · n / N).
+B samples a step. Without a given T: T = max(1, round_half_up(B / K)), Σ k_p = B, and |k_p - k_q| <= 1. With a given T:
+k_p = K. A short last pool of n rows has budget ceil(k_p · n / N). Everything is whole numbers.
+
 Everything is a function of (rows, settings, seed, epoch): no weights, no global random state, and, except for
 `equal_slots`, no number of ranks.
 """
@@ -18,23 +20,152 @@ import torch
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.sampling.step_shape import StepShape, ceil_divide, plan_step, spread
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one full optimizer step draws and picks, the same for every step but the last of an epoch.
+
+    `samples_per_step` is B, what the Trainer's batch settings give a step; `num_slots` the micro-batches over which
+    its picks are dealt (world size × gradient accumulation steps), with `equal_slots` equally many to each; `budgets`
+    the picks of each of the T = `pools_per_step` pools; `effective_share` Σ budgets / (T · pool_size), the share of
+    the candidates that is really picked, and `requested_share` num_selected / pool_size.
+    """
+
+    samples_per_step: int
+    num_slots: int
+    pools_per_step: int
+    budgets: tuple[int, ...]
+    effective_share: float
+    requested_share: float
+    equal_slots: bool
+
+
+def plan_step(
+    *,
+    pool_size: int,
+    num_selected: int,
+    pools_per_step: int | None,
+    samples_per_step: int,
+    num_slots: int,
+    adaptive: bool = False,
+    equal_slots: bool = False,
+) -> StepShape:
+    """Work out the pools and budgets of an optimizer step.
+
+    Without a given T = `pools_per_step`: T = max(1, round_half_up(B / K)) with B = `samples_per_step` spread evenly,
+    the earlier pools getting one more; where a pool would have to give more than it holds, T = ceil(B / N). A given T
+    makes every budget K. `adaptive` pools may stop before their budget. With `equal_slots`, for losses that are not
+    normalised by `num_items_in_batch` over all devices, the picks are rounded down to a multiple of `num_slots`.
+
+    Raises:
+        `ValueError`: If the numbers do not fit together; the message holds the arithmetic and numbers that fit.
+    """
+    given = {
+        "pool_size": pool_size,
+        "num_selected": num_selected,
+        "pools_per_step": 1 if pools_per_step is None else pools_per_step,
+        "samples_per_step": samples_per_step,
+        "num_slots": num_slots,
+    }
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if num_selected > pool_size:
+        raise ValueError(
+            f"num_selected={num_selected} is more than pool_size={pool_size}: a pool cannot give more samples than it "
+            f"has candidates. Lower num_selected to at most {pool_size}."
+        )
+    if samples_per_step < num_slots:
+        raise ValueError(
+            f"A step of {samples_per_step} samples cannot fill {num_slots} micro-batches (number of processes × "
+            "gradient_accumulation_steps). samples_per_step must be per_device_train_batch_size × "
+            f"gradient_accumulation_steps × number of processes, here a multiple of {num_slots}."
+        )
+    if adaptive and pools_per_step is None:
+        raise ValueError(
+            "Adaptive stopping (stop_ratio or min_gain) needs pools_per_step: num_selected is then only a cap, so the "
+            "number of pools of a step cannot follow from the batch size. Set pools_per_step, for example "
+            f"pools_per_step={max(1, samples_per_step // num_selected)}."
+        )
+    if adaptive and equal_slots:
+        raise ValueError(
+            "Adaptive stopping (stop_ratio or min_gain) cannot be used here: this model's or trainer's loss is not "
+            "normalised by num_items_in_batch over all devices, so every micro-batch must hold the same number of "
+            "samples, and adaptive stopping gives any number. Use a fixed num_selected, or a trainer and model that "
+            "normalise by num_items_in_batch (average_tokens_across_devices=True)."
+        )
+
+    total = samples_per_step
+    if pools_per_step is None:
+        if equal_slots:
+            total = total // num_slots * num_slots
+        num_pools = max(1, (2 * total + num_selected) // (2 * num_selected))  # total / num_selected, half up
+        num_pools = max(num_pools, ceil_divide(total, pool_size))
+    else:
+        num_pools = pools_per_step
+        total = num_pools * num_selected
+        _check_explicit(num_pools, num_selected, pool_size, samples_per_step, num_slots)
+        if equal_slots:
+            total = total // num_slots * num_slots
+            if total < num_pools:
+                raise ValueError(
+                    f"pools_per_step × num_selected = {num_pools} × {num_selected} picks must be rounded down to "
+                    f"{total} here, a multiple of the {num_slots} micro-batches of a step (number of processes × "
+                    f"gradient_accumulation_steps), which leaves {num_pools - total} pools with nothing to give. Set "
+                    f"pools_per_step={total}, or num_selected to at least 2."
+                )
+
+    return StepShape(
+        samples_per_step=samples_per_step,
+        num_slots=num_slots,
+        pools_per_step=num_pools,
+        budgets=spread(total, num_pools),
+        effective_share=total / (num_pools * pool_size),
+        requested_share=num_selected / pool_size,
+        equal_slots=equal_slots,
+    )
+
+
+def _check_explicit(num_pools: int, num_selected: int, pool_size: int, samples_per_step: int, num_slots: int) -> None:
+    total = num_pools * num_selected
+    arithmetic = f"pools_per_step × num_selected = {num_pools} × {num_selected} = {total} samples"
+    if total > samples_per_step:
+        fixes = [f"raise per_device_train_batch_size to {ceil_divide(total, num_slots)}"]
+        if samples_per_step >= num_selected:
+            fixes.append(f"lower pools_per_step to {samples_per_step // num_selected}")
+        if samples_per_step >= num_pools:
+            fixes.append(f"lower num_selected to {samples_per_step // num_pools}")
+        raise ValueError(
+            f"{arithmetic}, more than the {samples_per_step} of an optimizer step (per_device_train_batch_size × "
+            f"gradient_accumulation_steps × number of processes). To fix it, {', or '.join(fixes)}, or leave "
+            "pools_per_step unset to fill the step whatever its size."
+        )
+    if total < num_slots:
+        fixes = [f"raise pools_per_step to {ceil_divide(num_slots, num_selected)}"]
+        if ceil_divide(num_slots, num_pools) <= pool_size:
+            fixes.append(f"raise num_selected to {ceil_divide(num_slots, num_pools)}")
+        raise ValueError(
+            f"{arithmetic}, fewer than the {num_slots} micro-batches of an optimizer step (number of processes × "
+            f"gradient_accumulation_steps), so some would be empty in every step. To fix it, {', or '.join(fixes)}, "
+            f"or lower gradient_accumulation_steps until there are at most {total} micro-batches."
+        )
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """Divide whole numbers, rounding up."""
+    return -(-a // b)
+
+
+def spread(total: int, parts: int) -> tuple[int, ...]:
+    """Split `total` into `parts` whole numbers that differ by at most one, the larger ones first."""
+    size, extra = divmod(total, parts)
+    return (size + 1,) * extra + (size,) * (parts - extra)
 
 
 @dataclass(frozen=True)
 class StepPools:
-    """The candidate pools of one optimizer step.
-
-    Args:
-        epoch (`int`):
-            The epoch, from 0.
-        step_in_epoch (`int`):
-            The step within the epoch, from 0.
-        pools (`tuple[tuple[int, ...], ...]`):
-            Row indices of each pool's candidates, in pool order.
-        budgets (`tuple[int, ...]`):
-            How many rows each pool may give at most, one number a pool, each at least 1.
-    """
+    """One optimizer step's pools: rows of each one's candidates, in order, and how many each may give at most."""
 
     epoch: int
     step_in_epoch: int
@@ -46,21 +177,10 @@ class PoolSchedule:
     """The pools of every step of every epoch; no row is a candidate twice in an epoch.
 
     An epoch is a seeded permutation of the rows cut into pools of `pool_size`. Its last step takes the pools that are
-    left, and a short last pool of n rows with budget k gives ceil(k · n / pool_size). With `shape.equal_slots` the
-    last step's picks are rounded down to a multiple of `shape.num_slots`, taken from its last pools first; a pool left
-    with nothing to give, and a last step with fewer picks than slots, are left out.
-
-    Args:
-        num_rows (`int`):
-            Rows of the training dataset.
-        shape ([`StepShape`]):
-            What a full step draws and picks.
-        pool_size (`int`):
-            N, the same as given to [`plan_step`].
-        seed (`int`):
-            Seed of the permutations.
-        drop_last (`bool`, *optional*, defaults to `False`):
-            Leave out a step that has fewer than `shape.pools_per_step` full pools.
+    left (or is left out, with `drop_last`), and a short last pool of n rows with budget k gives ceil(k · n /
+    pool_size). With `shape.equal_slots` the last step's picks are rounded down to a multiple of `shape.num_slots`,
+    taken from its last pools first; a pool left with nothing to give, and a last step with fewer picks than slots,
+    are left out.
 
     Raises:
         `ValueError`: If there are no rows, or not enough for a single step.
@@ -109,21 +229,7 @@ class PoolSchedule:
             )
 
     def pools(self, epoch: int, step_in_epoch: int) -> StepPools:
-        """Return the candidate pools of a step.
-
-        Args:
-            epoch (`int`):
-                The epoch, from 0.
-            step_in_epoch (`int`):
-                The step within the epoch, from 0 to `steps_per_epoch - 1`.
-
-        Returns:
-            [`StepPools`]: Row indices and budgets of each pool; a function of the schedule's settings, the epoch and
-            the step alone.
-
-        Raises:
-            `ValueError`: If there is no such epoch or step.
-        """
+        """Return a step's pools, a function of the settings, the epoch and the step within it, each from 0."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch} must be at least 0.")
         if not 0 <= step_in_epoch < self.steps_per_epoch:
@@ -170,22 +276,10 @@ def build_schedule(
     drop_last: bool,
     seed: int,
 ) -> PoolSchedule:
-    """Builds the schedule of a run from its settings and batch size.
+    """Builds the schedule of a run from its settings and batch size; raises a `ValueError` if they don't fit.
 
-    Args:
-        config ([`SpiceConfig`]): The settings.
-        num_rows (`int`): Rows of the training dataset.
-        per_device_train_batch_size (`int`): Rows of a micro-batch.
-        num_slots (`int`): World size × gradient accumulation steps.
-        token_normalized (`bool`): Whether micro-batches of unequal size are weighted by their label tokens.
-        drop_last (`bool`): Whether an epoch's last step is dropped if its pools are not all full.
-        seed (`int`): Seed of the pools, unless `config.pool_seed` is set.
-
-    Returns:
-        [`PoolSchedule`]
-
-    Raises:
-        ValueError: If the numbers don't fit together.
+    With `token_normalized` micro-batches of unequal size are weighted by their label tokens. `seed` is the pools',
+    unless `config.pool_seed` is set.
     """
     # A field may have been set since it was created.
     config.__post_init__()
@@ -202,77 +296,14 @@ def build_schedule(
     return PoolSchedule(num_rows, shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
 
 
-def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
-    """Cut picks into contiguous slots whose sizes differ by at most one, the longer ones first.
-
-    Args:
-        indices (`Sequence[int]`):
-            The picks of a step, in order.
-        num_slots (`int`):
-            The number of slots; with fewer picks than slots the last ones are empty.
-
-    Returns:
-        `tuple[tuple[int, ...], ...]`: The picks of each slot, `num_slots` of them.
-
-    Raises:
-        `ValueError`: If `num_slots` is below 1.
-    """
-    if num_slots < 1:
-        raise ValueError(f"num_slots={num_slots} must be at least 1.")
-    return _cut(indices, spread(len(indices), num_slots))
-
-
-def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
-    """Return the slot that a rank trains on in a micro-batch: micro_batch · world_size + rank, as Accelerate deals.
-
-    Args:
-        rank (`int`):
-            The process, from 0 to `world_size - 1`.
-        micro_batch (`int`):
-            The micro-batch within the step, from 0.
-        world_size (`int`):
-            The number of processes.
-
-    Returns:
-        `int`: Position in the slots of [`deal`].
-
-    Raises:
-        `ValueError`: If there is no such rank or micro-batch.
-    """
-    if not 0 <= rank < world_size or micro_batch < 0:
-        raise ValueError(
-            f"rank={rank}, micro_batch={micro_batch}, world_size={world_size}: rank must be from 0 to world_size - 1 "
-            "and micro_batch at least 0."
-        )
-    return micro_batch * world_size + rank
-
-
 def replay_epoch(
     indices: Sequence[int], *, num_steps: int, seed: int, epoch: int, num_slots: int, equal_slots: bool
 ) -> tuple[tuple[int, ...], ...]:
     """Deal the picks of the last selecting epoch anew over the steps of a later epoch.
 
-    Args:
-        indices (`Sequence[int]`):
-            All picks of the last selecting epoch, in the order in which they were made.
-        num_steps (`int`):
-            Steps of the epoch.
-        seed (`int`):
-            Seed of the permutation, together with `epoch`.
-        epoch (`int`):
-            The epoch that replays.
-        num_slots (`int`):
-            World size × gradient accumulation steps; it matters only with `equal_slots`.
-        equal_slots (`bool`):
-            Give every step a multiple of `num_slots` picks. The last few of the permuted picks are then left out,
-            other ones each epoch.
-
-    Returns:
-        `tuple[tuple[int, ...], ...]`: The picks of each step, evenly many, earlier steps getting one (or one
-        `num_slots`) more. Steps are empty only if there are fewer picks (or multiples) than steps.
-
-    Raises:
-        `ValueError`: If `num_steps` or `num_slots` is below 1.
+    They are permuted by (seed, epoch). Each step gets evenly many, earlier ones one more. With `equal_slots` each gets
+    a multiple of `num_slots`: the last few of the permuted picks are then left out, other ones each epoch. Steps are
+    empty only if there are fewer picks (or multiples) than steps.
     """
     for name, value in (("num_steps", num_steps), ("num_slots", num_slots)):
         if value < 1:
@@ -281,10 +312,11 @@ def replay_epoch(
     shuffled = [indices[position] for position in order]
     unit = num_slots if equal_slots else 1
     sizes = tuple(unit * size for size in spread(len(indices) // unit, num_steps))
-    return _cut(shuffled, sizes)
+    return cut(shuffled, sizes)
 
 
-def _cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Cut items into parts of these sizes."""
     parts, start = [], 0
     for size in sizes:
         parts.append(tuple(items[start : start + size]))

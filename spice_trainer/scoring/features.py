@@ -10,7 +10,7 @@ Axes: N candidates, D gradient dimension, m features kept per candidate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -159,22 +159,32 @@ class OwnedFeatures:
     """Features of the candidates of the pools that this process measures.
 
     Args:
-        rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
         features (`torch.Tensor` of shape `(n, m)`): Their features.
         norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
-        lengths (`torch.Tensor` of shape `(n,)`): The same of what the features are of, which may be preconditioned.
         losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
-        out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU.
+        lengths (`torch.Tensor` of shape `(n,)`): Exact norms of what the features are of, which may be preconditioned.
+            By default `norms`.
+        out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU. By default
+            none.
         momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
+        rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
     """
 
-    rows: dict[int, int]
     features: Float[Tensor, "n m"]
     norms: Float64[Tensor, "n"]
-    lengths: Float64[Tensor, "n"]
     losses: Float[Tensor, "n"]
-    out_of_memory: Bool[Tensor, "n"]
+    lengths: Float64[Tensor, "n"] = None  # type: ignore[assignment]
+    out_of_memory: Bool[Tensor, "n"] = None  # type: ignore[assignment]
     momentum: Float[Tensor, " m"] | None = None
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Fills in what was not given."""
+        # A frozen instance is written to only while it is made.
+        if self.lengths is None:
+            object.__setattr__(self, "lengths", self.norms)
+        if self.out_of_memory is None:
+            object.__setattr__(self, "out_of_memory", torch.zeros(len(self.norms), dtype=torch.bool))
 
     def take(self, positions: Sequence[int]) -> OwnedFeatures:
         """Those of some candidates, in their order; views where they lie together."""

@@ -1,135 +1,155 @@
-"""What scoring found out about one pool: from its candidates' features to the normalised Gram matrix.
+"""What scoring found out about one pool, put together from lengths, losses or features.
 
-    K_xy = c_x c_y ⟨g_x, g_y⟩,      c_x = normalisation of x's gradient
+    lengths      which rows have a label
+    losses       a forward: the mean loss of each row, and of its answer alone
+    features     a forward and a backward: norms, and what the rule needs of
+                 K_xy = c_x c_y ⟨g_x, g_y⟩ (c_x the normalisation of x's gradient) and ⟨g_x, v⟩
 
-where gradients may be preconditioned (module `preconditioning`).
-
-Axes: N candidates of a pool, D gradient dimension, m features kept per candidate.
+Axes: N candidates of a pool, m features kept per candidate.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import RowShape
-from spice_trainer.scoring.prefilter import WholePool
-from spice_trainer.selection.gram import cosines_with, measure_rows, normalization_weights, normalized_gram
-from spice_trainer.selection.strategies.variants import centred_gram
+from spice_trainer.scoring.features import OwnedFeatures
+from spice_trainer.selection.gram import (
+    centred_gram,
+    cosines_with,
+    float64_device,
+    measure_rows,
+    normalization_weights,
+    normalized_gram,
+)
+from spice_trainer.selection.scores import PoolScores
+
+# Float64 numbers that are converted at a time.
+_CHUNK = 2**24
 
 
-@dataclass(frozen=True)
-class PoolScores:
-    """What scoring found out about one pool.
-
-    Args:
-        pool (`int`): Which of the step's pools, from 0.
-        candidates (`tuple[int, ...]`): Dataset rows in pool order.
-        gram (`torch.Tensor` of shape `(N, N)`): Normalised inner products of sample gradients, float64, on the CPU.
-        gradient_norms (`torch.Tensor` of shape `(N,)`): Norms of the raw gradients, float64.
-        finite (`torch.Tensor` of shape `(N,)`): Whether the gradient is known, and it and the loss are finite.
-        nonzero (`torch.Tensor` of shape `(N,)`): Whether it is finite and not zero.
-        losses (`torch.Tensor` of shape `(N,)`): Mean negative log-likelihood of each row's label tokens.
-        label_tokens (`tuple[int, ...]`): Label tokens per row.
-        num_tokens (`tuple[int, ...]`): Tokens per row, as it trains.
-        out_of_memory (`torch.Tensor` of shape `(N,)`): Whether the row did not fit into memory, so that nothing is
-            known of its gradient.
-        gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
-            that need coordinates.
-        row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
-            gradients.
-        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
-        whole ([`WholePool`], *optional*): The pool that these candidates were left of, if
-            others were dropped before.
-        momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
-            momentum, float64, on the CPU; never of centred gradients.
-    """
-
-    pool: int
-    candidates: tuple[int, ...]
-    gram: Float64[Tensor, "N N"]
-    gradient_norms: Float64[Tensor, "N"]
-    finite: Bool[Tensor, "N"]
-    nonzero: Bool[Tensor, "N"]
-    losses: Float[Tensor, "N"]
-    label_tokens: tuple[int, ...]
-    num_tokens: tuple[int, ...]
-    out_of_memory: Bool[Tensor, "N"]
-    gradients: Float[Tensor, "N D"] | None = None
-    row_weights: Float64[Tensor, "N"] | None = None
-    num_dropped_tokens: int = 0
-    whole: WholePool | None = None
-    momentum_cosines: Float64[Tensor, "N"] | None = None
-
-
-def measure_pool(
-    features: Float[Tensor, "N m"],
-    norms: Float64[Tensor, "N"],
-    *,
-    pool: int,
-    candidates: Sequence[int],
-    shapes: Sequence[RowShape],
-    losses: Float[Tensor, "N"],
-    gradient_normalization: Literal["none", "sqrt_tokens", "tokens", "unit"],
-    keep_gradients: bool,
-    gradient_centering: bool = False,
-    out_of_memory: Bool[Tensor, "N"] | None = None,
-    lengths: Float64[Tensor, "N"] | None = None,
-    momentum: Float[Tensor, " m"] | None = None,
-) -> PoolScores:
-    """Measures one pool. **Overwrites `features`** with its rows divided by their largest magnitude.
-
-    Args:
-        features (`torch.Tensor` of shape `(N, m)`): Features of the candidates.
-        norms (`torch.Tensor` of shape `(N,)`): Exact norms of their raw gradients.
-        pool (`int`): Which of the step's pools.
-        candidates (`Sequence[int]`): Dataset rows.
-        shapes (`Sequence[RowShape]`): Their lengths.
-        losses (`torch.Tensor` of shape `(N,)`): Their losses.
-        gradient_normalization (`str`): See [`SpiceConfig`].
-        keep_gradients (`bool`): Whether the features are kept for measures that need coordinates.
-        gradient_centering (`bool`, *optional*, defaults to `False`): Whether the mean of the sound normalised
-            gradients is taken off each. A pool of which that leaves nothing stays as it is.
-        out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Candidates that did not fit into memory. Their
-            features are zero.
-        lengths (`torch.Tensor` of shape `(N,)`, *optional*): Exact norms of what the features are of, where that is
-            not the raw gradients.
-        momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
-
-    Returns:
-        [`PoolScores`]
-    """
-    geometry = measure_rows(features)
-    if out_of_memory is None:
-        out_of_memory = torch.zeros(len(candidates), dtype=torch.bool)
-    # A model may give a row an infinite loss and yet a finite gradient: a label that it masks out of the vocabulary.
-    finite = geometry.finite.cpu() & norms.isfinite() & losses.cpu().isfinite() & ~out_of_memory
-    nonzero = finite & geometry.nonzero.cpu() & (norms > 0)
-    lengths = norms if lengths is None else lengths
+def from_shapes(pool: int, candidates: Sequence[int], shapes: Sequence[RowShape]) -> PoolScores:
+    """What the rows' lengths alone tell: all is sound that has a label."""
     label_tokens = tuple(shape.num_label_tokens for shape in shapes)
-    weights = normalization_weights(lengths, torch.tensor(label_tokens, dtype=torch.float64), gradient_normalization)
-    gram = normalized_gram(geometry.cosines.cpu(), lengths, weights, unit=gradient_normalization == "unit")
-    if gradient_centering:
-        centred = centred_gram(gram, nonzero)
-        gram = centred if bool(centred.diagonal().any()) else gram
     return PoolScores(
+        sound=torch.tensor(label_tokens) > 0,
+        finite=torch.ones(len(shapes), dtype=torch.bool),
         pool=pool,
         candidates=tuple(candidates),
-        gram=gram,
-        gradient_norms=norms,
-        finite=finite,
-        nonzero=nonzero,
-        losses=losses,
         label_tokens=label_tokens,
         num_tokens=tuple(shape.num_tokens + shape.num_dropped_tokens for shape in shapes),
         num_dropped_tokens=sum(shape.num_dropped_tokens for shape in shapes),
-        out_of_memory=out_of_memory,
-        gradients=features if keep_gradients else None,
-        row_weights=weights * geometry.scales.cpu() if keep_gradients else None,
-        momentum_cosines=None if momentum is None else cosines_with(features, momentum),
     )
+
+
+def from_losses(
+    known: PoolScores, losses: Sequence[float | None], losses_alone: Sequence[float | None] | None = None
+) -> PoolScores:
+    """What forwards tell.
+
+    Losses are 0 for rows without labels and `None` where memory did not suffice; those of answers alone, without what
+    precedes them, nan where nothing is left to predict.
+    """
+    others = losses_alone if losses_alone is not None else losses
+    missing = torch.tensor([None in pair for pair in zip(losses, others, strict=True)])
+    found = torch.tensor([math.nan if loss is None else loss for loss in losses], dtype=torch.float64)
+    alone = torch.tensor([math.nan if loss is None else loss for loss in others], dtype=torch.float64)
+    # A loss alone of nan says that there is none, not that the row is broken.
+    finite = found.isfinite() & ~alone.isinf() & ~missing
+    return replace(
+        known,
+        finite=finite,
+        sound=known.sound & finite & alone.isfinite(),
+        out_of_memory=missing,
+        losses=found,
+        losses_without_instruction=alone if losses_alone is not None else None,
+    )
+
+
+def from_features(
+    known: PoolScores, found: OwnedFeatures, config: SpiceConfig, reference: Float64[Tensor, " m"] | None = None
+) -> PoolScores:
+    """What backwards tell, with `reference` v, the mean gradient of a validation set seen through the same features.
+
+    **Overwrites `found.features`**: with its rows divided by their largest magnitude where there is a Gram matrix,
+    else with unit rows.
+    """
+    # A model may give a row an infinite loss and yet a finite gradient: a label that it masks out of the vocabulary.
+    finite = found.norms.isfinite() & found.losses.isfinite() & ~found.out_of_memory
+    known = replace(
+        known,
+        finite=finite,
+        sound=finite & (found.norms > 0),
+        out_of_memory=found.out_of_memory,
+        gradient_norms=found.norms,
+        losses=found.losses.double(),
+    )
+    if config.takes_gram:
+        known = _with_gram(known, found, config)
+    if reference is None:
+        return known
+    length = float(reference.norm())
+    if config.takes_gram:
+        alignment = cosines_with(found.features, reference) * found.norms * length
+    else:
+        alignment = align(found.features, found.norms, reference)
+    finite = known.finite & alignment.isfinite()
+    return replace(known, finite=finite, sound=known.sound & finite, alignment=alignment, reference_norm=length)
+
+
+def _with_gram(known: PoolScores, found: OwnedFeatures, config: SpiceConfig) -> PoolScores:
+    features, keeps_gradients = found.features, config.information != "exact"
+    geometry = measure_rows(features)
+    finite = known.finite & geometry.finite.cpu()
+    sound = known.sound & finite & geometry.nonzero.cpu()
+    tokens = torch.tensor(known.label_tokens, dtype=torch.float64)
+    weights = normalization_weights(found.lengths, tokens, config.gradient_normalization)
+    unit = config.gradient_normalization == "unit"
+    gram = normalized_gram(geometry.cosines.cpu(), found.lengths, weights, unit=unit)
+    if config.gradient_centering:
+        centred = centred_gram(gram, sound)
+        # A pool of which that leaves nothing stays as it is.
+        gram = centred if bool(centred.diagonal().any()) else gram
+    return replace(
+        known,
+        finite=finite,
+        sound=sound,
+        gram=gram,
+        # Measures other than the exact one need the gradients' coordinates, not only their inner products.
+        gradients=features if keeps_gradients else None,
+        row_weights=weights * geometry.scales.cpu() if keeps_gradients else None,
+        momentum_cosines=None if found.momentum is None else cosines_with(features, found.momentum),
+    )
+
+
+def align(
+    features: Float[Tensor, "N m"], norms: Float64[Tensor, " N"], reference: Float64[Tensor, " m"]
+) -> Float64[Tensor, " N"]:
+    """Returns ⟨g_x, v⟩ of each candidate, 0 for a zero gradient. **Overwrites `features`** with unit rows."""
+    units, lengths = unit_rows(features)
+    device = float64_device(units.device)
+    reference = reference.to(device)
+    chunk = max(1, _CHUNK // max(1, units.shape[1]))
+    cosines = torch.cat([part.to(device, torch.float64) @ reference for part in units.split(chunk)]).cpu()
+    return torch.where(lengths > 0, cosines * norms, 0.0)
+
+
+def unit_rows(features: Float[Tensor, "N m"]) -> tuple[Float[Tensor, "N m"], Float64[Tensor, " N"]]:
+    """Divides rows by their lengths, in place, by their largest magnitude first: 1e-30 squared would be 0.
+
+    Returns the same rows, zeros where they were zero, and their lengths, float64, on the CPU.
+    """
+    if not len(features):
+        return features, torch.zeros(0, dtype=torch.float64)
+    largest = features.abs().amax(dim=1, keepdim=True)
+    features /= torch.where(largest > 0, largest, 1.0)
+    relative = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    features /= torch.where(relative > 0, relative, 1.0)
+    return features, largest.cpu().double()[:, 0] * relative.cpu().double()[:, 0]

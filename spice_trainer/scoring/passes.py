@@ -13,21 +13,21 @@ Axes: n rows of a micro-batch, S tokens of the longest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.distributed import Processes
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.sketch import GradientSketch
 from spice_trainer.scoring.features import DiscardedGradients, FeatureBuffer
 from spice_trainer.scoring.out_of_memory import TokenBudget, explained, features_error, lockstep_error
+from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates
 
 # Runs some rows, whose places in what is filled are given; of rows that only keep step there are none.
@@ -35,45 +35,24 @@ _RunRows = Callable[[SampleGradients, list[CandidateRow], Sequence[int] | None],
 
 
 class ScoringPasses:
-    """Runs the micro-batches that fell to this process.
+    """Runs the micro-batches that fell to this process, for the gradients of some layers or for losses alone."""
 
-    Args:
-        get_model (`Callable[[], torch.nn.Module]`): Gives the model to score with at the moment of scoring.
-        modules (`Mapping[str, torch.nn.Module]`): The layers whose gradients are taken.
-        sketch_dim (`int`): Numbers kept of each gradient; 0 keeps all.
-        tokens_per_batch (`int`): Tokens of a micro-batch, padding included.
-        seed (`int`): Seed of the sketch.
-        autocast (`Callable`, *optional*): Makes the context of the training precision.
-        processes ([`Processes`]): Those that share the work.
-        moments ([`AdamMoments`], *optional*): What gradients are preconditioned with.
-        momentum ([`OptimizerMomentum`], *optional*): What they may be in conflict with.
-    """
-
-    def __init__(
-        self,
-        get_model: Callable[[], nn.Module],
-        modules: Mapping[str, nn.Module],
-        *,
-        sketch_dim: int,
-        tokens_per_batch: int,
-        seed: int,
-        autocast: Callable[[], AbstractContextManager[Any]] | None,
-        processes: Processes,
-        moments: AdamMoments | None = None,
-        momentum: OptimizerMomentum | None = None,
-    ) -> None:
-        self.get_model = get_model
+    def __init__(self, runtime: Runtime, modules: Mapping[str, nn.Module], config: SpiceConfig) -> None:
+        self.get_model = runtime.get_model
         self.modules = dict(modules)
-        self.processes = processes
+        self.processes = runtime.processes
         # What fits may be less; that is this process's own affair, the shared plan stays as it is.
-        self.budget = TokenBudget(tokens_per_batch)
-        self._autocast = autocast
-        self._moments = moments
-        self._momentum = momentum
+        self.budget = TokenBudget(config.scoring_tokens_per_batch)
+        self._autocast = runtime.autocast
+        self._moments: AdamMoments | None = None
+        if config.gradient_preconditioning == "adam":
+            self._moments = AdamMoments(runtime.get_optimizer, self.modules)
+        self._momentum = OptimizerMomentum(runtime.get_optimizer, self.modules) if config.takes_momentum else None
         self._sizes = [layer.num_coordinates for layer in scored_layers(self.modules)]
         self.dimension = sum(self._sizes)
+        sketch_dim = config.resolve_sketch_dim()
         self.sketch_dim = sketch_dim if 0 < sketch_dim < self.dimension else 0
-        self._seed = seed
+        self._seed = runtime.seed
         self._sketch: GradientSketch | None = None
 
     @property
@@ -110,15 +89,7 @@ class ScoringPasses:
         *,
         preconditioned: bool = True,
     ) -> FeatureBuffer:
-        """Runs forwards and backwards.
-
-        Args:
-            shared ([`SharedCandidates`]): The candidates.
-            report (`Callable[[float], None]`, *optional*): Told the share that is done.
-            preconditioned (`bool`, *optional*, defaults to `True`): Whether gradients are, if that is asked for.
-
-        Returns:
-            [`FeatureBuffer`]: Features of what this process scored.
+        """Runs forwards and backwards; features of what this process scored, of raw gradients if not preconditioned.
 
         Raises:
             RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
@@ -135,15 +106,9 @@ class ScoringPasses:
     def compute_losses(
         self, shared: SharedCandidates, report: Callable[[float], None] | None = None
     ) -> dict[int, float | None]:
-        """Runs forwards alone.
+        """Runs forwards alone: losses of the candidates that this process scores, by position.
 
-        Args:
-            shared ([`SharedCandidates`]): The candidates.
-            report (`Callable[[float], None]`, *optional*): Told the share that is done.
-
-        Returns:
-            `dict[int, float]`: Mean negative log-likelihood of the label tokens of each candidate that this process
-            scores, by its position; `None` for one that does not fit into memory.
+        The mean negative log-likelihood of the label tokens; `None` for a candidate that does not fit into memory.
 
         Raises:
             RuntimeError: If there is no memory for a pass with sharded weights.
@@ -152,7 +117,7 @@ class ScoringPasses:
 
         def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
             inputs, labels = self._move(*pad_rows(rows))
-            with self._autocast() if self._autocast is not None else nullcontext():
+            with self._autocast():
                 found = sample_gradients.losses(inputs, labels).tolist()
             for place, loss in zip(places or [], found, strict=places is not None):
                 losses[place] = loss
@@ -176,7 +141,7 @@ class ScoringPasses:
         inputs, labels = self._move(inputs, labels)
         if buffer is not None:
             buffer.begin(places)
-        with self._autocast() if self._autocast is not None else nullcontext():
+        with self._autocast():
             losses = sample_gradients.compute(inputs, labels, buffer or DiscardedGradients())
         if buffer is not None:
             buffer.finish(losses)

@@ -13,42 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from spice_trainer.config import GradientNormalization
+from spice_trainer.scoring.measure import from_losses, from_shapes
 from spice_trainer.scoring.sharing import SharedCandidates
 from spice_trainer.selection.gram import normalization_weights
+from spice_trainer.selection.scores import PoolScores
 
 
-@dataclass(frozen=True)
-class WholePool:
-    """A pool of which only some candidates were scored by their gradients.
+class FilteredPool(NamedTuple):
+    """A pool as its losses tell it, and the positions of the candidates that go on, in order."""
 
-    Args:
-        candidates (`tuple[int, ...]`): Dataset rows in pool order.
-        kept (`tuple[int, ...]`): Positions of those whose gradients were computed, in order.
-        label_tokens (`tuple[int, ...]`): Label tokens of all candidates.
-        num_tokens (`tuple[int, ...]`): Tokens of all candidates.
-        nonfinite (`tuple[int, ...]`): Dataset rows whose loss is not finite.
-        zero (`tuple[int, ...]`): Dataset rows without label tokens.
-        out_of_memory (`tuple[int, ...]`): Dataset rows that did not fit into memory alone.
-    """
-
-    candidates: tuple[int, ...]
+    whole: PoolScores
     kept: tuple[int, ...]
-    label_tokens: tuple[int, ...]
-    num_tokens: tuple[int, ...]
-    nonfinite: tuple[int, ...]
-    zero: tuple[int, ...]
-    out_of_memory: tuple[int, ...]
-
-    @property
-    def filtered(self) -> tuple[int, ...]:
-        """Dataset rows that the filter dropped."""
-        other = {*self.nonfinite, *self.zero, *self.out_of_memory, *(self.candidates[place] for place in self.kept)}
-        return tuple(row for row in self.candidates if row not in other)
 
 
 def filter_by_loss(
@@ -57,39 +37,19 @@ def filter_by_loss(
     *,
     share: float,
     gradient_normalization: GradientNormalization,
-) -> dict[int, WholePool]:
-    """Chooses which candidates of some pools go on.
+) -> dict[int, FilteredPool]:
+    """Chooses which candidates of some pools go on, by pool.
 
-    Args:
-        shared ([`SharedCandidates`]): The pools.
-        losses (`Mapping[int, float]`): Loss of each candidate that has label tokens, by its position among all pools'
-            candidates; `None` for one that did not fit into memory.
-        share (`float`): Of each pool.
-        gradient_normalization (`str`): See [`SpiceConfig`].
-
-    Returns:
-        `dict[int, WholePool]`: By pool. A pool in which no loss is finite is not among them: it goes on as it is.
+    `losses` are those of the candidates that have label tokens, by their position among all pools' candidates, `None`
+    for one that did not fit into memory. A pool in which no loss is finite is not in the result: it goes on as it is.
     """
-    pools: dict[int, WholePool] = {}
-    start = 0
-    for pool, candidates in shared.pools.items():
-        shapes = shared.shapes[start : start + len(candidates)]
-        found = [losses.get(position, 0.0) for position in range(start, start + len(candidates))]
-        start += len(candidates)
-        label_tokens = tuple(shape.num_label_tokens for shape in shapes)
-        kept = _largest(found, label_tokens, share, gradient_normalization)
-        if not kept:
-            continue
-        labelled = [(row, loss) for row, loss, count in zip(candidates, found, label_tokens, strict=True) if count]
-        pools[pool] = WholePool(
-            candidates=tuple(candidates),
-            kept=tuple(kept),
-            label_tokens=label_tokens,
-            num_tokens=tuple(shape.num_tokens for shape in shapes),
-            nonfinite=tuple(row for row, loss in labelled if loss is not None and not math.isfinite(loss)),
-            zero=tuple(row for row, count in zip(candidates, label_tokens, strict=True) if not count),
-            out_of_memory=tuple(row for row, loss in labelled if loss is None),
-        )
+    pools: dict[int, FilteredPool] = {}
+    for pool, candidates, shapes, positions in shared.by_pool():
+        found = [losses.get(position, 0.0) for position in positions]
+        whole = from_losses(from_shapes(pool, candidates, shapes), found)
+        kept = _largest(found, whole.label_tokens or (), share, gradient_normalization)
+        if kept:
+            pools[pool] = FilteredPool(whole, tuple(kept))
     return pools
 
 

@@ -10,7 +10,7 @@ Axes: N candidates, W processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from spice_trainer.data.rows import CandidateRow, RowShape
@@ -43,6 +43,10 @@ class SharedCandidates:
     batches: tuple[tuple[int, ...], ...]
     num_kept: int
     rows: dict[int, CandidateRow]
+
+    def by_pool(self) -> Iterator[tuple[int, tuple[int, ...], tuple[RowShape, ...], range]]:
+        """Each pool's number, dataset rows, their lengths, and their positions among all candidates."""
+        return split_by_pool(self.pools, self.shapes)
 
 
 def share_candidates(
@@ -125,6 +129,17 @@ def read_shapes(
     with processes.failing_together("reading candidates"):
         rows = dict(zip(positions, collate_rows([indices[position] for position in positions]), strict=True))
     return rows, _interleave(processes.gather([rows[position].shape for position in positions]))
+
+
+def split_by_pool(
+    pools: Mapping[int, tuple[int, ...]], shapes: Sequence[RowShape]
+) -> Iterator[tuple[int, tuple[int, ...], tuple[RowShape, ...], range]]:
+    """Cuts what is known of all candidates into pools; see [`SharedCandidates.by_pool`]."""
+    start = 0
+    for pool, candidates in pools.items():
+        positions = range(start, start + len(candidates))
+        start = positions.stop
+        yield pool, candidates, tuple(shapes[positions.start : positions.stop]), positions
 
 
 def _interleave(shares: Sequence[Sequence[RowShape]]) -> list[RowShape]:

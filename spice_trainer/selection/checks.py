@@ -80,6 +80,31 @@ def sound_rows(gram: Float64[Tensor, "N N"]) -> Bool[Tensor, " N"]:
     return sound
 
 
+def masked_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float64[Tensor, "N N"]:
+    """Returns a checked Gram matrix as float64 on the CPU, with rows and columns of 0 for rows that are not sound."""
+    check_mask(sound)
+    check_matrix(gram, "gram")
+    if gram.shape != (sound.shape[0], sound.shape[0]):
+        raise ValueError(
+            f"gram must have one row and one column for each of the {sound.shape[0]} candidates of sound, got shape "
+            f"{tuple(gram.shape)}."
+        )
+    mask = sound.to(gram.device)
+    gram = check_gram(torch.where(mask[:, None] & mask, gram.detach(), 0.0))
+    mask = sound_rows(gram)
+    return torch.where(mask[:, None] & mask, gram, 0.0)
+
+
+def check_mask(sound: Bool[Tensor, " N"]) -> None:
+    """Raises a `ValueError` unless `sound` is a boolean vector with at least one entry."""
+    if not isinstance(sound, Tensor) or sound.dtype != torch.bool or sound.ndim != 1 or sound.numel() == 0:
+        got = f"{sound.dtype} of shape {tuple(sound.shape)}" if isinstance(sound, Tensor) else type(sound).__name__
+        raise ValueError(
+            f"sound must be a boolean torch.Tensor with one entry per candidate, got {got}. It tells which candidates "
+            "may be picked: torch.ones(N, dtype=torch.bool) if all of them."
+        )
+
+
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raises a `ValueError` unless `value` is one of the values of the `Literal` type `choices`."""
     if value not in get_args(choices):

@@ -20,10 +20,13 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from spice_trainer.config import AlphaScaling, GradientNormalization
-from spice_trainer.selection.checks import check_choice, check_matrix
+from spice_trainer.selection.checks import check_choice, check_matrix, masked_gram
 
 # Columns whose squares are summed in the rows' own precision.
 _NORM_BLOCK = 2**12
+
+# What float64 rounding leaves of a squared norm that is 0, relative to the terms that it is the difference of.
+_ROUNDING = 1e-13
 
 # Rows closer than this may be equal up to sign. Wide enough for the rounding of float32 products.
 _NEARLY_PARALLEL = 1.0 - 1e-5
@@ -262,6 +265,38 @@ def normalized_gram(
     if unit:
         gram.diagonal().copy_(sound.to(torch.float64))
     return gram
+
+
+def centred_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float64[Tensor, "N N"]:
+    """Returns the Gram matrix of g_i − μ, μ being the mean of the sound gradients.
+
+        C_ij = K_ij − a_i − a_j + ‖μ‖²,      a_i = ⟨g_i, μ⟩
+
+    Makes sense where one direction that all candidates share drowns their differences. Costs O(N²).
+
+    Args:
+        gram (`torch.Tensor` of shape `(N, N)`): K.
+        sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked.
+
+    Returns:
+        `torch.Tensor` of shape `(N, N)`: float64 on the CPU; 0 in rows and columns that are not sound, and in those of
+        a gradient that is the mean itself (always so for a pool with one sound row), which no rule then picks.
+
+    Raises:
+        ValueError: If `gram` is not a Gram matrix.
+    """
+    gram = masked_gram(gram, sound)
+    kept = gram.diagonal() > 0
+    if not bool(kept.any()):
+        return gram
+    to_mean = gram[:, kept].mean(dim=1)
+    mean_square = to_mean[kept].mean()
+    centred = gram - to_mean[:, None] - to_mean + mean_square
+    centred = (centred + centred.T) / 2.0
+    squared_norms = centred.diagonal()
+    lengths = gram.diagonal().sqrt()
+    kept = kept & (squared_norms > _ROUNDING * (lengths + lengths[kept].mean()).square())
+    return torch.where(kept[:, None] & kept, centred, 0.0)
 
 
 def scaled_alpha(

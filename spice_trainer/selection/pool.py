@@ -12,128 +12,95 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from spice_trainer.config import BY_INFORMATION, Information, SpiceConfig, StrategyName
-from spice_trainer.scoring.measure import PoolScores
-from spice_trainer.scoring.prefilter import WholePool
-from spice_trainer.scoring.row_scores import RowScores
+from spice_trainer.config import SpiceConfig
 from spice_trainer.selection.gram import scaled_alpha
 from spice_trainer.selection.information import InformationMeasure, build_information
-from spice_trainer.selection.results import PoolSelection, Selection
-from spice_trainer.selection.strategies.inputs import StrategyInputs
-from spice_trainer.selection.strategies.registry import select_by_strategy
+from spice_trainer.selection.results import PoolSelection
+from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.strategies.registry import find_strategy, select_by_strategy
+from spice_trainer.selection.strategies.strategy import PickOptions
 
 T = TypeVar("T")
 
 
 def select_pool(
-    scores: PoolScores | RowScores,
+    scores: PoolScores,
     num_selected: int,
     config: SpiceConfig,
     *,
     seed: int | None = None,
     step: int | None = None,
 ) -> PoolSelection:
-    """Picks from one scored pool and describes the picks.
-
-    Args:
-        scores ([`PoolScores`] or [`RowScores`]): What is known
-            of the pool: what the strategy needs.
-        num_selected (`int`): Picks at most, K.
-        config ([`SpiceConfig`]): The strategy, and for its picks the measure, its α, the conflict penalty and the
-            stopping rules.
-        seed (`int`, *optional*): Seed of the run, for `random`.
-        step (`int`, *optional*): Optimizer updates done before, for `random`.
-
-    Returns:
-        [`PoolSelection`]
-    """
+    """Picks from one scored pool and describes the picks; the run's `seed` and `step` are for rules that draw."""
+    scores = replace(scores, seed=seed, step=step)
+    rule = find_strategy(config.strategy)
+    options = PickOptions(
+        fisher_alpha=config.fisher_alpha,
+        conflict_penalty=config.conflict_penalty,
+        conflict_reference=config.conflict_reference,
+        stop_ratio=config.stop_ratio,
+        min_gain=config.min_gain,
+        tie_tolerance=config.tie_tolerance,
+    )
     alpha, new_measure = None, None
-    if isinstance(scores, PoolScores):
+    if scores.gram is not None:
         alpha = scaled_alpha(
             scores.gram, scores.finite, fisher_alpha=config.fisher_alpha, alpha_scaling=config.alpha_scaling
         )
-        new_measure = _measure_of(scores, alpha, config.information)
-    inputs = _inputs_of(scores, seed, step)
-
-    def pick(name: StrategyName) -> Selection:
-        by_information = name in BY_INFORMATION
-        return select_by_strategy(
-            name,
-            inputs,
-            num_selected,
-            fisher_alpha=config.fisher_alpha if alpha is None else alpha,
-            conflict_penalty=config.conflict_penalty,
-            conflict_reference=config.conflict_reference,
-            stop_ratio=config.stop_ratio,
-            min_gain=config.min_gain,
-            tie_tolerance=config.tie_tolerance,
-            measure=new_measure() if by_information and new_measure is not None else None,
-        )
-
-    selection = pick(config.strategy)
-    if config.strategy == "random":
+        new_measure = _measure_of(scores, alpha, config)
+        options = replace(options, fisher_alpha=alpha, new_measure=new_measure if rule.maximizes_information else None)
+    selection = select_by_strategy(config.strategy, scores, num_selected, options)
+    if not rule.has_gains:
         unknown = (math.nan,) * len(selection.indices)
         selection = replace(selection, gains=unknown, scores=unknown)
     without_conflict = None
-    if config.strategy in BY_INFORMATION:
-        has_conflict = config.strategy == "spice" and config.conflict_penalty > 0
-        without_conflict = (pick("fisher") if has_conflict else selection).indices
+    if rule.maximizes_information:
+        unpenalized = replace(options, conflict_penalty=0.0)
+        is_penalized = rule.has_conflict_penalty and config.conflict_penalty > 0
+        without_conflict = rule.select(scores, num_selected, unpenalized) if is_penalized else selection
     picked = selection.indices
     norms, top_norm, top_norm_gains, information_gains = scores.gradient_norms, None, None, None
     if norms is not None:
         # A stable sort: candidates of equal norm go by pool position, as ties in the selection do.
-        order = torch.argsort(norms.masked_fill(~scores.nonzero, -1.0), descending=True, stable=True)
+        order = torch.argsort(norms.masked_fill(~scores.sound, -1.0), descending=True, stable=True)
         top_norm = tuple(order[: len(picked)].tolist())
     if new_measure is not None and top_norm is not None:
         top_norm_gains = _gains_in_order(new_measure(), top_norm)
-        is_information = config.strategy in BY_INFORMATION
-        information_gains = selection.gains if is_information else _gains_in_order(new_measure(), picked)
-    pool = PoolSelection(
-        candidates=scores.candidates,
-        selection=selection,
+        information_gains = selection.gains if rule.maximizes_information else _gains_in_order(new_measure(), picked)
+    whole = scores if scores.whole is None else scores.whole
+    label_tokens, whole_label_tokens = scores.label_tokens or (), whole.label_tokens or ()
+    return PoolSelection(
+        candidates=whole.candidates,
+        selection=replace(selection, indices=_places(scores, picked)),
         gradient_norms=tuple(None if norms is None else float(norms[position]) for position in picked),
-        label_tokens=tuple(scores.label_tokens[position] for position in picked),
+        label_tokens=tuple(label_tokens[position] for position in picked),
         num_tokens=tuple(scores.num_tokens[position] for position in picked),
         alpha=alpha,
         information_gains=information_gains,
-        top_norm=top_norm,
+        top_norm=None if top_norm is None else _places(scores, top_norm),
         top_norm_gains=top_norm_gains,
-        without_conflict=without_conflict,
-        tokens_pool=sum(scores.label_tokens) / len(scores.label_tokens),
-        num_tokens_pool=sum(scores.num_tokens) - scores.num_dropped_tokens if config.strategy != "random" else 0,
-        nonfinite=_rows(scores, ~scores.finite & ~scores.out_of_memory),
-        zero=_rows(scores, scores.finite & ~scores.nonzero),
-        out_of_memory=_rows(scores, scores.out_of_memory),
+        without_conflict=None if without_conflict is None else _places(scores, without_conflict.indices),
+        tokens_pool=sum(whole_label_tokens) / len(whole_label_tokens),
+        num_tokens_pool=sum(whole.num_tokens) - whole.num_dropped_tokens if config.takes_model else 0,
+        nonfinite=_rows(scores, lambda part: ~part.finite & ~part.out_of_memory),
+        zero=_rows(scores, lambda part: part.finite & ~part.sound),
+        out_of_memory=_rows(scores, lambda part: part.out_of_memory),
+        filtered=_filtered(scores),
     )
-    return pool if scores.whole is None else _within(pool, scores.whole)
 
 
-def _inputs_of(scores: PoolScores | RowScores, seed: int | None, step: int | None) -> StrategyInputs:
-    known: dict[str, Any] = {
-        "losses": scores.losses,
-        "gradient_norms": scores.gradient_norms,
-        "label_tokens": scores.label_tokens,
-    }
-    others: dict[str, Any] = (
-        {"gram": scores.gram, "momentum_cosines": scores.momentum_cosines}
-        if isinstance(scores, PoolScores)
-        else {name: getattr(scores, name) for name in ("losses_without_instruction", "alignment", "reference_norm")}
-    )
-    return StrategyInputs(sound=scores.nonzero, seed=seed, step=step, pool=scores.pool, **known, **others)
-
-
-def _measure_of(scores: PoolScores, alpha: float, information: Information) -> Callable[[], InformationMeasure]:
+def _measure_of(scores: PoolScores, alpha: float, config: SpiceConfig) -> Callable[[], InformationMeasure]:
     """Builds measures of the sound candidates with nothing added."""
-    sound = scores.nonzero
-    gram = scores.gram.masked_fill(~(sound[:, None] & sound), 0.0)
+    gram = scores.sound_gram()
 
     def new_measure() -> InformationMeasure:
         return build_information(
-            information,
+            config.information,
             gram=gram,
             gradients=scores.gradients,
             fisher_alpha=alpha,
@@ -148,36 +115,25 @@ def _gains_in_order(measure: InformationMeasure, positions: Sequence[int]) -> tu
     return tuple(measure.add(position) for position in positions)
 
 
-def _within(part: PoolSelection, whole: WholePool) -> PoolSelection:
-    """The same picks as those of the pool that the scored candidates were left of."""
-    places = whole.kept
-    picked = replace(part.selection, indices=tuple(places[position] for position in part.selection.indices))
-    return replace(
-        part,
-        candidates=whole.candidates,
-        selection=picked,
-        top_norm=_places(places, part.top_norm),
-        without_conflict=_places(places, part.without_conflict),
-        tokens_pool=sum(whole.label_tokens) / len(whole.label_tokens),
-        num_tokens_pool=sum(whole.num_tokens),
-        nonfinite=_in_pool_order(whole, part.nonfinite, whole.nonfinite),
-        zero=_in_pool_order(whole, part.zero, whole.zero),
-        out_of_memory=_in_pool_order(whole, part.out_of_memory, whole.out_of_memory),
-        filtered=whole.filtered,
-    )
+def _places(scores: PoolScores, positions: Sequence[int]) -> tuple[int, ...]:
+    """Positions in the whole pool, of which the scored candidates may be a part."""
+    return tuple(positions) if scores.whole is None else tuple(scores.kept[position] for position in positions)
 
 
-def _places(places: Sequence[int], positions: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if positions is None else tuple(places[position] for position in positions)
+def _rows(scores: PoolScores, mask_of: Callable[[PoolScores], Tensor]) -> tuple[int, ...]:
+    """Dataset rows of a kind, in pool order, whether it showed in the gradients or in the losses before."""
+    parts = [scores] if scores.whole is None else [scores, scores.whole]
+    found = {part.candidates[place] for part in parts for place in mask_of(part).nonzero().flatten().tolist()}
+    return tuple(row for row in parts[-1].candidates if row in found)
 
 
-def _in_pool_order(whole: WholePool, *groups: tuple[int, ...]) -> tuple[int, ...]:
-    rows = {row for group in groups for row in group}
-    return tuple(row for row in whole.candidates if row in rows)
-
-
-def _rows(scores: PoolScores | RowScores, mask: torch.Tensor) -> tuple[int, ...]:
-    return tuple(scores.candidates[position] for position in mask.nonzero().squeeze(1).tolist())
+def _filtered(scores: PoolScores) -> tuple[int, ...]:
+    """Dataset rows that are sound by their loss and were dropped by it."""
+    if scores.whole is None:
+        return ()
+    dropped = scores.whole.sound.clone()
+    dropped[list(scores.kept)] = False
+    return tuple(scores.whole.candidates[place] for place in dropped.nonzero().flatten().tolist())
 
 
 def round_down_picks(pools: Sequence[PoolSelection], num_slots: int, *, step: int) -> list[PoolSelection]:

@@ -8,7 +8,7 @@ Axes: T pools of a step, N candidates of a pool, K picked.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -197,3 +197,7 @@ class StepSelection:
     filler: int | None = None
     times: StepTimes = StepTimes()
     transfers: tuple[PoolTransfer, ...] = ()
+
+    def took(self, more: StepTimes) -> StepSelection:
+        """The same selection, which took longer."""
+        return replace(self, times=self.times + more)

@@ -35,6 +35,7 @@ from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.schedule import build_schedule
 from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
+from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.subset.export import DATASET_FOLDER, check_name, export_subset
 from spice_trainer.subset.manifest import SubsetManifest
@@ -197,18 +198,10 @@ def select_subset(
             drop_last=False,
             seed=seed,
         )
-        selector = build_selector(
-            config,
-            schedule,
-            get_model=lambda: proxy.model,
-            rows=rows,
-            proxy=proxy,
-            validation=validation,
-            autocast=accelerator.autocast,
-            processes=processes,
-        )
+        runtime = Runtime(lambda: proxy.model, schedule.seed, processes=processes, autocast=accelerator.autocast)
+        selector = build_selector(config, schedule, runtime, rows, proxy=proxy, validation=validation)
         identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
-        if config.strategy == "less":
+        if config.takes_validation:
             identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
     check_agreement(processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed})
     sampler = SpiceSampler(config, proxy)
@@ -223,7 +216,7 @@ def select_subset(
     if not processes.broadcast(is_done):
         with processes.failing_together("verifying the sample gradients"):
             check_selection(
-                selector.scorer, config, verify=verify and processes.is_main, autocast=accelerator.autocast
+                selector.gradient_scorer, config, verify=verify and processes.is_main, autocast=accelerator.autocast
             )
         run.run()
         with processes.failing_together("writing the subset"):
@@ -309,14 +302,14 @@ def check_selection(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Looks at some rows, the memory and two gradients before anything is selected."""
-    rows = sample_rows(scorer.dataset, scorer.collate, device=scorer.device)
+    rows = sample_rows(scorer.rows.dataset, scorer.rows.collate, device=scorer.device)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "
             "scored. Look at the prompt masking and at `max_length`."
         )
     check_token_ids(rows, scorer.vocabulary)
-    check_memory(scorer, min(config.pool_size, len(scorer.dataset)), config)
+    check_memory(scorer, min(config.pool_size, len(scorer.rows.dataset)), config)
     if verify and config.takes_gradients:
         shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
         verify_gradients(scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=autocast)

@@ -185,7 +185,7 @@ class SpiceCallback(TrainerCallback):
     def _report_memory(self, selection: StepSelection) -> None:
         """Says once, after the first step that was scored, what that took."""
         before, self._memory_before = self._memory_before, None
-        if before is None or not selection.pools or self.sampler.config.strategy == "random":
+        if before is None or not selection.pools or not self.sampler.config.takes_model:
             return
         after = memory_use(self.sampler.scorer.device)
         if after is not None:
@@ -239,7 +239,7 @@ class SpiceCallback(TrainerCallback):
     def _ledger(self) -> CostLedger:
         # A proxy counts the candidates' tokens with its own tokenizer, rows may be scored in part, or not at all.
         config = self.sampler.config
-        is_counted = self.sampler.proxy is None and config.strategy != "random" and config.scoring_max_tokens is None
+        is_counted = self.sampler.proxy is None and config.takes_model and config.scoring_max_tokens is None
         mean_row_tokens = None if is_counted or self.plan is None else self.plan.mean_row_tokens
         schedule = self.sampler.schedule
         return CostLedger.from_totals(

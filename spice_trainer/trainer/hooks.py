@@ -28,7 +28,7 @@ from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
 from spice_trainer.recording.summary import RunPlan
-from spice_trainer.sampling.loader import SlotCollator, build_dataloader
+from spice_trainer.sampling.loader import SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
 from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
@@ -137,7 +137,7 @@ class SpiceHooks:
         processes, args = Processes.of(self.trainer.accelerator), self.trainer.args
         with processes.failing_together("attaching SPICE"):
             inputs = self._build_inputs(self.trainer.get_train_dataloader)
-            scorer, candidates = inputs.selector.scorer, inputs.candidates
+            scorer, candidates = inputs.selector.gradient_scorer, inputs.candidates
             check_run(args, inputs.schedule, scorer, candidates, config=self.sampler.config)
             if self.sampler.proxy is not None:
                 check_proxy(self.sampler.proxy, self.trainer.model, device=args.device, rows=candidates)
@@ -164,8 +164,8 @@ class SpiceHooks:
         # Without a backward there is no gradient to verify.
         if verify and self.sampler.config.takes_gradients:
             self._verify_later = verify_run(self.trainer, scorer, candidates)
-            if inputs.selector.target_scorer is not None:
-                self._verify_later = verify_run(self.trainer, inputs.selector.target_scorer, inputs.rows)
+            if inputs.selector.scorer.target_scorer is not None:
+                self._verify_later = verify_run(self.trainer, inputs.selector.scorer.target_scorer, inputs.rows)
 
     # The hooked methods
 
@@ -211,9 +211,7 @@ class SpiceHooks:
             inputs.dataset,
             collate=inputs.collate,
             device=args.device,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            slots=Slots(processes.rank, processes.world_size, args.gradient_accumulation_steps),
         )
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None

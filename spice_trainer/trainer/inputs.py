@@ -25,6 +25,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.trainer.checks import count_steps, is_token_normalized, num_parameters
 from spice_trainer.utils.random import preserved_random_state
 
@@ -50,9 +51,9 @@ def build_inputs(
     dataset, collate = training_rows(trainer, get_loader)
     schedule = build_trainer_schedule(trainer, config, dataset)
     selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
-    device, scorer = trainer.args.device, selector.scorer
+    device, scorer = trainer.args.device, selector.gradient_scorer
     rows = sample_rows(dataset, collate, device=device)
-    candidates = rows if proxy is None else sample_rows(scorer.dataset, scorer.collate, device=device)
+    candidates = rows if proxy is None else sample_rows(scorer.rows.dataset, scorer.rows.collate, device=device)
     return RunInputs(dataset, collate, schedule, selector, rows, candidates)
 
 
@@ -126,13 +127,16 @@ def build_trainer_selector(
     return build_selector(
         config,
         schedule,
-        get_model=get_model,
-        rows=describe_rows(trainer, dataset, collate, trainer.train_dataset),
+        Runtime(
+            get_model=get_model,
+            seed=schedule.seed,
+            processes=Processes.of(trainer.accelerator),
+            autocast=trainer.accelerator.autocast,
+            get_optimizer=lambda: trainer.optimizer,
+        ),
+        describe_rows(trainer, dataset, collate, trainer.train_dataset),
         proxy=proxy,
-        validation=validation_rows(trainer) if config.strategy == "less" else None,
-        autocast=trainer.accelerator.autocast,
-        processes=Processes.of(trainer.accelerator),
-        get_optimizer=lambda: trainer.optimizer,
+        validation=validation_rows(trainer) if config.takes_validation else None,
     )
 
 
@@ -207,7 +211,7 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_d
 
 def plan_run(trainer: Any, inputs: RunInputs, proxy: ProxyModel | None) -> RunPlan:
     """What is known of the run before it starts."""
-    args, schedule, scorer = trainer.args, inputs.schedule, inputs.selector.scorer
+    args, schedule, scorer = trainer.args, inputs.schedule, inputs.selector.gradient_scorer
     pool_size = min(schedule.pool_size, schedule.num_rows)
     num_pools = scorer.pools_at_once(schedule.shape.pools_per_step, pool_size)
     candidate_tokens = [scorer.shorten(row).num_tokens for row in inputs.candidates]

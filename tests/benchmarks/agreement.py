@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spice_trainer.scoring.measure import PoolScores
+from spice_trainer.selection.scores import PoolScores
 
 CHUNK = 2**18
 

@@ -44,7 +44,7 @@ class Point:
 
     @property
     def tokens(self) -> int:
-        return sum(len(self.scorer.dataset[row].input_ids) for pool in self.pools for row in pool)
+        return sum(len(self.scorer.rows.dataset[row].input_ids) for pool in self.pools for row in pool)
 
 
 def rows_of_length(length: int, num_rows: int, vocab_size: int) -> list[Row]:

@@ -36,13 +36,14 @@ from torch import Tensor, nn
 from spice_trainer import SpiceConfig
 from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.proxy.transfer import compare_pools
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.gram import normalization_weights, normalized_gram
+from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.fidelity import NORMALIZATIONS
 from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
 from tests.benchmarks.sketch_fidelity import train
 from tests.benchmarks.small_model import slice_model
+from tests.support.scorers import make_scorer
 
 MOMENTS = ("fresh", "trained")
 MEASURES = ("rank_correlation", "overlap", "retained")
@@ -63,9 +64,7 @@ class Contender:
         """Scores a pool of places in `rows`, gradients as they are."""
         if self.scorer is None:
             modules = find_lora_modules(self.model)
-            self.scorer = GradientScorer(
-                lambda: self.model, modules, dataset=self.rows, collate=collate, config=config, seed=0
-            )
+            self.scorer = make_scorer(self.model, config, modules=modules, rows=self.rows, collate=collate, seed=0)
         started = time.perf_counter()
         (scores,) = self.scorer.score([pool])
         self.seconds.append(time.perf_counter() - started)
@@ -95,9 +94,9 @@ def read_common_rows(path: Path, tokenizers: Sequence[Any], num_rows: int, **opt
 def renormalized(scores: PoolScores, normalization: Any) -> PoolScores:
     """Scores made without normalization, as they would have been with one."""
     norms = scores.gradient_norms
-    lengths = torch.where(scores.nonzero, norms, 1.0)
+    lengths = torch.where(scores.sound, norms, 1.0)
     cosines = scores.gram / torch.outer(lengths, lengths)
-    cosines.diagonal().copy_(scores.nonzero)
+    cosines.diagonal().copy_(scores.sound)
     weights = normalization_weights(norms, torch.tensor(scores.label_tokens), normalization)
     return replace(scores, gram=normalized_gram(cosines, norms, weights, unit=normalization == "unit"))
 

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from spice_trainer import SpiceConfig
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.scoring.scorer import GradientScorer
 from tests.benchmarks.real_model import add_lora, load_model, read_rows
+from tests.support.scorers import make_scorer
 
 WORLD_SIZE = 2
 
@@ -106,12 +106,12 @@ def work(rank: int, arguments: argparse.Namespace, results: Any) -> None:
         phases = [(mode, kind) for mode in ("alone", "independent", "shared") for kind in configs]
         random.Random(repeat).shuffle(phases)
         for mode, kind in phases:
-            scorer = GradientScorer(
-                lambda: model,
-                modules,
-                dataset=rows,
+            scorer = make_scorer(
+                model,
+                replace(configs[kind], scoring_tokens_per_batch=arguments.tokens_per_batch),
+                modules=modules,
+                rows=rows,
                 collate=collate,
-                config=replace(configs[kind], scoring_tokens_per_batch=arguments.tokens_per_batch),
                 seed=0,
                 processes=together if mode == "shared" else Processes(),
             )

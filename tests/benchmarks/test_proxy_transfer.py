@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from spice_trainer import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.scoring.measure import PoolScores
-from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.fidelity import NORMALIZATIONS
 from tests.benchmarks.proxy_transfer import lengths_alone, renormalized
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.trainers import collate, tiny_rows
 
 pytestmark = pytest.mark.slow
@@ -21,13 +20,8 @@ pytestmark = pytest.mark.slow
 
 def score(rows: list[Any], **spice: Any) -> PoolScores:
     model = tiny_lora_model()
-    scorer = GradientScorer(
-        lambda: model,
-        find_lora_modules(model),
-        dataset=rows,
-        collate=collate,
-        config=SpiceConfig(**({"gradient_normalization": "none"} | spice)),
-        seed=0,
+    scorer = make_scorer(
+        model, SpiceConfig(**({"gradient_normalization": "none"} | spice)), rows=rows, collate=collate, seed=0
     )
     return next(iter(scorer.score([range(len(rows))])))
 
@@ -40,7 +34,7 @@ def test_normalizations_follow_from_the_raw_gram(normalization: Any, sketch_dim:
     derived = renormalized(score(rows, sketch_dim=sketch_dim), normalization)
     again = score(rows, sketch_dim=sketch_dim, gradient_normalization=normalization)
     torch.testing.assert_close(derived.gram, again.gram, rtol=1e-9, atol=1e-12)
-    assert not derived.gram[4].any() and not derived.nonzero[4]
+    assert not derived.gram[4].any() and not derived.sound[4]
 
 
 def test_lengths_alone_are_orthogonal_gradients() -> None:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
 from spice_trainer.data.rows import CandidateRow, collate_row, pad_rows
-from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.micro_batches import share_micro_batches
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.comparators import MicroBatch
 from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
 from tests.support.models import VOCAB_SIZE, tiny_model
+from tests.support.scorers import make_scorer
 
 TINY_LONGEST = 24
 
@@ -124,12 +124,11 @@ class Workload:
         settings = {"scoring_tokens_per_batch": self.tokens_per_batch, "pool_size": self.pool_size}
         # Raw gradients: other normalisations are made of their Gram matrix.
         settings |= {"num_selected": self.num_selected, "gradient_normalization": "none"}
-        return GradientScorer(
-            lambda: model,
-            find_lora_modules(model),
-            dataset=self.rows() if rows is None else rows,
+        return make_scorer(
+            model,
+            SpiceConfig(**(settings | spice)),
+            rows=self.rows() if rows is None else rows,
             collate=collate,
-            config=SpiceConfig(**(settings | spice)),
             seed=0,
             autocast=self.autocast,
         )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.scores import PoolScores
 
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,12 @@ class Worker:
 
         def failing_select(selector: StepSelector, *args: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step > setting.SAVED_STEP and self.rank == self.world_size - 1:
+                scorer = selector.gradient_scorer
                 if self.options["place"] == "collator":
-                    selector.scorer.collate = self.die
+                    scorer.rows = replace(scorer.rows, collate=self.die)
                 else:
                     # Within the forward, where sharded weights are gathered from every process.
-                    model = selector.scorer.get_model()
+                    model = scorer.get_model()
                     layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.act_fn"))
                     layer.forward = self.die
             return select_step(selector, *args, **kwargs)

@@ -10,11 +10,12 @@ from argparse import Namespace
 import pytest
 import torch
 
-from spice_trainer import select
+from spice_trainer import SpiceConfig, select
 from spice_trainer.data.rows import RowShape
-from spice_trainer.scoring.measure import measure_pool
+from spice_trainer.scoring.scorer import GradientScorer
 from tests.examples.test_theory import CHAT, EXAMPLES, write_rows
 from tests.support.models import tiny_model
+from tests.support.scorers import measured_pool
 from tests.support.trainers import read_records, tiny_tokenizer
 
 pytest.importorskip("matplotlib")
@@ -30,15 +31,12 @@ def example(monkeypatch):
 
 
 def scored(gradients, tokens):
-    return measure_pool(
-        gradients.clone(),
-        gradients.norm(dim=1),
-        pool=0,
+    return measured_pool(
+        gradients,
+        [RowShape(number + 2, number, True, ()) for number in tokens],
+        SpiceConfig(gradient_normalization="sqrt_tokens"),
         candidates=range(len(tokens)),
-        shapes=[RowShape(number + 2, number, True, ()) for number in tokens],
         losses=torch.ones(len(tokens)),
-        gradient_normalization="sqrt_tokens",
-        keep_gradients=False,
     )
 
 
@@ -86,7 +84,15 @@ def test_settings_are_what_they_say(example):
     assert chance.answer_tokens == pytest.approx(sum(everyone) / 38, rel=0.05) and chance.num_other is None
 
 
-def test_a_run(example, tmp_path, capsys):
+def test_a_run(example, tmp_path, capsys, monkeypatch):
+    seen = []
+    original = GradientScorer.score
+
+    def noted(scorer, pools, **options):
+        seen.append(scorer)
+        return original(scorer, pools, **options)
+
+    monkeypatch.setattr(GradientScorer, "score", noted)
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
@@ -105,7 +111,9 @@ def test_a_run(example, tmp_path, capsys):
     markdown = (tmp_path / "out" / "sensitivity.md").read_text()
     assert written["command"] in markdown and markdown.count("\n| ") == len(written["picks"]) + 1
     assert all(len(pool["candidates"]) == 18 for pool in read_records(tmp_path / "out" / "run", "pools"))
-    # Trained on random rows, whatever was looked at.
+    # Looked at by whole gradients, though rows to train on are drawn at random.
+    looking = [scorer for scorer in seen if scorer.config.takes_gram]
+    assert len(looking) == 2 and all(scorer.num_features == scorer.dimension for scorer in looking)
     assert all(pool["information"] is None for pool in read_records(tmp_path / "out" / "run", "pools"))
 
 

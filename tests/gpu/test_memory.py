@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from spice_trainer import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.scoring.memory import memory_use
-from spice_trainer.scoring.scorer import GradientScorer
 from tests.support.models import add_lora, tiny_model
+from tests.support.scorers import make_scorer
 from tests.support.trainers import collate, make_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -41,9 +40,7 @@ def _larger_scorer(**config: Any) -> tuple[Any, Any]:
         input_ids = torch.randint(3, 2000, (length,), generator=generator).tolist()
         labels = [-100] * (length // 2) + input_ids[length // 2 :]
         rows.append({"input_ids": input_ids, "attention_mask": [1] * length, "labels": labels})
-    scorer = GradientScorer(
-        lambda: model, find_lora_modules(model), dataset=rows, collate=collate, config=SpiceConfig(**config), seed=1
-    )
+    scorer = make_scorer(model, SpiceConfig(**config), rows=rows, collate=collate)
     return scorer, rows
 
 
@@ -80,7 +77,7 @@ def test_scoring_goes_on_when_memory_runs_out() -> None:
     assert scorer.budget.tokens_per_batch < 8192
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.gradient_norms, theirs.gradient_norms, rtol=1e-4, atol=0)
-        assert not ours.out_of_memory.any() and ours.nonzero.all()
+        assert not ours.out_of_memory.any() and ours.sound.all()
     del ours, theirs, found
     assert torch.cuda.memory_allocated() <= before + 2**16
 
@@ -99,6 +96,6 @@ def test_a_row_too_long_for_the_memory_is_left_out() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found.out_of_memory.tolist() == [False, True, False, False]
-    assert found.nonzero.tolist() == [True, False, True, True]
+    assert found.sound.tolist() == [True, False, True, True]
     notice = scorer.budget.take_notice()
     assert notice is not None and notice.left_out == ((5, 512, "training dataset"),)

@@ -15,13 +15,13 @@ from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.sketch import GradientSketch
 from spice_trainer.scoring.features import FeatureBuffer
-from spice_trainer.scoring.measure import measure_pool
 from spice_trainer.selection.gram import cosines_with, measure_rows
 from spice_trainer.selection.results import StepSelection
 from tests.gradients.test_optimizer_state import OwnOptimizer
 from tests.gradients.test_preconditioning import OPTIONS, ROWS, gradients_of, preconditioned
 from tests.runs.test_strategies import dual_gain
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import measured_pool
 from tests.support.strategy_oracles import against_reference
 from tests.support.trainers import (
     SETTINGS,
@@ -131,16 +131,12 @@ def test_cosines_are_of_gradients_that_are_not_centred(gradient_centering: bool)
     torch.manual_seed(2)
     features, momentum = torch.randn(5, 30) + 1.0, torch.randn(30)
     expected = torch.nn.functional.cosine_similarity(features.double(), momentum.double()[None])
-    found = measure_pool(
-        features.clone(),
-        features.double().norm(dim=1),
-        pool=0,
+    found = measured_pool(
+        features,
+        [RowShape(4, 3, True, ())] * 5,
+        SpiceConfig(gradient_normalization="tokens", gradient_centering=gradient_centering),
         candidates=range(5),
-        shapes=[RowShape(4, 3, True, ())] * 5,
         losses=torch.ones(5),
-        gradient_normalization="tokens",
-        keep_gradients=False,
-        gradient_centering=gradient_centering,
         momentum=momentum,
     )
     assert found.momentum_cosines is not None

@@ -164,6 +164,6 @@ def test_another_steps_scores_are_not_taken(tmp_path: Path) -> None:
     first, second, third = (schedule.pools(0, step) for step in range(3))
     expected = selector.select(third, step=0)
     selector.select(first, step=0, next_plan=second)
-    assert isinstance(selector._ahead, spice_trainer.proxy.ahead.ScoringAhead)
+    assert isinstance(selector.scorer._ahead, spice_trainer.proxy.ahead.ScoringAhead)
     assert selector.select(third, step=1).indices == expected.indices
-    assert selector._ahead is None
+    assert selector.scorer._ahead is None

@@ -19,6 +19,7 @@ from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.scoring.scorer import GradientScorer
 from tests.runs.test_side_effects import random_state
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.scorers import make_learner
 from tests.support.trainers import (
     SETTINGS,
     collate,
@@ -84,7 +85,7 @@ def test_replayed_epochs_neither_score_nor_learn(tmp_path: Path) -> None:
     proxy = ProxyModel(tiny_lora_model(), learning_rate=LEARNING_RATE)
     trainer = make_proxied(tmp_path, proxy, spice={"selection_epochs": 1}, num_train_epochs=2)
     trainer.train()
-    assert trainer._spice.sampler.selector.learner.num_updates == 6
+    assert trainer._spice.sampler.selector.scorer.learner.num_updates == 6
     assert len(trained_indices(tmp_path)) == 12
 
 
@@ -137,7 +138,7 @@ def test_resume_is_bit_identical(tmp_path: Path, step: int) -> None:
     assert same_weights(trainable_weights(proxy.model), trainable_weights(whole_proxy.model))
     for name in ("selections", "pools", "trained"):
         assert read_records(tmp_path / "resumed", name) == read_records(tmp_path / "whole", name)
-    learners = [trainer._spice.sampler.selector.learner for trainer in (resumed, whole)]
+    learners = [trainer._spice.sampler.selector.scorer.learner for trainer in (resumed, whole)]
     ours, theirs = (learner.state_dict() for learner in learners)
     assert same_weights(ours, theirs) and int(ours["num_updates"]) == 3
 
@@ -163,7 +164,7 @@ def test_a_learning_step_equals_plain_autograd() -> None:
     """One AdamW step on the token-mean loss of all rows at once, clipped; whatever the micro-batches."""
     rows = [collate_row(index, row, collate) for index, row in enumerate(tiny_rows(7))]
     ours, theirs = tiny_lora_model(), tiny_lora_model()
-    learner = AdapterLearner(ours, learning_rate=1e-2, tokens_per_batch=24, seed=0, max_grad_norm=0.5)
+    learner = make_learner(ours, tokens_per_batch=24, max_grad_norm=0.5)
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
     for _ in range(3):
         batch = collate(tiny_rows(7))
@@ -184,7 +185,7 @@ def test_learning_leaves_no_trace() -> None:
     model.train()
     model.base_model.model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    learner = AdapterLearner(model, learning_rate=1e-2, tokens_per_batch=64, seed=0)
+    learner = make_learner(model, tokens_per_batch=64)
     before = random_state()
     rows = [collate_row(index, row, collate) for index, row in enumerate(tiny_rows(4))]
     learner.learn(rows)
@@ -195,7 +196,7 @@ def test_learning_leaves_no_trace() -> None:
 
 def test_a_gradient_that_is_not_finite_is_not_learned(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_lora_model()
-    learner = AdapterLearner(model, learning_rate=1e-2, tokens_per_batch=64, seed=0)
+    learner = make_learner(model, tokens_per_batch=64)
     rows = [collate_row(index, row, collate) for index, row in enumerate(tiny_rows(2))]
     weight = model.base_model.model.lm_head.weight
     original = weight.detach().clone()
@@ -291,7 +292,7 @@ def test_a_sampler_brings_its_own_proxy(tmp_path: Path) -> None:
         attach_spice(trainer, sampler, proxy=proxy)
     attach_spice(trainer, sampler)
     trainer.train()
-    assert trainer._spice.sampler.selector.learner.num_updates == 6
+    assert trainer._spice.sampler.selector.scorer.learner.num_updates == 6
 
 
 # Loaded by name
@@ -317,7 +318,7 @@ def test_a_proxy_is_loaded_by_name(tmp_path: Path) -> None:
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (16, 32, 0.05)
     assert next(proxy.model.parameters()).shape[-1] == 16
     trainer.train()
-    assert trainer._spice.sampler.selector.learner.num_updates == 3
+    assert trainer._spice.sampler.selector.scorer.learner.num_updates == 3
 
     # The fresh adapter follows from the run's seed, as every process needs it.
     loaded = []
@@ -366,8 +367,10 @@ def test_scoring_with_a_proxy_needs_no_lockstep(tmp_path: Path, monkeypatch: pyt
     trainer = make_proxied(tmp_path, ProxyModel(tiny_lora_model()), spice={"proxy_check_pools": 1})
     trainer.get_train_dataloader()
     selector = trainer._spice.sampler.selector
-    assert not selector.scorer.processes.lockstep and not selector.learner.processes.lockstep
-    assert isinstance(selector.target_scorer, GradientScorer) and selector.target_scorer.processes.lockstep
+    assert not selector.scorer.processes.lockstep and not selector.scorer.learner.processes.lockstep
+    assert (
+        isinstance(selector.scorer.target_scorer, GradientScorer) and selector.scorer.target_scorer.processes.lockstep
+    )
 
 
 def test_a_peft_model_without_the_lora_is_refused() -> None:
@@ -461,7 +464,7 @@ def test_a_proxy_of_another_tokenizer_reads_its_own_rows(tmp_path: Path, own_dat
     trainer.train()
     scorer = trainer._spice.sampler.scorer
     for index in (0, 17, 54):
-        read = collate_row(index, scorer.dataset[index], scorer.collate)
+        read = collate_row(index, scorer.rows.dataset[index], scorer.rows.collate)
         assert read.inputs["input_ids"][0].tolist() == tokenized[index]["input_ids"]
         assert read.labels[0].tolist() == tokenized[index]["labels"]
     first = trained_indices(tmp_path)[0]
@@ -496,7 +499,7 @@ def test_the_same_vocabulary_reads_the_targets_rows(tmp_path: Path) -> None:
     attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
     trainer.get_train_dataloader()
     scorer = trainer._spice.sampler.scorer
-    assert scorer.dataset[3]["input_ids"] == tiny_rows()[3]["input_ids"]
+    assert scorer.rows.dataset[3]["input_ids"] == tiny_rows()[3]["input_ids"]
 
 
 # Elsewhere than in a Trainer, and in other precisions

@@ -18,11 +18,12 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import RowShape
 from spice_trainer.proxy.transfer import _shuffles, compare_pools, scores_by_length
 from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfer
-from spice_trainer.scoring.measure import PoolScores, measure_pool
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolTransfer
+from spice_trainer.selection.scores import PoolScores
 from spice_trainer.utils.statistics import spearman
 from tests.support.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain
+from tests.support.scorers import measured_pool
 
 GAINS = {"exact": log_det_gain, "diagonal": diagonal_gain, "adafisher": adafisher_gain}
 NORMALIZATIONS = ["none", "sqrt_tokens", "tokens", "unit"]
@@ -47,16 +48,7 @@ def label_tokens_of(rows: list[int]) -> Tensor:
 def scored(gradients: Tensor, config: SpiceConfig, rows: list[int] | None = None, pool: int = 0) -> PoolScores:
     rows = list(range(len(gradients))) if rows is None else rows
     shapes = [RowShape(9, int(tokens), True, ()) for tokens in label_tokens_of(rows)]
-    return measure_pool(
-        gradients.clone(),
-        gradients.double().norm(dim=1),
-        pool=pool,
-        candidates=rows,
-        shapes=shapes,
-        losses=torch.zeros(len(rows)),
-        gradient_normalization=config.gradient_normalization,
-        keep_gradients=config.information != "exact",
-    )
+    return measured_pool(gradients, shapes, config, pool=pool, candidates=rows)
 
 
 def normalized(gradients: Tensor, normalization: str) -> Tensor:
@@ -258,7 +250,7 @@ def test_a_row_marked_unsound_counts_as_one_without_a_gradient(information: Any)
     target, proxy = gradients_of(8, 5), gradients_of(8, 5, seed=3)
     proxy[1] *= 100.0
     whole = scored(target, config)
-    marked = replace(whole, nonzero=torch.arange(8) != 1)
+    marked = replace(whole, sound=torch.arange(8) != 1)
     target[1] = 0.0
     found = compare_pools(marked, scored(proxy, config), 2, config)
     assert found == compare_pools(scored(target, config), scored(proxy, config), 2, config)

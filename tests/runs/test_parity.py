@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from spice_trainer import SpiceConfig
-from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.sampling.step_shape import plan_step
+from spice_trainer.sampling.schedule import PoolSchedule, plan_step
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import (
     collate,

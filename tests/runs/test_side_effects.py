@@ -188,7 +188,7 @@ def test_gradients_modes_and_hooks_of_the_user_stay(tmp_path: Any) -> None:
 
     scores = list(scorer.score([range(10), range(10, 15)]))
 
-    assert [len(pool.candidates) for pool in scores] == [10, 5] and all(pool.nonzero.all() for pool in scores)
+    assert [len(pool.candidates) for pool in scores] == [10, 5] and all(pool.sound.all() for pool in scores)
     assert (random_state(), module_state(model)) == before
     assert calls, "the user's hook did not run, so nothing is tested"
     assert same_weights({name: value.grad for name, value in model.named_parameters() if name in gradients}, gradients)

@@ -23,9 +23,9 @@ from transformers import TrainerCallback
 from spice_trainer import attach_spice
 from spice_trainer.config import SpiceConfig
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.scoring.scorer import GradientScorer
 from tests.runs.audit_oracle import Witness, expect_pool, num_label_tokens
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.trainers import (
     collate,
     make_sft_trainer,
@@ -324,15 +324,13 @@ def test_float16_overflow_while_scoring(sketch_dim: int, tokens_per_batch: int) 
         config = SpiceConfig(sketch_dim=sketch_dim, scoring_tokens_per_batch=tokens_per_batch)
         modules = find_lora_modules(model)
         return next(
-            GradientScorer(
-                lambda: model, modules, dataset=rows, collate=collate, config=config, seed=1, autocast=autocast
-            ).score([pool])
+            make_scorer(model, config, modules=modules, rows=rows, collate=collate, autocast=autocast).score([pool])
         )
 
     exact, half = score(nullcontext), score(lambda: torch.autocast("cpu", torch.float16))
     sound = [index for index in pool if index not in (2, 7)]
     assert exact.finite.all()
-    assert half.finite.nonzero()[:, 0].tolist() == half.nonzero.nonzero()[:, 0].tolist() == sound
+    assert half.finite.nonzero()[:, 0].tolist() == half.sound.nonzero()[:, 0].tolist() == sound
     norms = exact.gradient_norms[sound]
     assert float(norms.max()) > 600 > 300 > float(norms.min()), "some must overflow under the scale, and some not"
     torch.testing.assert_close(half.gradient_norms[sound], norms, rtol=0.01, atol=0)

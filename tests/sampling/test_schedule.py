@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spice_trainer.sampling.schedule import PoolSchedule, deal, replay_epoch, slot_index
-from spice_trainer.sampling.step_shape import StepShape, plan_step
+from spice_trainer.sampling.loader import deal, slot_index
+from spice_trainer.sampling.schedule import PoolSchedule, StepShape, plan_step, replay_epoch
 
 booleans = st.booleans()
 many = settings(max_examples=300, deadline=None)

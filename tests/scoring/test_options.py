@@ -21,6 +21,7 @@ from spice_trainer.selection.pool import select_pool
 from tests.support.gradient_loop import batched_gradients, example_rows, looped_gradients
 from tests.support.gradient_loop import collate as collate_pairs
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.trainers import collate, make_trainer, read_records, tiny_rows, trainable_weights, trained_indices
 
 pytestmark = pytest.mark.oldest
@@ -32,7 +33,7 @@ POOLS = [[3, 17, 5, 20, 9, 1], [11, 0, 8, 2, 6, 7]]
 def scorer_of(model: nn.Module, rows: Any = ROWS, **settings: Any) -> GradientScorer:
     config = SpiceConfig(**({"sketch_dim": 0, "pool_size": 6, "num_selected": 1} | settings))
     modules = find_lora_modules(model)
-    return GradientScorer(lambda: model, modules, dataset=rows, collate=collate, config=config, seed=1)
+    return make_scorer(model, config, modules=modules, rows=rows, collate=collate)
 
 
 # Layers and modules

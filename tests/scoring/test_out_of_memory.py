@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from spice_trainer import ProxyModel, SpiceConfig
 from spice_trainer.data.rows import collate_row
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.scoring.out_of_memory import MAX_NAMED_ROWS, TokenBudget, is_out_of_memory
 from spice_trainer.scoring.scorer import GradientScorer
 from tests.proxy.test_proxy import LEARNING_RATE, make_proxied
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_learner, make_scorer
 from tests.support.short_memory import CPU, CUDA, ShortMemory
 from tests.support.traces import model_state, random_states
 from tests.support.trainers import (
@@ -44,13 +43,11 @@ LONG_ROW = {"input_ids": list(range(3, 43)), "attention_mask": [1] * 40, "labels
 def _scorer(
     model: nn.Module, rows: Any = ROWS, *, processes: Processes | None = None, **config: Any
 ) -> GradientScorer:
-    return GradientScorer(
-        lambda: model,
-        find_lora_modules(model),
-        dataset=rows,
+    return make_scorer(
+        model,
+        SpiceConfig(**({"sketch_dim": 0, "scoring_tokens_per_batch": 256} | config)),
+        rows=rows,
         collate=collate,
-        config=SpiceConfig(**({"sketch_dim": 0, "scoring_tokens_per_batch": 256} | config)),
-        seed=1,
         processes=processes,
     )
 
@@ -75,7 +72,7 @@ def test_scores_are_those_of_enough_memory(config: dict[str, Any], in_backward: 
             torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-5, atol=1e-6)
             scale = float(theirs.gram.diagonal().max())
             torch.testing.assert_close(ours.gram, theirs.gram, rtol=0, atol=1e-5 * scale)
-            assert ours.nonzero.all() and not ours.out_of_memory.any()
+            assert ours.sound.all() and not ours.out_of_memory.any()
         num_raised.append(short.num_raised)
     # The smaller budget is remembered: nothing fails in the second round.
     assert num_raised[0] == num_raised[1] > 0
@@ -95,7 +92,7 @@ def test_a_row_that_does_not_fit_alone_is_marked(error: Exception, in_backward: 
     scorer = _scorer(model, rows)
     found = next(scorer.score(POOLS))
     assert found.out_of_memory.tolist() == [position == 5 for position in range(12)]
-    assert not found.finite[5] and not found.nonzero[5] and found.gradient_norms[5] == 0
+    assert not found.finite[5] and not found.sound[5] and found.gradient_norms[5] == 0
     assert (found.gram[5] == 0).all() and (found.gram[:, 5] == 0).all()
     others = [position for position in range(12) if position != 5]
     torch.testing.assert_close(found.gradient_norms[others], expected.gradient_norms[others], rtol=1e-5, atol=0)
@@ -243,7 +240,7 @@ def test_a_proxy_cannot_learn_from_a_row_that_does_not_fit() -> None:
     before, states = model_state(model), random_states()
     short = ShortMemory(model, 15, in_backward=True, training=True)
     rows = [collate_row(index, ROWS[index], collate) for index in range(6)]
-    learner = AdapterLearner(model, learning_rate=1e-2, tokens_per_batch=256, seed=0)
+    learner = make_learner(model, tokens_per_batch=256)
     with pytest.raises(
         RuntimeError, match=r"the proxy learned from one row of \d+ tokens, too long even alone.*Lower"
     ):
@@ -358,10 +355,10 @@ def test_no_tensor_of_the_scoring_outlives_it(
 def test_groups_of_pools_are_not_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit at once is scored one group after the other, and each one's features go before the next's."""
     import spice_trainer.scoring.scorer
-    from spice_trainer.sampling.schedule import StepPools
+    from spice_trainer.sampling.schedule import StepPools, plan_step
     from spice_trainer.sampling.step_selector import StepSelector
-    from spice_trainer.sampling.step_shape import plan_step
     from spice_trainer.scoring.features import FeatureBuffer
+    from spice_trainer.scoring.step_scorer import StepScorer
 
     monkeypatch.setattr(spice_trainer.scoring.scorer, "FEATURE_BUFFER_BYTES", 0)
     alive: list[weakref.ref[Any]] = []
@@ -378,6 +375,6 @@ def test_groups_of_pools_are_not_held_together(monkeypatch: pytest.MonkeyPatch) 
     shape = plan_step(pool_size=8, num_selected=2, pools_per_step=3, samples_per_step=6, num_slots=1)
     plan = StepPools(0, 0, tuple(tuple(range(start, start + 8)) for start in (0, 8, 16)), (2, 2, 2))
     model = tiny_lora_model()
-    selector = StepSelector(_scorer(model, information="diagonal"), config, shape=shape)
+    selector = StepSelector(StepScorer(_scorer(model, information="diagonal")), config, shape=shape)
     assert len(selector.select(plan, step=0).indices) == 6
     assert numbers == [0, 0, 0]

@@ -15,9 +15,11 @@ import spice_trainer.scoring.passes
 import spice_trainer.scoring.scorer
 from spice_trainer.config import SpiceConfig
 from spice_trainer.gradients.lora import find_lora_modules
-from spice_trainer.scoring.scorer import FeatureBuffer, GradientScorer, PoolScores
+from spice_trainer.scoring.scorer import FeatureBuffer, GradientScorer
+from spice_trainer.selection.scores import PoolScores
 from tests.support.gradient_loop import looped_gradients
 from tests.support.models import VOCAB_SIZE, tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.traces import model_state, random_states
 from tests.support.trainers import collate, tiny_dataset, tiny_rows
 
@@ -34,13 +36,11 @@ def _scorer(
     **settings: Any,
 ) -> GradientScorer:
     model = tiny_lora_model() if model is None else model
-    return GradientScorer(
-        lambda: model,
-        find_lora_modules(model),
-        dataset=ROWS if dataset is None else dataset,
+    return make_scorer(
+        model,
+        SpiceConfig(**({"sketch_dim": 0} | settings)),
+        rows=ROWS if dataset is None else dataset,
         collate=collator,
-        config=SpiceConfig(**({"sketch_dim": 0} | settings)),
-        seed=1,
         autocast=autocast,
     )
 
@@ -75,7 +75,7 @@ def test_exact_scores_equal_autograd(dataset: Any, normalization: str, tokens_pe
     for pool, scores in zip(POOLS, found, strict=True):
         losses, gradients = _autograd(model, pool)
         norms = gradients.norm(dim=1)
-        torch.testing.assert_close(scores.losses, losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(scores.losses, losses.double(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(scores.gradient_norms, norms, rtol=1e-5, atol=0)
         rows = gradients * _multipliers(normalization, gradients, pool)[:, None]
         largest = float(rows.norm(dim=1).max() ** 2)
@@ -83,7 +83,7 @@ def test_exact_scores_equal_autograd(dataset: Any, normalization: str, tokens_pe
         assert scores.gram.dtype == torch.float64 and torch.equal(scores.gram, scores.gram.T)
         assert scores.num_tokens == tuple(len(ROWS[index]["input_ids"]) for index in pool)
         assert scores.label_tokens == tuple(sum(x != -100 for x in ROWS[index]["labels"][1:]) for index in pool)
-        assert scores.finite.all() and scores.nonzero.all() and scores.gradients is None
+        assert scores.finite.all() and scores.sound.all() and scores.gradients is None
         if normalization == "unit":
             assert (scores.gram.diagonal() == 1).all()
 
@@ -161,7 +161,7 @@ def test_rows_without_labels_and_rows_that_are_not_finite() -> None:
     for settings in ({}, {"sketch_dim": 64}, {"gradient_normalization": "unit"}):
         scores = next(_scorer(model, rows, **settings).score(POOLS[:1]))
         assert scores.finite.tolist() == [True, True, True, False, True]
-        assert scores.nonzero.tolist() == [True, False, True, False, True]
+        assert scores.sound.tolist() == [True, False, True, False, True]
         assert scores.gradient_norms[1] == 0 and scores.losses[1] == 0 and scores.label_tokens[1] == 0
         torch.testing.assert_close(scores.gradient_norms[[0, 2, 4]], expected.norm(dim=1), rtol=1e-5, atol=0)
         assert (scores.gram[[1, 3]] == 0).all() and (scores.gram[:, [1, 3]] == 0).all()
@@ -174,7 +174,7 @@ def test_a_pool_without_any_label_needs_no_forward(sketch_dim: int) -> None:
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS]
     reports: list[tuple[int, int]] = []
     found = list(_scorer(None, rows, sketch_dim=sketch_dim).score(POOLS, progress=lambda *x: reports.append(x)))
-    assert [scores.nonzero.any().item() for scores in found] == [False] * 3
+    assert [scores.sound.any().item() for scores in found] == [False] * 3
     assert all((scores.gram == 0).all() and scores.finite.all() for scores in found)
 
 

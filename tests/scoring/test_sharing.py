@@ -14,20 +14,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from spice_trainer.sampling.step_shape import plan_step
 from torch import nn
 
 import spice_trainer.scoring.scorer
 from spice_trainer import SpiceConfig
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.sampling.schedule import StepPools
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.sampling.step_shape import plan_step
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.scoring.step_scorer import StepScorer
+from spice_trainer.selection.scores import PoolScores
 from tests.support.forks import fork, process_environments
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.short_memory import ShortMemory
 from tests.support.trainers import collate, tiny_rows
 
@@ -61,12 +62,10 @@ CONFIGS = {
 
 
 def build_scorer(model: nn.Module, config: SpiceConfig, processes: Processes, **overrides: Any) -> GradientScorer:
-    settings = {"dataset": ROWS, "collate": collate} | overrides
+    settings = {"rows": ROWS, "collate": collate} | overrides
     if config.gradient_preconditioning == "adam" or config.takes_momentum:
         settings["get_optimizer"] = lambda: adam_of(model)
-    return GradientScorer(
-        lambda: model, find_lora_modules(model), config=config, seed=1, processes=processes, **settings
-    )
+    return make_scorer(model, config, processes=processes, **settings)
 
 
 def adam_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -85,7 +84,7 @@ def compare(found: PoolScores, expected: PoolScores) -> None:
     assert (found.pool, found.candidates, found.label_tokens, found.num_tokens) == (
         expected.pool, expected.candidates, expected.label_tokens, expected.num_tokens,
     )  # fmt: skip
-    assert torch.equal(found.finite, expected.finite) and torch.equal(found.nonzero, expected.nonzero)
+    assert torch.equal(found.finite, expected.finite) and torch.equal(found.sound, expected.sound)
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.gradient_norms, expected.gradient_norms, rtol=1e-5, atol=0)
     scale = float(expected.gram.diagonal().max())
@@ -129,7 +128,7 @@ def share_picks(processes: Processes) -> None:
                 pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
             )
             alone, shared = (
-                StepSelector(build_scorer(model, config, those), config, shape=shape).select(plan, step=3)
+                StepSelector(StepScorer(build_scorer(model, config, those)), config, shape=shape).select(plan, step=3)
                 for those in (Processes(), processes)
             )
             assert shared.indices == alone.indices, (name, shared.indices, alone.indices)
@@ -162,7 +161,7 @@ def break_one(processes: Processes) -> None:
                 pool_size=10, num_selected=4, pools_per_step=None, samples_per_step=8, num_slots=processes.world_size
             )
             alone, together = (
-                StepSelector(build_scorer(model, config, those, dataset=rows), config, shape=shape).select(
+                StepSelector(StepScorer(build_scorer(model, config, those, rows=rows)), config, shape=shape).select(
                     plan, step=3
                 )
                 for those in (Processes(), processes)
@@ -274,7 +273,7 @@ def run_short(processes: Processes) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("spice_trainer").addHandler(handler)
-    selector = StepSelector(build_scorer(model, config, processes), config, shape=shape)
+    selector = StepSelector(StepScorer(build_scorer(model, config, processes)), config, shape=shape)
     for step in range(2):
         selection = selector.select(plan, step=step)
         assert [pool.out_of_memory for pool in selection.pools] == [(7,), (), ()]

@@ -11,18 +11,16 @@ import torch
 from datasets import Dataset
 
 from spice_trainer import SpiceConfig, attach_spice
-from spice_trainer.config import NEEDS
+from spice_trainer.config import STRATEGIES
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.scoring.measure import align, unit_rows
 from spice_trainer.scoring.out_of_memory import MemoryReport
-from spice_trainer.scoring.row_scores import RowScores
-from spice_trainer.scoring.scorer import GradientScorer
-from spice_trainer.scoring.strategy_scoring import score_for_strategy
-from spice_trainer.scoring.validation import ValidationRows, align, unit_rows
+from spice_trainer.scoring.validation import ValidationRows
 from spice_trainer.selection.pool import select_pool
 from tests.runs.test_unsound_rows import break_row, fragile_model, sound_rows
 from tests.support.models import tiny_lora_model
+from tests.support.scorers import make_scorer
 from tests.support.short_memory import ShortMemory
 from tests.support.trainers import collate, make_trainer, tiny_dataset, tiny_rows
 
@@ -32,15 +30,12 @@ ROW_BY_ROW = ("random", "top_norm", "loss", "perplexity", "ifd", "less")
 
 def scored(model: Any, rows: Any, strategy: str, pool: list[int] = POOL, **settings: Any) -> Any:
     config = SpiceConfig(**({"sketch_dim": 0, "pool_size": 8, "num_selected": 2, "strategy": strategy} | settings))
-    scorer = GradientScorer(
-        lambda: model, find_lora_modules(model), dataset=rows, collate=collate, config=config, seed=1
-    )
     validation = ValidationRows(TargetRows(rows, collate), 32) if strategy == "less" else None
-    (scores,) = score_for_strategy(scorer, config, [pool], validation=validation)
+    (scores,) = make_scorer(model, config, rows=rows, collate=collate, validation=validation).score([pool])
     return scores, select_pool(scores, 8, config, seed=1, step=0)
 
 
-@pytest.mark.parametrize("strategy", list(NEEDS))
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_broken_rows_are_picked_by_nobody_who_looks(strategy: str) -> None:
     """Their validation rows are broken too, and do not count."""
     rows = sound_rows(32)
@@ -48,7 +43,7 @@ def test_broken_rows_are_picked_by_nobody_who_looks(strategy: str) -> None:
     for index, kind in ((nan, "nan"), (infinite, "infinite"), (masked, "masked_label"), (zero, "zero")):
         break_row(rows[index], kind)
     scores, found = scored(fragile_model(), rows, strategy)
-    assert isinstance(scores, RowScores) == (strategy in ROW_BY_ROW)
+    assert (scores.gram is None) == (strategy in ROW_BY_ROW)
     assert found.zero == (zero,)
     if strategy == "random":
         assert set(found.indices) == set(POOL) - {zero} and found.nonfinite == ()
@@ -180,27 +175,25 @@ def test_messages_name_the_validation_set(caplog: pytest.LogCaptureFixture, monk
     monkeypatch.setattr("spice_trainer.scoring.out_of_memory.clear_device_cache", lambda **kwargs: None)
     model, rows = tiny_lora_model(), tiny_rows(32)
     config = SpiceConfig(sketch_dim=0, strategy="less")
-    scorer = GradientScorer(
-        lambda: model, find_lora_modules(model), dataset=rows, collate=collate, config=config, seed=1
-    )
     broken = [dict(row) for row in tiny_rows(5)]
     validation = ValidationRows(TargetRows(broken, collate), 32)
+    scorer = make_scorer(model, config, rows=rows, collate=collate, validation=validation)
     broken[3] = {"input_ids": [1, 2]}
     with pytest.raises(ValueError, match="failed on row 3 of the validation dataset"):
-        validation.mean_gradient(scorer)
+        scorer.reference_gradient()
     broken[3] = {**broken[4], "input_ids": [999] * len(broken[4]["input_ids"])}
     with pytest.raises(ValueError, match="Row 3 of the validation dataset has 999 in its input_ids"):
-        validation.mean_gradient(scorer)
+        scorer.reference_gradient()
     broken[3] = {"input_ids": [5] * 60, "attention_mask": [1] * 60, "labels": [5] * 60}
     ShortMemory(model, 30)
-    validation.mean_gradient(scorer)
+    scorer.reference_gradient()
     report = MemoryReport()
     report.tell([scorer.budget.take_notice()])
     messages = [record.getMessage() for record in caplog.records]
     assert any("row 3 of the validation dataset (60 tokens) does not fit into memory" in text for text in messages)
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
-        validation.mean_gradient(scorer)
+        scorer.reference_gradient()
     assert "of the validation dataset, the longest of" in caught.value.__notes__[0]
 
 

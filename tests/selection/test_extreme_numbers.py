@@ -31,12 +31,13 @@ from spice_trainer.recording.metrics import RunTotals, step_metrics
 from spice_trainer.recording.records import RecordWriter
 from spice_trainer.recording.summary import summarize_run, warn_of_first_pools
 from spice_trainer.scoring.features import FeatureBuffer, order_for_owners, send_to_owners
-from spice_trainer.scoring.measure import PoolScores, measure_pool
 from spice_trainer.selection.gram import measure_rows, normalized_gram
 from spice_trainer.selection.greedy import select, select_from_gradients
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolSelection, StepSelection
+from spice_trainer.selection.scores import PoolScores
 from tests.selection.greedy_certificate import check_selection, coordinate_gains, gram_gains, log_det_gains
+from tests.support.scorers import measured_pool
 
 # For a longer search by hand: EXAMPLES=5000 python -m pytest tests/selection/test_extreme_numbers.py
 EXAMPLES = int(os.environ.get("EXAMPLES", "150"))
@@ -240,15 +241,13 @@ def score(
     owned = send_to_owners(buffer, owners, owners, Processes())
     assert order_for_owners(range(number), owners) == list(range(number))
     taken = owned.take(range(number))
-    scores = measure_pool(
+    scores = measured_pool(
         taken.features,
-        taken.norms,
-        pool=0,
+        [RowShape(count + 3, count, True, ("input_ids",)) for count in tokens],
+        SpiceConfig(gradient_normalization=normalization, information="diagonal" if keep else "exact"),
+        norms=taken.norms,
         candidates=[100 + index for index in range(number)],
-        shapes=[RowShape(count + 3, count, True, ("input_ids",)) for count in tokens],
         losses=taken.losses,
-        gradient_normalization=normalization,
-        keep_gradients=keep,
     )
     raw = rows.double()
     count = torch.tensor(tokens).double()[:, None]
@@ -317,7 +316,7 @@ def loosened(gains: Any) -> Any:
 
 def mask(scores: PoolScores) -> Tensor:
     """The Gram matrix that the picks are made from."""
-    keep = scores.nonzero[:, None] & scores.nonzero
+    keep = scores.sound[:, None] & scores.sound
     return torch.where(keep, scores.gram, 0.0)
 
 
@@ -364,7 +363,7 @@ def test_a_sketched_pool(
     pool = score(rows, losses, tokens, options["gradient_normalization"], sketch_dim=4)
     config = make_config(pool.rows, num_selected, options | {"information": "exact"}, choice)
     found = select_pool(pool.scores, num_selected, config)
-    sound = pool.scores.nonzero.nonzero().flatten().tolist()
+    sound = pool.scores.sound.nonzero().flatten().tolist()
     assert set(sound) <= set(pool.sound)
     lost = [index for index in pool.sound if index not in sound]
     assert {100 + index for index in lost} <= {*found.nonfinite, *found.zero}

@@ -3,35 +3,40 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spice_trainer.config import STRATEGIES
+from spice_trainer.selection import (
+    PickOptions,
+    PoolScores,
+    centred_gram,
+    match_with_weights,
+)
+from spice_trainer.selection import select_by_strategy as select_with_options
 from spice_trainer.selection.greedy import information_of, select
 from spice_trainer.selection.information import ExactInformation, build_information
 from spice_trainer.selection.results import Selection
-from spice_trainer.selection.strategies import (
-    STRATEGIES,
-    StrategyInputs,
-    StrategyName,
-    centred_gram,
-    match_with_weights,
-    select_by_strategy,
-)
 from spice_trainer.selection.strategies.matching import nonnegative_weights
 from tests.support import strategy_oracles as oracles
 from tests.support.greedy_oracle import conflict, greedy_oracle, log_det_gain
 
-NAMES = get_args(StrategyName)
+NAMES = tuple(STRATEGIES)
 OF_GRADIENTS = ("dpp", "matching", "facility_location")
 GREEDY_ORACLES = {
     "dpp": oracles.dpp,
     "matching": oracles.matching,
     "facility_location": oracles.facility_location,
 }
+
+
+def select_by_strategy(name, inputs, num_selected, measure=None, **rules):
+    """Picks with settings by name."""
+    options = PickOptions(**rules, new_measure=None if measure is None else lambda: measure)
+    return select_with_options(name, inputs, num_selected, options)
 
 
 def pool(num_rows, dimension, seed=0, spread=1.0, unsound=()):
@@ -59,7 +64,7 @@ def inputs_of(known, order=None):
     order = list(range(len(rows))) if order is None else order
     rows = rows[order]
     sound = rows.isfinite().all(dim=1) & rows.any(dim=1)
-    return StrategyInputs(
+    return PoolScores(
         sound=sound,
         gram=rows @ rows.T,
         gradient_norms=rows.norm(dim=1),
@@ -166,11 +171,11 @@ def test_masked_rows_are_never_picked_whatever_the_gram_holds_for_them():
     masked = inputs.sound.clone()
     masked[[3, 8]] = False
     for name in NAMES:
-        changed = StrategyInputs(**{**vars(inputs), "gram": gram, "sound": masked})
+        changed = replace(inputs, gram=gram, sound=masked)
         selection = select_by_strategy(name, changed, 10)
         assert sorted(selection.indices) == [0, 1, 2, 4, 5, 6, 7, 9]
         assert all(map(math.isfinite, (*selection.gains, *selection.conflicts, selection.information)))
-        nothing = StrategyInputs(**{**vars(inputs), "sound": torch.zeros(10, dtype=torch.bool)})
+        nothing = replace(inputs, sound=torch.zeros(10, dtype=torch.bool))
         assert select_by_strategy(name, nothing, 3) == Selection((), (), (), (), 0.0, False)
     assert match_with_weights(inputs.gram, torch.zeros(10, dtype=torch.bool), 3).weights == ()
 
@@ -191,7 +196,7 @@ def test_rows_without_the_number_that_counts_are_never_picked(name, field):
     inputs = inputs_of(pool(6, 9))
     values = getattr(inputs, field).clone()
     values[1], values[4] = math.nan, math.inf
-    selection = select_by_strategy(name, StrategyInputs(**{**vars(inputs), field: values}), 6)
+    selection = select_by_strategy(name, replace(inputs, **{field: values}), 6)
     assert sorted(selection.indices) == [0, 2, 3, 5]
 
 
@@ -200,7 +205,7 @@ def test_picks_without_a_gram_have_no_conflicts_and_no_information():
     for name in ("random", "top_norm", "loss", "perplexity", "ifd", "less"):
         full = inputs_of(known)
         needed = {field: getattr(full, field) for field in STRATEGIES[name].needs}
-        selection = select_by_strategy(name, StrategyInputs(sound=full.sound, **needed), 4)
+        selection = select_by_strategy(name, PoolScores(sound=full.sound, **needed), 4)
         with_gram = select_by_strategy(name, full, 4)
         assert selection.indices == with_gram.indices
         assert selection.gains == with_gram.gains
@@ -208,20 +213,24 @@ def test_picks_without_a_gram_have_no_conflicts_and_no_information():
         assert not any(map(math.isnan, (*with_gram.conflicts, with_gram.information)))
 
 
-def test_what_each_strategy_needs():
-    assert set(STRATEGIES) == set(NAMES)
-    without_scoring = {name for name, strategy in STRATEGIES.items() if not strategy.needs_scoring}
-    assert without_scoring == {"random"}
-    forward_only = {n for n, s in STRATEGIES.items() if s.needs_scoring and not s.needs_gradients}
-    assert forward_only == {"loss", "perplexity", "ifd"} == {n for n, s in STRATEGIES.items() if s.needs_losses}
-    assert {n for n, s in STRATEGIES.items() if s.needs_losses_without_instruction} == {"ifd"}
-    assert {n for n, s in STRATEGIES.items() if s.needs_reference_gradient} == {"less"}
-    assert {n for n, s in STRATEGIES.items() if s.needs_gram} == {"spice", "fisher", *OF_GRADIENTS}
+def test_what_a_candidate_costs():
+    passes = {name: (rule.num_forwards, rule.num_backwards) for name, rule in STRATEGIES.items()}
+    assert passes == {
+        "spice": (1, 1), "fisher": (1, 1), "random": (0, 0), "top_norm": (1, 1), "dpp": (1, 1), "matching": (1, 1),
+        "facility_location": (1, 1), "loss": (1, 0), "perplexity": (1, 0), "ifd": (2, 0), "less": (1, 1),
+    }  # fmt: skip
+    assert {name for name, rule in STRATEGIES.items() if "gram" in rule.needs} == {"spice", "fisher", *OF_GRADIENTS}
+    assert {n for n, rule in STRATEGIES.items() if rule.compares_gradients} == {
+        "spice",
+        "fisher",
+        "less",
+        *OF_GRADIENTS,
+    }
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in NAMES for field in STRATEGIES[name].needs])
 def test_what_is_missing_is_named(name, field):
-    inputs = StrategyInputs(**{**vars(inputs_of(pool(5, 8))), field: None})
+    inputs = replace(inputs_of(pool(5, 8)), **{field: None})
     with pytest.raises(ValueError, match=rf'strategy="{name}" needs .*, but {field} is None'):
         select_by_strategy(name, inputs, 2)
 
@@ -229,7 +238,7 @@ def test_what_is_missing_is_named(name, field):
 def random_picks(num_rows, num_selected, sound=None, **key):
     sound = torch.ones(num_rows, dtype=torch.bool) if sound is None else sound
     key = {"seed": 0, "step": 0, "pool": 0, **key}
-    return select_by_strategy("random", StrategyInputs(sound=sound, **key), num_selected)
+    return select_by_strategy("random", PoolScores(sound=sound, **key), num_selected)
 
 
 def test_random_is_a_function_of_seed_step_and_pool():
@@ -266,17 +275,17 @@ def test_random_is_uniform_and_skips_unsound_rows():
 def test_ifd_takes_rows_that_the_instruction_does_not_help_last():
     losses = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     alone = torch.tensor([2.0, 0.5, 1.25, 1.0, 0.25, 0.0])
-    inputs = StrategyInputs(sound=torch.ones(6, dtype=torch.bool), losses=losses, losses_without_instruction=alone)
+    inputs = PoolScores(sound=torch.ones(6, dtype=torch.bool), losses=losses, losses_without_instruction=alone)
     selection = select_by_strategy("ifd", inputs, 6)
     assert selection.indices == (2, 0, 5, 3, 1, 4)
     assert selection.gains == pytest.approx((0.8, 0.5, 0.0, 1.0, 2.0, 4.0))
-    hopeless = StrategyInputs(sound=inputs.sound, losses=losses, losses_without_instruction=torch.zeros(6))
+    hopeless = PoolScores(sound=inputs.sound, losses=losses, losses_without_instruction=torch.zeros(6))
     assert all(map(math.isfinite, select_by_strategy("ifd", hopeless, 6).gains))
 
 
 def test_perplexity_orders_by_mean_loss_and_loss_by_total_loss():
     losses = torch.tensor([2.0, 1.0, 3.0, 900.0])
-    inputs = StrategyInputs(sound=torch.tensor([True] * 4), losses=losses, label_tokens=(10, 40, 1, 0))
+    inputs = PoolScores(sound=torch.tensor([True] * 4), losses=losses, label_tokens=(10, 40, 1, 0))
     perplexity = select_by_strategy("perplexity", inputs, 4)
     assert perplexity.indices == (3, 2, 0, 1)
     assert perplexity.gains[1:] == pytest.approx((math.exp(3), math.exp(2), math.exp(1)))
@@ -288,7 +297,7 @@ def test_perplexity_orders_by_mean_loss_and_loss_by_total_loss():
 
 def test_dpp_first_takes_the_longest_and_then_what_is_left_of_the_others():
     rows = torch.tensor([[3.0, 0.0], [2.9, 0.1], [0.0, 0.5], [0.1, 0.1]]).double()
-    inputs = StrategyInputs(sound=torch.ones(4, dtype=torch.bool), gram=rows @ rows.T)
+    inputs = PoolScores(sound=torch.ones(4, dtype=torch.bool), gram=rows @ rows.T)
     selection = select_by_strategy("dpp", inputs, 4)
     # Two directions; then the longest of those that add none.
     assert selection.indices == (0, 2, 1, 3)
@@ -319,7 +328,7 @@ def test_facility_location_hears_every_cluster():
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(4, 30, dtype=torch.float64) * 10
     rows = centres.repeat_interleave(6, dim=0) + 0.1 * torch.randn(24, 30, generator=generator, dtype=torch.float64)
-    inputs = StrategyInputs(sound=torch.ones(24, dtype=torch.bool), gram=rows @ rows.T)
+    inputs = PoolScores(sound=torch.ones(24, dtype=torch.bool), gram=rows @ rows.T)
     assert {index // 6 for index in select_by_strategy("facility_location", inputs, 4).indices} == {0, 1, 2, 3}
 
 
@@ -344,24 +353,19 @@ def test_weighted_matching_equals_brute_force(num_rows, dimension, num_selected)
 
 
 def test_nonnegative_weights_equal_trying_every_support():
-    num_left_behind = 0
+    num_at_zero = 0
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(6, 8, generator=generator, dtype=torch.float64)
         rows += 2 * torch.randn(8, generator=generator, dtype=torch.float64)
         target = rows.mean(dim=0) + torch.randn(8, generator=generator, dtype=torch.float64)
-        start = torch.zeros(1, dtype=torch.float64)
         for size in range(1, 7):
-            gram, products = rows[:size] @ rows[:size].T, rows[:size] @ target
-            weights = nonnegative_weights(gram, products, start=start, flat=1e-10)
+            weights = nonnegative_weights(rows[:size] @ rows[:size].T, rows[:size] @ target)
             best, _ = oracles.nonnegative_least_squares(rows[:size], target)
             assert weights.tolist() == pytest.approx(best.tolist(), abs=1e-8)
-            afresh = nonnegative_weights(gram, products, start=torch.zeros(size).double(), flat=1e-10)
-            assert afresh.tolist() == pytest.approx(best.tolist(), abs=1e-8)
-            num_left_behind += int(((start > 0) & (weights == 0)).sum())
-            start = torch.cat([weights, weights.new_zeros(1)])
-    # Weights that were positive and had to go back to 0, which is what the method is for.
-    assert num_left_behind > 10
+            num_at_zero += int((weights == 0).sum())
+    # Weights that would be negative, which is what the method is for.
+    assert num_at_zero > 10
 
 
 def test_weighted_matching_beats_any_equal_weights():
@@ -441,7 +445,7 @@ def test_conflict_with_the_momentum(penalty):
 def test_conflict_with_the_momentum_ties_go_to_the_lowest_position():
     # Later candidates are ahead by less than the tolerance.
     gram = torch.diag(1.0 + 1e-9 * torch.arange(4, dtype=torch.float64))
-    inputs = StrategyInputs(
+    inputs = PoolScores(
         sound=torch.ones(4, dtype=torch.bool), gram=gram, momentum_cosines=torch.tensor([-1.0, 0.5, 0.5, 0.0])
     )
     picked = select_by_strategy("spice", inputs, 4, conflict_reference="momentum")
@@ -537,7 +541,7 @@ def test_properties(known, name, num_selected, random):
 )
 def test_inputs_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
-        StrategyInputs(**{"sound": torch.ones(4, dtype=torch.bool), **change})
+        PoolScores(**{"sound": torch.ones(4, dtype=torch.bool), **change})
 
 
 @pytest.mark.parametrize(
@@ -563,13 +567,13 @@ def test_arguments_are_checked(change, message):
 def test_arguments_of_variants_are_checked():
     every = torch.ones(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="gram is None"):
-        StrategyInputs(sound=every).sound_gram()
+        PoolScores(sound=every).sound_gram()
     with pytest.raises(ValueError, match="num_selected"):
         match_with_weights(torch.eye(2), every, 0)
-    with pytest.raises(ValueError, match=r"momentum_cosines is None. Pass StrategyInputs\(momentum_cosines="):
-        select_by_strategy("spice", StrategyInputs(sound=every, gram=torch.eye(2)), 1, conflict_reference="momentum")
+    with pytest.raises(ValueError, match=r"momentum_cosines is None. Pass PoolScores\(momentum_cosines="):
+        select_by_strategy("spice", PoolScores(sound=every, gram=torch.eye(2)), 1, conflict_reference="momentum")
     with pytest.raises(ValueError, match="momentum_cosines must be a floating point"):
-        StrategyInputs(sound=every, momentum_cosines=torch.ones(3))
+        PoolScores(sound=every, momentum_cosines=torch.ones(3))
     with pytest.raises(ValueError, match="candidates of sound, got shape"):
         centred_gram(torch.eye(3), every)
     with pytest.raises(ValueError, match="gram must be symmetric"):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, lowest_tied
+from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, lowest_tied
 
 # What float32 products leave of a squared norm that is 0: less than this is no direction of its own.
 _DEPENDENT = 1e-6
 
 
-def pick_dpp(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_dpp(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks greedily the largest det K_S, the squared volume that the picks' gradients span.
 
         gain(x|S) = log det K_{S∪x} − log det K_S = log e_x,      e_x = K_xx − K_xS K_SS⁻¹ K_Sx
@@ -25,8 +26,8 @@ def pick_dpp(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) ->
     Gains within `tie_tolerance` (nats) of the best are tied. e_x counts as at least 1e-6 K_xx: below that float32
     products tell nothing, and a pool with fewer directions than K goes on with the largest gradients.
     """
-    gram = inputs.sound_gram()
-    remaining = inputs.eligible()
+    gram = scores.sound_gram()
+    remaining = scores.eligible()
     squared_norms = gram.diagonal().clone()
     floors = _DEPENDENT * squared_norms
     residuals = squared_norms.clone()
@@ -36,7 +37,7 @@ def pick_dpp(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) ->
     picks = Picks([], [])
     for order in range(num_picks):
         gains = torch.maximum(residuals, floors).log()
-        index = lowest_tied(gains, remaining, tie_tolerance)
+        index = lowest_tied(gains, remaining, options.tie_tolerance)
         remaining[index] = False
         picks.indices.append(index)
         picks.gains.append(float(gains[index]))
@@ -47,7 +48,7 @@ def pick_dpp(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) ->
     return picks
 
 
-def pick_facility_location(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_facility_location(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks greedily so that every sound candidate's gradient has a pick's gradient near it.
 
         F(S) = Σ_i max_{s∈S} (d_max − ‖g_i − g_s‖),      ‖g_i − g_s‖² = K_ii + K_ss − 2 K_is
@@ -57,8 +58,8 @@ def pick_facility_location(inputs: StrategyInputs, num_selected: int, tie_tolera
     also weights each pick by the candidates it stands for, which a Trainer's loss has no place for. Costs the Gram
     matrix, then O(N² K). Gains within `tie_tolerance` times the first gain of the best are tied.
     """
-    gram = inputs.sound_gram()
-    sound = inputs.eligible().nonzero().flatten()
+    gram = scores.sound_gram()
+    sound = scores.eligible().nonzero().flatten()
     gram = gram[sound][:, sound]
     squared_norms = gram.diagonal()
     distances = (squared_norms[:, None] + squared_norms - 2.0 * gram).clamp_min(0.0).sqrt()
@@ -70,9 +71,13 @@ def pick_facility_location(inputs: StrategyInputs, num_selected: int, tie_tolera
     for _ in range(min(num_selected, len(sound))):
         gains = (similarities - covered[:, None]).clamp_min(0.0).sum(dim=0)
         first_gain = picks.gains[0] if picks.gains else float(gains.max())
-        index = lowest_tied(gains, remaining, tie_tolerance * first_gain)
+        index = lowest_tied(gains, remaining, options.tie_tolerance * first_gain)
         remaining[index] = False
         covered = torch.maximum(covered, similarities[:, index])
         picks.indices.append(int(sound[index]))
         picks.gains.append(float(gains[index]))
     return picks
+
+
+DPP = Strategy("dpp", ("gram",), pick_dpp)
+FACILITY_LOCATION = Strategy("facility_location", ("gram",), pick_facility_location)

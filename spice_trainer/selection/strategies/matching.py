@@ -13,10 +13,11 @@ from torch import Tensor
 
 from spice_trainer.selection.checks import check_rules
 from spice_trainer.selection.results import Selection
-from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, describe_picks, lowest_tied
+from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, describe_picks, lowest_tied
 
-# A slope smaller than this share of ‖μ‖ cannot be told from rounding.
-_FLAT = 1e-10
+# Eigenvalues smaller than this share of the largest cannot be told from rounding.
+_FLAT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class WeightedSelection:
     weights: tuple[float, ...]
 
 
-def pick_matching(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_matching(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks greedily the candidate that brings the picks' mean gradient nearest the mean μ of all sound ones.
 
         J(S) = ‖(1/|S|) Σ_S g_i − μ‖²,      gain(x|S) = J(S) − J(S∪x),      J(∅) = ‖μ‖²
@@ -45,8 +46,8 @@ def pick_matching(inputs: StrategyInputs, num_selected: int, tie_tolerance: floa
     What the Trainer's token-mean loss will apply is Σ tokens·g / Σ tokens: with `gradient_normalization="tokens"` its
     numerators are matched. Objectives within `tie_tolerance` times max(‖μ‖², the smallest) are tied.
     """
-    gram = inputs.sound_gram()
-    remaining = inputs.eligible()
+    gram = scores.sound_gram()
+    remaining = scores.eligible()
     picks = Picks([], [])
     if not bool(remaining.any()):
         return picks
@@ -58,7 +59,7 @@ def pick_matching(inputs: StrategyInputs, num_selected: int, tie_tolerance: floa
     for size in range(1, min(num_selected, int(remaining.sum())) + 1):
         objectives = (sum_square + 2.0 * to_sum + squared_norms) / size**2
         objectives = objectives - 2.0 * (sum_to_mean + to_mean) / size + mean_square
-        tolerance = tie_tolerance * max(mean_square, float(objectives[remaining].min()))
+        tolerance = options.tie_tolerance * max(mean_square, float(objectives[remaining].min()))
         index = lowest_tied(-objectives, remaining, tolerance)
         remaining[index] = False
         sum_square += float(2.0 * to_sum[index] + squared_norms[index])
@@ -105,9 +106,9 @@ def match_with_weights(
         ValueError: If an argument is out of range or `gram` is not a Gram matrix.
     """
     check_rules(num_selected, 0.0, None, None, tie_tolerance)
-    inputs = StrategyInputs(sound=sound, gram=gram)
-    gram = inputs.sound_gram()
-    remaining = inputs.eligible()
+    scores = PoolScores(sound=sound, gram=gram)
+    gram = scores.sound_gram()
+    remaining = scores.eligible()
     picks = Picks([], [])
     weights = torch.zeros(0, dtype=torch.float64)
     if bool(remaining.any()):
@@ -124,45 +125,25 @@ def match_with_weights(
             remaining[index] = False
             picks.indices.append(index)
             chosen, target = cosines[picks.indices][:, picks.indices], to_mean[picks.indices]
-            start = torch.cat([weights, weights.new_zeros(1)])
-            weights = nonnegative_weights(chosen, target, start=start, flat=_FLAT * mean_norm)
+            weights = nonnegative_weights(chosen, target)
             refitted = float(weights @ chosen @ weights - 2.0 * weights @ target) + mean_square
             picks.gains.append(objective - refitted)
             objective = refitted
         weights = weights / norms[picks.indices]
-    return WeightedSelection(describe_picks(inputs, picks, fisher_alpha=fisher_alpha), tuple(weights.tolist()))
+    return WeightedSelection(describe_picks(scores, picks, fisher_alpha), tuple(weights.tolist()))
 
 
-def nonnegative_weights(
-    gram: Float64[Tensor, "K K"], target: Float64[Tensor, " K"], *, start: Float64[Tensor, " K"], flat: float
-) -> Float64[Tensor, " K"]:
-    """Returns the w >= 0 with the smallest wᵀGw − 2 wᵀt, by Lawson and Hanson's active set method.
+def nonnegative_weights(gram: Float64[Tensor, "K K"], target: Float64[Tensor, " K"]) -> Float64[Tensor, " K"]:
+    """Returns the w >= 0 with the smallest wᵀGw − 2 wᵀt, for a positive semi-definite G."""
+    # Imported where it is used: nothing else here needs it.
+    from scipy.optimize import nnls
 
-    Args:
-        gram (`torch.Tensor` of shape `(K, K)`): G, positive semi-definite.
-        target (`torch.Tensor` of shape `(K,)`): t.
-        start (`torch.Tensor` of shape `(K,)`): Weights to start from, at least 0.
-        flat (`float`): Half slopes t − Gw up to this count as 0.
-    """
-    size = target.shape[0]
-    weights = start
-    active = weights > 0
-    # Each set is visited once in exact arithmetic; the bound is for rounding.
-    for _ in range(3 * size + 3):
-        slopes = torch.where(active, -torch.inf, target - gram @ weights)
-        if bool(active.all()) or float(slopes.max()) <= flat:
-            break
-        active[int(slopes.argmax())] = True
-        while bool(active.any()):
-            solved = torch.zeros(size, dtype=torch.float64)
-            solved[active] = torch.linalg.lstsq(gram[active][:, active], target[active], driver="gelsd").solution
-            blocked = active & (solved <= 0)
-            if not bool(blocked.any()):
-                weights = solved
-                break
-            # As far toward the solution as every weight stays at or above 0; what reaches 0 leaves.
-            ratios = torch.where(blocked, weights / (weights - solved).clamp_min(1e-300), torch.inf)
-            weights = (weights + float(ratios.min()) * (solved - weights)).clamp_min(0.0)
-            active &= ratios > ratios.min()
-            weights[~active] = 0.0
-    return weights
+    # ‖A w − b‖² with AᵀA = G and Aᵀb = t. Directions that rounding alone gives G would blow b up.
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > _FLAT * float(eigenvalues.max())
+    roots, directions = eigenvalues[kept].sqrt(), vectors[:, kept]
+    matrix, right = roots[:, None] * directions.T, directions.T @ target / roots
+    return torch.from_numpy(nnls(matrix.numpy(), right.numpy())[0])
+
+
+MATCHING = Strategy("matching", ("gram",), pick_matching)

@@ -11,14 +11,11 @@ from __future__ import annotations
 import hashlib
 import sys
 
-import torch
-from jaxtyping import Bool, Float64
-from torch import Tensor
-
-from spice_trainer.selection.strategies.inputs import Picks, StrategyInputs, lowest_tied
+from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, pick_largest
 
 
-def pick_random(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_random(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks K sound candidates uniformly: what every other rule has to beat, at no cost.
 
         order of candidate i: SHA-256 of (seed, step, pool, i)
@@ -26,49 +23,49 @@ def pick_random(inputs: StrategyInputs, num_selected: int, tie_tolerance: float)
     A hash and no generator, so that it touches no random state and draws the same on any device, version and number of
     processes. Gains are 0.
     """
-    prefix = f"spice_trainer/random/{inputs.seed}/{inputs.step}/{inputs.pool}"
-    candidates: list[int] = inputs.eligible().nonzero().flatten().tolist()
+    prefix = f"spice_trainer/random/{scores.seed}/{scores.step}/{scores.pool}"
+    candidates: list[int] = scores.eligible().nonzero().flatten().tolist()
     candidates.sort(key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
     indices = candidates[:num_selected]
     return Picks(indices, [0.0] * len(indices))
 
 
-def pick_top_norm(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_top_norm(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks the largest raw gradient norms ‖g_i‖.
 
     Makes sense where a large gradient means that there is much to learn, and not just that an answer is short. "Deep
     Learning on a Data Diet: Finding Important Examples Early in Training" (2021) prunes by it (GraNd). Costs a forward
     and a backward a candidate, but no Gram matrix.
     """
-    norms = inputs.values("gradient_norms")
-    return _largest(norms, inputs.eligible(norms), num_selected, tie_tolerance)
+    norms = scores.values("gradient_norms")
+    return pick_largest(norms, scores.eligible(norms), num_selected, options.tie_tolerance)
 
 
-def pick_loss(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_loss(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks the largest total losses, −log p(answer | instruction) = mean loss × label tokens.
 
     A row's share in the Trainer's token-mean loss, so it makes sense where hard and long rows are what is missing;
     wrong and noisy answers have large losses too. `perplexity` is its counterpart per token. "Online Batch Selection
     for Faster Training of Neural Networks" (2015) trains on large losses. Costs a forward a candidate.
     """
-    losses = inputs.values("losses") * inputs.values("label_tokens")
-    return _largest(losses, inputs.eligible(losses), num_selected, tie_tolerance)
+    losses = scores.values("losses") * scores.values("label_tokens")
+    return pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance)
 
 
-def pick_perplexity(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_perplexity(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks the largest perplexities, exp(mean loss): the same order as the mean loss.
 
     Makes sense to find answers that surprise the model whatever their length; the shortest ones surprise most. "When
     Less is More: Investigating Data Pruning for Pretraining LLMs at Scale" (2023) compares its high, middle and low
     parts on the whole text, here the label tokens count and the high part is taken. Costs a forward a candidate.
     """
-    losses = inputs.values("losses")
-    picks = _largest(losses, inputs.eligible(losses), num_selected, tie_tolerance)
+    losses = scores.values("losses")
+    picks = pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance)
     perplexities = losses.exp().clamp_max(sys.float_info.max)
     return Picks(picks.indices, [float(perplexities[index]) for index in picks.indices])
 
 
-def pick_ifd(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_ifd(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks the largest Instruction-Following Difficulty below 1: answers for which the instruction helps, yet little.
 
         IFD_i = loss(answer | instruction) / loss(answer)
@@ -78,15 +75,15 @@ def pick_ifd(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) ->
     first, so that a pool still fills its share of the step. Costs two forwards a candidate. Makes sense for
     single-turn instruction data.
     """
-    losses, alone = inputs.values("losses"), inputs.values("losses_without_instruction")
+    losses, alone = scores.values("losses"), scores.values("losses_without_instruction")
     ratios = (losses / alone.clamp_min(sys.float_info.min)).clamp_max(sys.float_info.max)
-    eligible = inputs.eligible(losses, alone)
-    helped = _largest(ratios, eligible & (ratios < 1), num_selected, tie_tolerance)
-    others = _largest(-ratios, eligible & (ratios >= 1), num_selected - len(helped.indices), tie_tolerance)
+    eligible = scores.eligible(losses, alone)
+    helped = pick_largest(ratios, eligible & (ratios < 1), num_selected, options.tie_tolerance)
+    others = pick_largest(-ratios, eligible & (ratios >= 1), num_selected - len(helped.indices), options.tie_tolerance)
     return Picks(helped.indices + others.indices, helped.gains + [-gain for gain in others.gains])
 
 
-def pick_less(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -> Picks:
+def pick_less(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
     """Picks the gradients that point most like a validation set's mean gradient v.
 
         cos(g_i, v) = ⟨g_i, v⟩ / (‖g_i‖ ‖v‖)
@@ -97,27 +94,16 @@ def pick_less(inputs: StrategyInputs, num_selected: int, tie_tolerance: float) -
     `gradient_preconditioning`. Costs a forward and a backward for each candidate and, at every step, for each row of
     the validation set.
     """
-    norms = inputs.values("gradient_norms")
-    cosines = inputs.values("alignment") / norms / float(inputs.reference_norm or 1.0)
-    eligible = inputs.eligible(norms, cosines)
+    norms = scores.values("gradient_norms")
+    cosines = scores.values("alignment") / norms / float(scores.reference_norm or 1.0)
+    eligible = scores.eligible(norms, cosines)
     # Cosines near 0 are differences of large numbers, so ties are counted on their full range of 1.
-    return _largest(cosines, eligible, num_selected, tie_tolerance, smallest_scale=1.0)
+    return pick_largest(cosines, eligible, num_selected, options.tie_tolerance, smallest_scale=1.0)
 
 
-def _largest(
-    values: Float64[Tensor, " N"],
-    eligible: Bool[Tensor, " N"],
-    num_selected: int,
-    tie_tolerance: float,
-    smallest_scale: float = 0.0,
-) -> Picks:
-    """Picks the largest values, largest first."""
-    remaining = eligible.clone()
-    picks = Picks([], [])
-    for _ in range(min(num_selected, int(eligible.sum()))):
-        scale = max(float(torch.abs(values[remaining].max())), smallest_scale)
-        index = lowest_tied(values, remaining, tie_tolerance * scale)
-        remaining[index] = False
-        picks.indices.append(index)
-        picks.gains.append(float(values[index]))
-    return picks
+TOP_NORM = Strategy("top_norm", ("gradient_norms",), pick_top_norm)
+LOSS = Strategy("loss", ("losses", "label_tokens"), pick_loss)
+PERPLEXITY = Strategy("perplexity", ("losses",), pick_perplexity)
+IFD = Strategy("ifd", ("losses", "losses_without_instruction"), pick_ifd)
+LESS = Strategy("less", ("gradient_norms", "alignment", "reference_norm"), pick_less)
+RANDOM = Strategy("random", ("seed", "step", "pool"), pick_random, has_gains=False)

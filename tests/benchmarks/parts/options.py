@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from spice_trainer import SpiceConfig
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.selection.pool import select_pool
+from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.clock import ratios, shown, spread, time_in_turn
 from tests.benchmarks.fidelity import normalized, pick, random_subsets, retained
 from tests.benchmarks.finetuning import Finetuning

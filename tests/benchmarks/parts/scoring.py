@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spice_trainer import SpiceConfig
-from spice_trainer.scoring.measure import PoolScores
 from spice_trainer.selection.pool import select_pool
+from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.agreement import gradient_error, gram_error, norm_error
 from tests.benchmarks.clock import peak_memory, ratios, shown, spread, time_in_turn, timed
 from tests.benchmarks.comparators import Unavailable

@@ -1,6 +1,6 @@
-"""What a rule may know of a pool, and what its picks look like in the records.
+"""What is known of a pool's candidates: one class, from which every rule reads what it needs.
 
-Axes: N candidates of a pool, K picked.
+Axes: N candidates of a pool, D gradient dimension.
 """
 
 from __future__ import annotations
@@ -8,28 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from spice_trainer.selection.checks import check_gram, check_matrix, sound_rows
-from spice_trainer.selection.conflict import conflicts_with_mean
-from spice_trainer.selection.greedy import information_of
-from spice_trainer.selection.information import ExactInformation
-from spice_trainer.selection.results import Selection
+from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 
 
 @dataclass(frozen=True, eq=False)
-class StrategyInputs:
-    """What is known of a pool's N candidates. A rule reads what it needs, and the rest may be missing.
+class PoolScores:
+    """What is known of a pool's N candidates. What nobody computed is `None`.
+
+    A rule reads what it `needs` (see [`Strategy`]). Scoring fills all of it that the run's rule needs; in a test or a
+    notebook the mask and the fields that a rule reads are enough.
 
     Args:
-        sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked. Where no gradients were
-            computed these are the rows with at least one label token and, if it is known, a finite loss.
+        sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked: those whose gradient is finite
+            and not zero, or, where no gradients were computed, the rows with a label token and a finite loss.
         gram (`torch.Tensor` of shape `(N, N)`, *optional*): Inner products of the normalised gradients. Also what
             conflicts and information are computed from, whatever the rule.
         gradient_norms (`torch.Tensor` of shape `(N,)`, *optional*): Norms of the raw gradients.
@@ -41,7 +39,21 @@ class StrategyInputs:
             gradient v, such as the mean gradient of a validation set.
         reference_norm (`float`, *optional*): ‖v‖.
         momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
-            momentum, for conflicts with it.
+            momentum, for conflicts with it; never of centred gradients.
+        gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
+            of information that need coordinates.
+        row_weights (`torch.Tensor` of shape `(N,)`, *optional*): Multipliers that turn `gradients` into normalised
+            gradients.
+        candidates (`tuple[int, ...]`, *optional*): Dataset rows in pool order; by default 0 to N − 1.
+        num_tokens (`tuple[int, ...]`, *optional*): Tokens per row, as it trains.
+        num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
+        finite (`torch.Tensor` of shape `(N,)`, *optional*): Whether the row fitted into memory, and all that was
+            computed of it is finite. By default `sound`.
+        out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Whether the row did not fit into memory, so that
+            nothing is known of it. By default none.
+        whole ([`PoolScores`], *optional*): The pool that these candidates are left of, where others were dropped by
+            their loss before gradients were computed.
+        kept (`tuple[int, ...]`, *optional*): Their positions in it.
         seed (`int`, *optional*): Seed of the run.
         step (`int`, *optional*): Optimizer step of the run, from 0.
         pool (`int`, *optional*): Pool of the step, from 0.
@@ -59,6 +71,15 @@ class StrategyInputs:
     alignment: Float[Tensor, " N"] | None = None
     reference_norm: float | None = None
     momentum_cosines: Float[Tensor, " N"] | None = None
+    gradients: Float[Tensor, "N D"] | None = None
+    row_weights: Float64[Tensor, " N"] | None = None
+    candidates: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    num_dropped_tokens: int = 0
+    finite: Bool[Tensor, " N"] = None  # type: ignore[assignment]
+    out_of_memory: Bool[Tensor, " N"] = None  # type: ignore[assignment]
+    whole: PoolScores | None = None
+    kept: tuple[int, ...] = ()
     seed: int | None = None
     step: int | None = None
     pool: int | None = None
@@ -82,6 +103,13 @@ class StrategyInputs:
                 f"reference_norm is the length of the reference gradient and must be positive and finite, got "
                 f"{self.reference_norm}. A reference of length 0 points nowhere: check the rows it was computed from."
             )
+        # A frozen instance is written to only while it is made.
+        if not self.candidates:
+            object.__setattr__(self, "candidates", tuple(range(self.num_candidates)))
+        if self.finite is None:
+            object.__setattr__(self, "finite", self.sound)
+        if self.out_of_memory is None:
+            object.__setattr__(self, "out_of_memory", torch.zeros_like(self.sound))
 
     @property
     def num_candidates(self) -> int:
@@ -110,74 +138,6 @@ class StrategyInputs:
         if self.gram is None:
             raise ValueError("gram is None, but conflicts, information and gradients' geometry are computed from it.")
         return masked_gram(self.gram, self.sound)
-
-
-class Picks(NamedTuple):
-    """Positions in the order of picking, and each one's gain in the rule's own units."""
-
-    indices: list[int]
-    gains: list[float]
-
-
-def describe_picks(inputs: StrategyInputs, picks: Picks, *, fisher_alpha: float) -> Selection:
-    """Returns the picks with their conflicts and information, which mean the same for every rule.
-
-    Args:
-        inputs ([`StrategyInputs`]): What is known of the pool.
-        picks ([`Picks`]): Picks and gains.
-        fisher_alpha (`float`): α of the information log det(I + α Σ_S g gᵀ).
-
-    Returns:
-        [`Selection`]: Scores are the gains. Conflicts are against the mean of the picks so
-        far. Without a Gram matrix conflicts and information are nan: nobody knows them.
-    """
-    gains = tuple(picks.gains)
-    conflicts, information = (math.nan,) * len(gains), math.nan
-    if inputs.gram is not None:
-        gram = inputs.sound_gram()
-        picked = enumerate(picks.indices)
-        conflicts = tuple(conflicts_with_mean(gram, picks.indices[:order])[index] for order, index in picked)
-        information = information_of(ExactInformation(gram, fisher_alpha=fisher_alpha), picks.indices)
-    return Selection(tuple(picks.indices), gains, conflicts, gains, information, stopped_early=False)
-
-
-def lowest_tied(scores: Float64[Tensor, " N"], remaining: Bool[Tensor, " N"], tolerance: float) -> int:
-    """Returns the lowest position among the remaining ones whose score is at most `tolerance` below the best."""
-    best = scores[remaining].max()
-    return int(((scores >= best - tolerance) & remaining).nonzero()[0])
-
-
-def masked_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float64[Tensor, "N N"]:
-    """Returns a checked Gram matrix as float64 on the CPU, with rows and columns of 0 for rows that are not sound.
-
-    Args:
-        gram (`torch.Tensor` of shape `(N, N)`): Inner products. What it holds for other rows doesn't matter.
-        sound (`torch.Tensor` of shape `(N,)`, boolean): Rows that may be picked.
-
-    Raises:
-        ValueError: If it is not a Gram matrix of as many candidates.
-    """
-    check_mask(sound)
-    check_matrix(gram, "gram")
-    if gram.shape != (sound.shape[0], sound.shape[0]):
-        raise ValueError(
-            f"gram must have one row and one column for each of the {sound.shape[0]} candidates of sound, got shape "
-            f"{tuple(gram.shape)}."
-        )
-    mask = sound.to(gram.device)
-    gram = check_gram(torch.where(mask[:, None] & mask, gram.detach(), 0.0))
-    mask = sound_rows(gram)
-    return torch.where(mask[:, None] & mask, gram, 0.0)
-
-
-def check_mask(sound: Bool[Tensor, " N"]) -> None:
-    """Raises a `ValueError` unless `sound` is a boolean vector with at least one entry."""
-    if not isinstance(sound, Tensor) or sound.dtype != torch.bool or sound.ndim != 1 or sound.numel() == 0:
-        got = f"{sound.dtype} of shape {tuple(sound.shape)}" if isinstance(sound, Tensor) else type(sound).__name__
-        raise ValueError(
-            f"sound must be a boolean torch.Tensor with one entry per candidate, got {got}. It tells which candidates "
-            "may be picked: torch.ones(N, dtype=torch.bool) if all of them."
-        )
 
 
 def _check_vector(name: str, value: object, num_candidates: int) -> None:

@@ -1,0 +1,83 @@
+"""What selects for a step asks of whoever scores: the target itself, or something that stands in for it.
+
+Axes: N candidates of a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from spice_trainer.distributed import Processes
+from spice_trainer.scoring.out_of_memory import MemoryNotice, MemoryReport
+from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.selection.results import StepSelection
+from spice_trainer.selection.scores import PoolScores
+from spice_trainer.utils.saved import saved_whole_number
+
+
+class StepScorer:
+    """Scores each step with the model that trains, which needs nothing done between steps."""
+
+    def __init__(self, gradient_scorer: GradientScorer) -> None:
+        self.gradient_scorer = gradient_scorer
+        self.target_scorer: GradientScorer | None = None
+        self.memory_report = MemoryReport()
+
+    @property
+    def processes(self) -> Processes:
+        """Those that score together."""
+        return self.gradient_scorer.processes
+
+    @property
+    def seed(self) -> int:
+        """Of the run's own draws."""
+        return self.gradient_scorer.runtime.seed
+
+    def start(self) -> None:
+        """Begins a run."""
+
+    def score(
+        self, pools: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[PoolScores]:
+        """Scores a step's pools; see [`GradientScorer.score`]."""
+        return self.gradient_scorer.score(pools, progress=progress)
+
+    def after_step(
+        self,
+        selection: StepSelection,
+        pools: Sequence[Sequence[int]],
+        budgets: Sequence[int],
+        next_pools: Sequence[Sequence[int]] | None,
+    ) -> StepSelection:
+        """Hears what was picked from which pools with which budgets, and which come next, if this run scores them.
+
+        Returns the selection with what was found and took time. A collective.
+        """
+        return selection
+
+    def take_notices(self) -> dict[str, MemoryNotice | None]:
+        """What was found out about this process's memory since the last call, by what was done."""
+        return {"scoring": self.gradient_scorer.budget.take_notice()}
+
+    def close(self) -> None:
+        """Waits for what runs beside the training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as JSON values."""
+        return {"num_checked": 0}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restores both; raises a `ValueError` if the checkpoint is of a run that selected with a proxy."""
+        saved_whole_number(state["num_checked"])
+        if tensors:
+            raise ValueError(
+                "The checkpoint was written by a run that selected with a proxy, and this one is set up the other "
+                "way. Resume with the same `proxy`, or start a new run."
+            )
