@@ -14,14 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from spice_trainer.sampling.step_shape import plan_step
 from torch import nn
 
 import spice_trainer.scoring.scorer
 from spice_trainer import SpiceConfig
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.per_sample import SampleGradients
-from spice_trainer.sampling.schedule import StepPools
+from spice_trainer.sampling.schedule import StepPools, plan_step
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.step_scorer import StepScorer
