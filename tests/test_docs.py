@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ import yaml
 from transformers import TrainingArguments
 
 from spice_trainer import SpiceConfig
-from spice_trainer.selection.strategies.registry import STRATEGIES
+from spice_trainer.config import STRATEGIES
 from tests.bad_input.table import ERRORS, as_markdown
 from tests.support.models import tiny_lora_model, tiny_model
 from tests.support.trainers import collate, make_trainer, tiny_dataset, tiny_tokenizer, training_options
+from tests.test_layers import FLOORS, PACKAGE, room_of
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -130,6 +133,10 @@ def test_commands_exist(page: Path) -> None:
     text = commands(page)
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module) is not None, module
+    for module, name in re.findall(r"\b(spice_trainer(?:\.[a-z_]+)*)\.(\w+)", text):
+        path = module.replace(".", "/")
+        is_module = any((ROOT / path / found).exists() for found in (name, f"{name}.py"))
+        assert is_module or hasattr(importlib.import_module(module), name), f"{module}.{name}"
     for path in re.findall(r"(?<![\w/.])((?:examples|tests|docs|spice_trainer|accelerate_configs)/[\w/.]+)", text):
         assert (ROOT / path).exists(), path
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -149,14 +156,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def prelude(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the shown code takes for granted, by name. It runs in an empty folder."""
+def prelude(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the shown code takes for granted, by name. It runs in an empty folder; rules that it registers go again."""
     from datasets import Dataset
     from trl import SFTConfig
 
     monkeypatch.chdir(tmp_path)
+    rules = dict(STRATEGIES)
     words = [f"w{3 + number} w{4 + number}" for number in range(50)]
-    return {
+    yield {
         "model": tiny_folder,
         "args": SFTConfig(**training_options("output", bf16=False, max_length=32)),
         "dataset": Dataset.from_list([{"prompt": word, "completion": f" {word}"} for word in words]),
@@ -169,6 +177,8 @@ def prelude(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "trainer": make_trainer("output"),
         "gram": torch.eye(20, dtype=torch.float64),
     }
+    STRATEGIES.clear()
+    STRATEGIES.update(rules)
 
 
 def run(block: str, prelude: dict[str, Any], tiny_folder: str) -> dict[str, Any]:
@@ -217,6 +227,16 @@ def test_every_setting_is_in_the_docs() -> None:
     assert documented.keys() == defaults.keys()
     for name, default in defaults.items():
         assert (documented[name] if isinstance(default, str) else ast.literal_eval(documented[name])) == default, name
+
+
+def test_the_picture_of_the_layers_is_that_of_their_test() -> None:
+    picture = _FENCE.findall((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))[0][1]
+    shown = [line[:28].replace("/", "").replace(".py", "").split() for line in picture.splitlines()]
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__main__"}
+    assert {room for line in shown for room in line} == rooms
+    assert [sorted(line) for line in shown] == [
+        sorted(room for room in rooms if FLOORS[room] == floor) for floor in sorted({FLOORS[room] for room in rooms})
+    ]
 
 
 def test_every_strategy_is_in_the_docs() -> None:
