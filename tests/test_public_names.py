@@ -34,7 +34,20 @@ def manifest_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("manifest")
     rows = [{"text": "a"}, {"text": "b"}]
     SubsetManifest(
-        rows=(SelectedRow(1, 0, 0, 0, 0, None, None, None, None, 3),),
+        rows=(
+            SelectedRow(
+                index=1,
+                step=0,
+                epoch=0,
+                pool=0,
+                order=0,
+                gain=None,
+                conflict=None,
+                score=None,
+                gradient_norm=None,
+                label_tokens=3,
+            ),
+        ),
         num_rows=2,
         dataset_fingerprint=fingerprint_dataset(rows),
         model={},

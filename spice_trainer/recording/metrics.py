@@ -154,7 +154,7 @@ class RunTotals:
             self.num_zero += len(pool.zero)
             self.num_out_of_memory += len(pool.out_of_memory)
             self.num_stopped_early += pool.selection.stopped_early
-            self.label_tokens_selected += sum(pool.label_tokens)
+            self.label_tokens_selected += sum(pick.label_tokens for pick in pool.picks)
             self.label_tokens_pool += pool.tokens_pool * len(pool.candidates)
             self.information += pool.information or 0.0
             self.information_top_norm += pool.information_top_norm or 0.0

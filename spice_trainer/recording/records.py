@@ -14,7 +14,6 @@ directory.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from spice_trainer.selection.results import StepSelection
+from spice_trainer.selection.results import Pick, StepSelection
 from spice_trainer.utils.logging import logger
 
 RECORDS_FOLDER = "spice"
@@ -34,33 +33,12 @@ LEDGER_FILE = "ledger.json"
 _ALL_FILES = (*RECORD_FILES, LEDGER_FILE)
 
 
-@dataclass(frozen=True)
-class SelectedRow:
-    """One picked row: a line of `selections.jsonl`, and of a subset's manifest. What was not computed is `None`.
+@dataclass(frozen=True, kw_only=True)
+class SelectedRow(Pick):
+    """A line of `selections.jsonl`, and of a subset's manifest: a pick, with the updates before it and its epoch."""
 
-    Args:
-        index (`int`): Row of the dataset.
-        step (`int`): Optimizer updates done before, or selection step, from 0.
-        epoch (`int`): Epoch, from 0.
-        pool (`int`): Pool within the step, from 0.
-        order (`int`): Place within the pool's picks, from 0.
-        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises.
-        conflict (`float`, *optional*): Its conflict with the picks before it.
-        score (`float`, *optional*): Gain less the weighted conflict.
-        gradient_norm (`float`, *optional*): Norm of its raw gradient.
-        label_tokens (`int`): Tokens that its loss counts.
-    """
-
-    index: int
     step: int
     epoch: int
-    pool: int
-    order: int
-    gain: float | None
-    conflict: float | None
-    score: float | None
-    gradient_norm: float | None
-    label_tokens: int
 
 
 class RecordWriter:
@@ -159,7 +137,7 @@ class RecordWriter:
     def write_selection(self, selection: StepSelection) -> None:
         """Appends one step's picks, pools and trained rows, and flushes them."""
         where = {"step": selection.step, "epoch": selection.epoch}
-        self._write("selections.jsonl", _pick_lines(selection))
+        self._write("selections.jsonl", ({**where, **vars(pick)} for pool in selection.pools for pick in pool.picks))
         self._write("pools.jsonl", _pool_lines(selection, where))
         self._write("trained.jsonl", [{**where, "indices": selection.indices}])
         if selection.transfers:
@@ -210,36 +188,15 @@ class RecordWriter:
             ) from error
 
 
-def _pick_lines(selection: StepSelection) -> Iterable[dict[str, Any]]:
-    for position, pool in enumerate(selection.pools):
-        picks = pool.selection
-        for order, index in enumerate(pool.indices):
-            row = SelectedRow(
-                index=index,
-                step=selection.step,
-                epoch=selection.epoch,
-                pool=position,
-                order=order,
-                gain=_known(picks.gains[order]),
-                conflict=_known(picks.conflicts[order]),
-                score=_known(picks.scores[order]),
-                gradient_norm=pool.gradient_norms[order],
-                label_tokens=pool.label_tokens[order],
-            )
-            # Where it was picked first, as in every other file.
-            yield {name: getattr(row, name) for name in ("step", "epoch", "pool", "order")} | vars(row)
-
-
 def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[dict[str, Any]]:
     for position, pool in enumerate(selection.pools):
-        picks = pool.selection
         yield {
             **where,
             "pool": position,
             "candidates": pool.candidates,
-            "num_selected": len(picks.indices),
-            "gain_first": _known(picks.gains[0]) if picks.gains else None,
-            "gain_last": _known(picks.gains[-1]) if picks.gains else None,
+            "num_selected": len(pool.picks),
+            "gain_first": pool.picks[0].gain if pool.picks else None,
+            "gain_last": pool.picks[-1].gain if pool.picks else None,
             "information": pool.information,
             "information_top_norm": pool.information_top_norm,
             "overlap_top_norm": pool.overlap_top_norm,
@@ -251,13 +208,8 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "zero": pool.zero,
             "out_of_memory": pool.out_of_memory,
             "filtered": pool.filtered,
-            "stopped_early": picks.stopped_early,
+            "stopped_early": pool.selection.stopped_early,
         }
-
-
-def _known(number: float) -> float | None:
-    """`None` for a number that the strategy did not compute."""
-    return None if math.isnan(number) else number
 
 
 def _numbered(name: str, number: int) -> str:

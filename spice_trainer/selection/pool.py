@@ -20,7 +20,7 @@ from torch import Tensor
 from spice_trainer.config import SpiceConfig
 from spice_trainer.selection.gram import scaled_alpha
 from spice_trainer.selection.information import InformationMeasure, build_information
-from spice_trainer.selection.results import PoolSelection
+from spice_trainer.selection.results import Pick, PoolSelection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.registry import find_strategy, select_by_strategy
 from spice_trainer.selection.strategies.strategy import PickOptions
@@ -77,8 +77,19 @@ def select_pool(
     return PoolSelection(
         candidates=whole.candidates,
         selection=replace(selection, indices=_places(scores, picked)),
-        gradient_norms=tuple(None if norms is None else float(norms[position]) for position in picked),
-        label_tokens=tuple(label_tokens[position] for position in picked),
+        picks=tuple(
+            Pick(
+                pool=scores.pool or 0,
+                order=place,
+                index=scores.candidates[position],
+                gain=_known(selection.gains[place]),
+                conflict=_known(selection.conflicts[place]),
+                score=_known(selection.scores[place]),
+                gradient_norm=None if norms is None else float(norms[position]),
+                label_tokens=label_tokens[position],
+            )
+            for place, position in enumerate(picked)
+        ),
         num_tokens=tuple(scores.num_tokens[position] for position in picked),
         alpha=alpha,
         information_gains=information_gains,
@@ -92,6 +103,11 @@ def select_pool(
         out_of_memory=_rows(scores, lambda part: part.out_of_memory),
         filtered=_filtered(scores),
     )
+
+
+def _known(number: float) -> float | None:
+    """`None` for a number that the strategy did not compute."""
+    return None if math.isnan(number) else number
 
 
 def _measure_of(scores: PoolScores, alpha: float, config: SpiceConfig) -> Callable[[], InformationMeasure]:
@@ -192,8 +208,7 @@ def _drop_last_pick(pool: PoolSelection) -> PoolSelection:
     return replace(
         pool,
         selection=shorter,
-        gradient_norms=pool.gradient_norms[:kept],
-        label_tokens=pool.label_tokens[:kept],
+        picks=pool.picks[:kept],
         num_tokens=pool.num_tokens[:kept],
         information_gains=gains,
         top_norm=keep(pool.top_norm),

@@ -32,6 +32,31 @@ class Selection:
     stopped_early: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """What is recorded of one picked row; what the strategy does not compute is `None`.
+
+    Args:
+        pool (`int`): Pool within the step, from 0.
+        order (`int`): Place within the pool's picks, from 0.
+        index (`int`): Row of the dataset.
+        gain (`float`, *optional*): Information that the pick added, or what another strategy maximises.
+        conflict (`float`, *optional*): Its conflict with the picks before it.
+        score (`float`, *optional*): Gain less the weighted conflict.
+        gradient_norm (`float`, *optional*): Norm of its raw gradient.
+        label_tokens (`int`): Tokens that its loss counts.
+    """
+
+    pool: int
+    order: int
+    index: int
+    gain: float | None
+    conflict: float | None
+    score: float | None
+    gradient_norm: float | None
+    label_tokens: int
+
+
 @dataclass(frozen=True)
 class PoolSelection:
     """One pool's picks.
@@ -39,8 +64,7 @@ class PoolSelection:
     Args:
         candidates (`tuple[int, ...]`): Dataset rows in pool order.
         selection ([`Selection`]): Picks as positions in the pool, in the order of picking.
-        gradient_norms (`tuple[float | None, ...]`): Raw gradient norm of each pick, where gradients were computed.
-        label_tokens (`tuple[int, ...]`): Label tokens of each pick.
+        picks (`tuple[Pick, ...]`): What is recorded of each, in the same order.
         num_tokens (`tuple[int, ...]`): Tokens of each pick.
         alpha (`float`, *optional*): The α that was used, where there is a Gram matrix.
         information_gains (`tuple[float, ...]`, *optional*): What each pick adds to F, where there is a Gram matrix.
@@ -60,8 +84,7 @@ class PoolSelection:
 
     candidates: tuple[int, ...]
     selection: Selection
-    gradient_norms: tuple[float | None, ...]
-    label_tokens: tuple[int, ...]
+    picks: tuple[Pick, ...]
     num_tokens: tuple[int, ...]
     alpha: float | None
     information_gains: tuple[float, ...] | None
@@ -78,7 +101,7 @@ class PoolSelection:
     @property
     def indices(self) -> tuple[int, ...]:
         """Dataset rows of the picks, in the order of picking."""
-        return tuple(self.candidates[position] for position in self.selection.indices)
+        return tuple(pick.index for pick in self.picks)
 
     @property
     def information(self) -> float | None:
@@ -106,7 +129,7 @@ class PoolSelection:
     @property
     def tokens_selected(self) -> float | None:
         """Mean label tokens of the picks, or `None` without picks."""
-        return sum(self.label_tokens) / len(self.label_tokens) if self.label_tokens else None
+        return sum(pick.label_tokens for pick in self.picks) / len(self.picks) if self.picks else None
 
 
 @dataclass(frozen=True)

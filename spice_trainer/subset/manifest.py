@@ -14,7 +14,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class SubsetManifest:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `manifest.jsonl`, then `manifest.json`, which says by a checksum which rows belong to it."""
         folder = Path(folder)
-        lines = "".join(_to_json(asdict(row), f"picked row {row.index}") + "\n" for row in self.rows)
+        named = ({name: getattr(row, name) for name in ("index", "step", "epoch")} | vars(row) for row in self.rows)
+        lines = "".join(_to_json(row, f"picked row {row['index']}") + "\n" for row in named)
         metadata = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
         metadata |= {"num_selected": len(self.rows), "rows_sha256": _sha256(lines.encode())}
         text = _to_json(metadata, "the manifest's metadata", indent=1) + "\n"
