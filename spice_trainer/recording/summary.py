@@ -22,17 +22,9 @@ SHARE_TOLERANCE = 0.25
 class RunPlan:
     """What is known of a run before it starts.
 
-    Args:
-        num_rows (`int`): Rows of the training dataset.
-        total_steps (`int`): Optimizer steps of the run.
-        dimension (`int`): Trainable LoRA numbers, D.
-        num_features (`int`): Numbers kept per candidate.
-        feature_bytes (`int`): Gradient features that each process holds.
-        num_processes (`int`): Processes that share the scoring.
-        mean_row_tokens (`float`): Mean tokens of a row as it is trained on, from a sample.
-        mean_candidate_tokens (`float`): Mean tokens of a row as it is scored: a proxy may have another tokenizer.
-        num_proxy_parameters (`int`, *optional*): Parameters of the proxy that scores, if one does.
-        token_normalized (`bool`): Whether the loss is normalised by `num_items_in_batch`.
+    D is `dimension`, of which `num_features` numbers are kept per candidate, `feature_bytes` on each process. Tokens
+    of a row are means of a sample, as it is trained on and as it is scored: a proxy may have another tokenizer.
+    `token_normalized` is whether the loss is normalised by `num_items_in_batch`.
     """
 
     num_rows: int
