@@ -7,8 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jaxtyping
 import pytest
 import torch
+
+# `--jaxtyping-packages` in pyproject.toml names it.
+import tests.support.array_types  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def wrong_arrays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays are checked against their annotations, but where a test is about the message of a wrong one."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", "wrong_arrays" in request.keywords)

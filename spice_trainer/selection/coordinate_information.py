@@ -45,7 +45,7 @@ class _CoordinateInformation(ABC):
         gradients: Float[Tensor, "N D"],
         *,
         fisher_alpha: float,
-        row_weights: Float64[Tensor, " N"] | None = None,
+        row_weights: Float[Tensor, " N"] | None = None,
     ) -> None:
         check_alpha(fisher_alpha)
         check_matrix(gradients, "gradients")

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Real
 from torch import Tensor
 
 from spice_trainer.config import AlphaScaling, GradientNormalization
@@ -194,8 +194,8 @@ def cosines_with(
 
 
 def normalization_weights(
-    norms: Float64[Tensor, " N"],
-    label_tokens: Int[Tensor, " N"],
+    norms: Float[Tensor, " N"],
+    label_tokens: Real[Tensor, " N"],
     gradient_normalization: GradientNormalization,
 ) -> Float64[Tensor, " N"]:
     """Returns the multiplier c_i that turns raw gradient i into its normalised form c_i·g_i.
@@ -232,7 +232,7 @@ def normalization_weights(
 
 
 def normalized_gram(
-    cosines: Float64[Tensor, "N N"], norms: Float64[Tensor, " N"], weights: Float64[Tensor, " N"], *, unit: bool
+    cosines: Float[Tensor, "N N"], norms: Float[Tensor, " N"], weights: Float[Tensor, " N"], *, unit: bool
 ) -> Float64[Tensor, "N N"]:
     """Returns K_ij = (c_i‖g_i‖) cos_ij (c_j‖g_j‖), with zero rows and columns for unsound gradients.
 

@@ -112,7 +112,7 @@ def build_information(
     gram: Float[Tensor, "N N"],
     gradients: Float[Tensor, "N D"] | None = None,
     fisher_alpha: float,
-    row_weights: Float64[Tensor, " N"] | None = None,
+    row_weights: Float[Tensor, " N"] | None = None,
 ) -> InformationMeasure:
     """Builds a measure with nothing added.
 

@@ -186,6 +186,7 @@ def test_autocast_and_medium_precision_do_not_degrade_products():
     assert_geometry(autocast, rows)
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -221,6 +222,7 @@ def test_normalization_weights(normalization, expected):
     assert weights.dtype == torch.float64
 
 
+@pytest.mark.wrong_arrays
 def test_normalization_weights_rejects():
     with pytest.raises(ValueError, match="gradient_normalization must be one of 'none', 'sqrt_tokens'"):
         normalization_weights(torch.ones(2), torch.ones(2), "l2")
@@ -265,6 +267,7 @@ def test_normalized_gram_zeroes_unsound_rows_and_keeps_extreme_ones(unit):
     assert float(gram[0, 1]) == pytest.approx(float(gram[0, 0].sqrt() * gram[1, 1].sqrt() * geometry.cosines[0, 1]))
 
 
+@pytest.mark.wrong_arrays
 def test_normalized_gram_uses_given_norms():
     cosines = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     gram = normalized_gram(cosines, torch.tensor([2.0, 4.0]), torch.tensor([3.0, 1.0]), unit=False)

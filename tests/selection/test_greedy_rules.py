@@ -79,6 +79,7 @@ def test_conflict_against_the_pool_is_against_its_mean_throughout():
     assert selection.indices not in others
 
 
+@pytest.mark.wrong_arrays
 def test_conflict_with_a_gradient_that_is_no_mean_of_candidates():
     rows = random_rows(9, 4, seed=6)
     rows[5] = math.nan
@@ -285,6 +286,7 @@ def test_rejects_arguments(arguments, message):
         select_from_gradients(torch.eye(3), **arguments)
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize(
     ("gram", "message"),
     [
@@ -301,6 +303,7 @@ def test_rejects_what_is_no_gram_matrix(gram, message):
         select(gram, 1)
 
 
+@pytest.mark.wrong_arrays
 def test_select_from_gradients_rejects():
     with pytest.raises(ValueError, match="information must be one of 'exact'"):
         select_from_gradients(torch.eye(3), 1, information="full")

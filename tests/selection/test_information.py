@@ -263,6 +263,7 @@ def test_build_information():
     assert build_information("exact", gram=gram, fisher_alpha=1.0).num_candidates == 4
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

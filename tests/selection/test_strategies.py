@@ -520,6 +520,7 @@ def test_properties(known, name, num_selected, random):
             assert reordered.scores == pytest.approx(straight.scores, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -564,6 +565,7 @@ def test_arguments_are_checked(change, message):
         select_by_strategy(**arguments)
 
 
+@pytest.mark.wrong_arrays
 def test_arguments_of_variants_are_checked():
     every = torch.ones(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="gram is None"):
