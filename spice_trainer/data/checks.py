@@ -81,13 +81,13 @@ def embedding_size(model: nn.Module) -> int:
     return int(embedding.num_embeddings)
 
 
-def vocabulary_size(model: nn.Module) -> int | None:
+def configured_vocabulary_size(model: nn.Module) -> int | None:
     """Entries of a model's vocabulary as its configuration says, which no wrapper hides."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
-def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+def token_id_limits(model: nn.Module) -> tuple[int | None, int | None]:
     """Rows of a model's input embedding and of its output layer; `None` where they cannot be told."""
     sizes: list[int | None] = []
     for getter, attribute in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):
@@ -99,7 +99,7 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
 
 
 def check_token_ids(rows: Iterable[CandidateRow], sizes: tuple[int | None, int | None]) -> None:
-    """Refuses token ids, and labels but −100, that the model has no entry for; sizes by [`vocabulary_sizes`]."""
+    """Refuses token ids, and labels but −100, that the model has no entry for; sizes by [`token_id_limits`]."""
     for row in rows:
         if set(row.inputs) - _TEXT_KEYS:
             continue

@@ -9,13 +9,14 @@ model costs, and nothing is asked of the target: it may be sharded, quantised, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import DataCollator
 from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
 from spice_trainer.utils.fields import RealNumber, WholeNumber
 from spice_trainer.utils.random import seeded_random_state
@@ -72,7 +73,7 @@ class ProxyModel:
         *,
         processing_class: Any = None,
         dataset: Any = None,
-        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        data_collator: DataCollator | None = None,
         learning_rate: float = 2e-4,
         update_every: int = 1,
         weight_decay: float = 0.01,

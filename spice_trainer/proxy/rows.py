@@ -8,11 +8,11 @@ another tokenizer, no raw columns     an error: the ids would mean other words
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from spice_trainer.data.checks import check_is_labelled, embedding_size
-from spice_trainer.data.rows import TargetRows
+from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
 from spice_trainer.proxy.model import ProxyModel
 
@@ -102,7 +102,7 @@ def target_size(target: TargetRows) -> int:
     return len(target.processing_class) if target.processing_class is not None else 0
 
 
-def _pad_right(processing_class: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+def _pad_right(processing_class: Any) -> DataCollator:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # Padding is masked: any id serves.
     pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0

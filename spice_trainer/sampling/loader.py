@@ -8,7 +8,7 @@ a slot that would be empty holds a neutral filler, a picked row with all labels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spice_trainer.data.rows import fetch_rows
+from spice_trainer.data.rows import DataCollator, fetch_rows
 from spice_trainer.sampling.schedule import PoolSchedule, cut, spread
 from spice_trainer.selection.results import StepSelection
 
@@ -133,7 +133,7 @@ class SelectedRows(Dataset[Any]):
 class SlotCollator:
     """Collates a micro-batch with the user's collator, neutralises fillers, and moves it to the device."""
 
-    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], device: torch.device) -> None:
+    def __init__(self, collate: DataCollator, device: torch.device) -> None:
         self.collate = collate
         # An unprepared loader's batches would reach models of older transformers (4.56) on the CPU.
         self.device = device
@@ -164,7 +164,7 @@ def build_dataloader(
     sampler: PickSource,
     dataset: Any,
     *,
-    collate: Callable[[list[Any]], Mapping[str, Any]],
+    collate: DataCollator,
     device: torch.device,
     slots: Slots,
 ) -> DataLoader[Any]:

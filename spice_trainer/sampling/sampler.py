@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.checks import vocabulary_size
-from spice_trainer.data.rows import TargetRows
+from spice_trainer.data.checks import configured_vocabulary_size
+from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.distributed import Processes, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
@@ -100,7 +100,7 @@ class SpiceSampler(Sampler[int]):
         model: nn.Module,
         dataset: Any,
         *,
-        data_collator: Callable[[list[Any]], Mapping[str, Any]],
+        data_collator: DataCollator,
         per_device_train_batch_size: int,
         gradient_accumulation_steps: int = 1,
         accelerator: Accelerator | None = None,
@@ -159,7 +159,9 @@ class SpiceSampler(Sampler[int]):
         self.proxy = resolve_proxy(self.proxy, self.config, device=device, seed=seed)
         if self.proxy is None or self.config.proxy_check_pools > 0:
             check_optimizer(optimizer, self.config)
-        rows = TargetRows(dataset, data_collator, processing_class=processing_class, vocab_size=vocabulary_size(model))
+        rows = TargetRows(
+            dataset, data_collator, processing_class=processing_class, vocab_size=configured_vocabulary_size(model)
+        )
         selector = build_selector(
             self.config,
             schedule,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.answers import bos_tokens, split_answer
-from spice_trainer.data.checks import check_token_ids, vocabulary_sizes
+from spice_trainer.data.checks import check_token_ids, token_id_limits
 from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
@@ -77,7 +77,7 @@ class GradientScorer:
         self.modules = choose_modules(
             modules, layers=config.scoring_layers, target_modules=config.scoring_target_modules
         )
-        self.vocabulary = vocabulary_sizes(self.get_model())
+        self.vocabulary = token_id_limits(self.get_model())
         self.passes = ScoringPasses(runtime, self.modules, config)
         self.dimension = self.passes.dimension
         self.sketch_dim = self.passes.sketch_dim

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.checks import vocabulary_size
+from spice_trainer.data.checks import configured_vocabulary_size
 from spice_trainer.data.rows import CandidateRow, TargetRows, sample_rows
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
@@ -205,7 +205,7 @@ def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_d
         processing_class=tokenizer,
         raw_dataset=raw_dataset,
         tokenization=tokenization,
-        vocab_size=vocabulary_size(trainer.model),
+        vocab_size=configured_vocabulary_size(trainer.model),
     )
 
 
