@@ -124,7 +124,7 @@ def test_a_class_has_one_kind_and_passes_it_on() -> None:
 
 
 def test_a_file_in_the_folder_is_all_that_a_kind_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bilinear.py").write_text(
+    (tmp_path / "pairs.py").write_text(
         "from torch import nn\n"
         "from spice_trainer.gradients.layers.base import ScoredLayer, register_layer\n"
         "@register_layer(nn.Bilinear)\n"
@@ -137,4 +137,4 @@ def test_a_file_in_the_folder_is_all_that_a_kind_needs(tmp_path: Path, monkeypat
         assert registry.layer_kind(nn.Bilinear(2, 2, 2)).__name__ == "BilinearLayer"
     finally:
         del LAYER_KINDS[nn.Bilinear]
-        del sys.modules["spice_trainer.gradients.layers.bilinear"]
+        del sys.modules["spice_trainer.gradients.layers.pairs"]
