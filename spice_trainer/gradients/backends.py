@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,18 +34,18 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     Raises a RuntimeError for 4-bit layers through which no gradient passes.
     """
     check_quantized_layers(model)
-    with uncompiled(model), module_modes(model, training_flag_for_scoring):
+    with uncompiled(model), preserved_modes(model):
+        # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
+        for module in model.modules():
+            module.training = training_flag_for_scoring(module)
         yield
 
 
 @contextmanager
-def module_modes(model: nn.Module, choose_mode: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Context in which each module has the `training` flag that is chosen for it; its own comes back at the end."""
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Context at whose end each module's own `training` flag comes back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        # The flag itself, not `eval()`: models override `train()` with side effects (frozen parts, buffers).
-        for module, _ in modes:
-            module.training = choose_mode(module)
         yield
     finally:
         for module, training in modes:

@@ -11,15 +11,15 @@ Axes: K rows of the subset, S tokens, D trainable numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.gradients.forward import forward_parameters
+from spice_trainer.gradients.backends import preserved_modes
+from spice_trainer.gradients.forward import logits_of, move_inputs, without_cache
 from spice_trainer.gradients.label_head import sample_losses
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.scoring.micro_batches import share_micro_batches
@@ -48,7 +48,7 @@ class AdapterLearner:
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()), lr=proxy.learning_rate, weight_decay=proxy.weight_decay
         )
-        self._extra_inputs = {"use_cache": False} if "use_cache" in forward_parameters(self.model) else {}
+        self._extra_inputs = without_cache(self.model)
 
     def synchronize(self) -> None:
         """Gives every process the weights of process 0, as DDP does: users' scripts may draw adapters differently."""
@@ -87,8 +87,10 @@ class AdapterLearner:
         seed = self._seed + processes.rank + processes.world_size * self.num_updates
         batches = [[rows[place] for place in batch] for batch in shares[processes.rank]]
         try:
-            with self._training(), processes.failing_together("training the proxy"):
-                total = self._backward_all(batches, num_label_tokens, seed)
+            with preserved_modes(self.model):
+                self.model.train()
+                with processes.failing_together("training the proxy"):
+                    total = self._backward_all(batches, num_label_tokens, seed)
             loss = sum(processes.gather(total))
             if not self._average_gradients():
                 return None
@@ -124,13 +126,12 @@ class AdapterLearner:
 
     def _backward(self, rows: Sequence[CandidateRow], num_label_tokens: int) -> float:
         inputs, labels = pad_rows(rows)
-        inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         targets = labels[:, 1:]
         mask = targets != -100
         with torch.enable_grad():
             with self._autocast():
-                outputs = self.model(**inputs, **self._extra_inputs)
-            logits = (outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits)[:, :-1]
+                outputs = self.model(**move_inputs(inputs, self.device), **self._extra_inputs)
+            logits = logits_of(outputs)[:, :-1]
             losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
             loss = (losses * mask.sum(1).to(losses)).sum() / num_label_tokens
             loss.backward()
@@ -152,16 +153,6 @@ class AdapterLearner:
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
         return True
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.train()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     # What resuming needs
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
+from spice_trainer.gradients.forward import input_embedding, move_inputs
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -148,8 +149,7 @@ class ScoringPasses:
 
     def _move(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         device = self.device
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        return moved, labels.to(device)
+        return move_inputs(inputs, device), labels.to(device)
 
     def _run(
         self,
@@ -195,5 +195,4 @@ class ScoringPasses:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its token ids: the device of its input embedding."""
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))
+    return next((parameter.device for parameter in input_embedding(model).parameters()), torch.device("cpu"))
