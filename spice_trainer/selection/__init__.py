@@ -4,12 +4,12 @@ Importing it registers the package's own rules.
 """
 
 from spice_trainer.selection.gram import centred_gram
-from spice_trainer.selection.greedy import select, select_from_gradients
+from spice_trainer.selection.greedy import PickOptions, select, select_from_gradients
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.matching import WeightedSelection, match_with_weights
 from spice_trainer.selection.strategies.registry import register_strategy, select_by_strategy
-from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, lowest_tied, pick_largest
+from spice_trainer.selection.strategies.strategy import Picks, Strategy, lowest_tied, pick_largest
 
 __all__ = [
     "PickOptions",

@@ -27,17 +27,7 @@ def check_matrix(matrix: Tensor, name: str) -> None:
 
 
 def check_gram(gram: Float[Tensor, "N N"]) -> Float64[Tensor, "N N"]:
-    """Returns `gram` as float64 on the CPU, after checking that it can be a Gram matrix.
-
-    Args:
-        gram (`Tensor`): Inner products of N gradients, shape (N, N). Non-finite entries are allowed.
-
-    Returns:
-        `Tensor`: float64 of shape (N, N), on the CPU.
-
-    Raises:
-        ValueError: If it is not a square, symmetric floating point matrix with a non-negative diagonal.
-    """
+    """Returns `gram` as float64 on the CPU after checking that it can be a Gram matrix; entries may be non-finite."""
     check_matrix(gram, "gram")
     if gram.shape[0] != gram.shape[1]:
         raise ValueError(
@@ -117,27 +107,3 @@ def check_alpha(fisher_alpha: float) -> None:
         raise ValueError(
             f"fisher_alpha scales the Fisher information and must be positive and finite, got {fisher_alpha}."
         )
-
-
-def check_rules(
-    num_selected: int,
-    conflict_penalty: float,
-    stop_ratio: float | None,
-    min_gain: float | None,
-    tie_tolerance: float,
-) -> None:
-    """Raises a `ValueError` for the first of the greedy pass's numbers that is out of range."""
-    if isinstance(num_selected, bool) or not isinstance(num_selected, int) or num_selected < 1:
-        raise ValueError(
-            f"num_selected is the number of samples to pick and must be an integer >= 1, got {num_selected!r}."
-        )
-    if not 0 <= conflict_penalty < math.inf:
-        raise ValueError(f"conflict_penalty must be finite and >= 0 (0 switches it off), got {conflict_penalty}.")
-    if stop_ratio is not None and not 0 < stop_ratio < 1:
-        raise ValueError(
-            f"stop_ratio is a share of the first gain and must lie strictly between 0 and 1, got {stop_ratio}."
-        )
-    if min_gain is not None and not 0 <= min_gain < math.inf:
-        raise ValueError(f"min_gain must be finite and >= 0, got {min_gain}.")
-    if not 0 <= tie_tolerance < 1:
-        raise ValueError(f"tie_tolerance must lie in [0, 1) (0 is strict), got {tie_tolerance}.")

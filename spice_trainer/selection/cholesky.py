@@ -32,12 +32,7 @@ _GUARD_DIGITS = 40
 
 
 class Float64Cholesky:
-    """The recurrence in float64, right while α·max K_xx <= 1e8.
-
-    Args:
-        gram (`Tensor`): Finite K, float64 of shape (N, N).
-        alpha (`float`): The factor α.
-    """
+    """The recurrence in float64 for a finite K, right while α·max K_xx <= 1e8."""
 
     def __init__(self, gram: Float64[Tensor, "N N"], alpha: float) -> None:
         self._scaled = alpha * gram
@@ -62,12 +57,7 @@ class Float64Cholesky:
 
 
 class DecimalCholesky:
-    """The recurrence in decimal arithmetic, for gradients of any scale (1e+31 beside 1e-30, copies included).
-
-    Args:
-        gram (`Tensor`): Finite K, float64 of shape (N, N).
-        alpha (`float`): The factor α.
-    """
+    """The recurrence in decimal, for a finite K of any scale (gradients of 1e+31 beside 1e-30, copies included)."""
 
     def __init__(self, gram: Float64[Tensor, "N N"], alpha: float) -> None:
         self._gram = gram
@@ -105,15 +95,7 @@ class DecimalCholesky:
 
 
 def conditional_factor(gram: Float64[Tensor, "N N"], alpha: float) -> Float64Cholesky | DecimalCholesky:
-    """Returns the cheapest factor that is right for this K and α.
-
-    Args:
-        gram (`Tensor`): Finite K, float64 of shape (N, N).
-        alpha (`float`): The factor α.
-
-    Returns:
-        [`Float64Cholesky`] | [`DecimalCholesky`]: With nothing added yet.
-    """
+    """Returns the cheapest factor that is right for this finite K and α, with nothing added yet."""
     if alpha * float(gram.diagonal().max()) <= FLOAT64_LIMIT:
         return Float64Cholesky(gram, alpha)
     return DecimalCholesky(gram, alpha)

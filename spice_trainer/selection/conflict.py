@@ -19,15 +19,7 @@ _COSINE_EPSILON = 1e-8
 
 
 def mean_cosines(gram: Float64[Tensor, "N N"], reference: Sequence[int]) -> Float64[Tensor, " N"]:
-    """Returns every candidate's cosine with the mean gradient of some of them.
-
-    Args:
-        gram (`Tensor`): K of shape (N, N), finite for the reference's rows.
-        reference (`Sequence[int]`): Whose mean; at least one.
-
-    Returns:
-        `Tensor`: g·ḡ / (‖g‖‖ḡ‖ + 1e-8), float64 of shape (N,), in [−1, 1].
-    """
+    """Returns cos(g, ḡ) in [−1, 1], ḡ being the mean of `reference`: at least one row, all finite in K."""
     members = list(reference)
     products = gram[:, members].mean(dim=1)
     mean_norm = products[members].mean().clamp_min(0.0).sqrt()
@@ -35,31 +27,12 @@ def mean_cosines(gram: Float64[Tensor, "N N"], reference: Sequence[int]) -> Floa
 
 
 def conflicts_with_mean(gram: Float64[Tensor, "N N"], reference: Sequence[int]) -> list[float]:
-    """Returns every candidate's conflict with the mean gradient of some of them.
-
-    Args:
-        gram (`Tensor`): K of shape (N, N), finite for the reference's rows.
-        reference (`Sequence[int]`): Whose mean. With none nothing conflicts.
-
-    Returns:
-        `list[float]`: max(0, −cos), in [0, 1].
-    """
+    """Returns every candidate's conflict with the mean gradient of `reference`; 0 where that is empty."""
     return _opposition(mean_cosines(gram, reference)) if reference else [0.0] * gram.shape[0]
 
 
 def conflicts_of_cosines(cosines: Float[Tensor, " N"], sound: Bool[Tensor, " N"]) -> list[float]:
-    """Returns every candidate's conflict with a gradient whose cosines are given.
-
-    Args:
-        cosines (`Tensor`): Shape (N,).
-        sound (`Tensor`): Candidates that may be picked, shape (N,). What is given of others doesn't matter.
-
-    Returns:
-        `list[float]`: max(0, −cos), in [0, 1].
-
-    Raises:
-        ValueError: If they are not of the candidates, or one of a sound candidate is not finite.
-    """
+    """Returns every candidate's conflict with a gradient of given cosines, which unsound candidates need not have."""
     if not isinstance(cosines, Tensor) or not cosines.is_floating_point() or cosines.shape != sound.shape:
         got = f"{cosines.dtype} of shape {tuple(cosines.shape)}" if isinstance(cosines, Tensor) else type(cosines)
         raise ValueError(

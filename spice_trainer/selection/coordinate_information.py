@@ -38,7 +38,10 @@ _BOUND_SLACK = 1e-12
 
 
 class _CoordinateInformation(ABC):
-    """Measures that read the N×D gradients: chunks of columns in float64, gains evaluated only when asked for."""
+    """Measures that read the N×D gradients: chunks of columns in float64, gains evaluated only when asked for.
+
+    The gradient of candidate i is `row_weights[i] * gradients[i]`; rows with a non-finite weight or entry have gain 0.
+    """
 
     def __init__(
         self,
@@ -142,18 +145,11 @@ class _CoordinateInformation(ABC):
 
 
 class DiagonalInformation(_CoordinateInformation):
-    """F(S) = Σ_j log(1 + α Σ_S g_j²), the diagonal of the Fisher matrix alone; depends on the coordinate basis.
+    """F(S) = Σ_j log(1 + α Σ_S g_j²): the diagonal of the Fisher matrix alone.
 
         Δ(x|S) = Σ_j log1p(α g_xj² / (1 + α Σ_S g_j²))
 
-    Args:
-        gradients (`Tensor`): Rows of shape (N, D), any floating dtype; read in float64 chunks, never modified.
-        fisher_alpha (`float`): α > 0.
-        row_weights (`Tensor`, *optional*): Multiplier of each row, shape (N,): the gradient of candidate i is
-            `row_weights[i] * gradients[i]`. Rows with a non-finite weight or entry have gain 0.
-
-    Raises:
-        ValueError: If a shape does not fit or `fisher_alpha` is not positive and finite.
+    Depends on the coordinate basis.
     """
 
     def _first_bound(self, energy: float) -> float:
@@ -184,15 +180,6 @@ class AdaFisherInformation(_CoordinateInformation):
     It is numerically a top-K by gradient norm: gradient entries are far below 1, so their fourth powers leave D_j at 1
     and the gain at log1p(α‖g_x‖²), whatever was picked before. Its `information` is the sum of gains and not a set
     function. Use "exact" or "diagonal" unless parity is what you need.
-
-    Args:
-        gradients (`Tensor`): Rows of shape (N, D), any floating dtype; read in float64 chunks, never modified.
-        fisher_alpha (`float`): α > 0.
-        row_weights (`Tensor`, *optional*): Multiplier of each row, shape (N,): the gradient of candidate i is
-            `row_weights[i] * gradients[i]`. Rows with a non-finite weight or entry have gain 0.
-
-    Raises:
-        ValueError: If a shape does not fit or `fisher_alpha` is not positive and finite.
     """
 
     def _first_bound(self, energy: float) -> float:

@@ -34,22 +34,13 @@ _NEARLY_PARALLEL = 1.0 - 1e-5
 
 @dataclass(frozen=True, eq=False)
 class RowGeometry:
-    """Directions and lengths of N gradients, on the CPU.
+    """Directions and lengths of N gradients, on the CPU."""
 
-    Args:
-        cosines (`Tensor`): Cosine of every pair, float64 of shape (N, N). The diagonal is exactly 1 for sound rows;
-            rows and columns of unsound rows are 0, the diagonal too.
-        norms (`Tensor`): Euclidean norms of the given rows, float64 of shape (N,); nan for non-finite rows.
-        scales (`Tensor`): Largest magnitude of each given row, float64 of shape (N,); nan for non-finite rows.
-        finite (`Tensor`): Whether every entry of the row is finite, bool of shape (N,).
-        nonzero (`Tensor`): Whether the row has an entry that is not zero (nan counts), bool of shape (N,).
-    """
-
-    cosines: Float64[Tensor, "N N"]
-    norms: Float64[Tensor, " N"]
-    scales: Float64[Tensor, " N"]
+    cosines: Float64[Tensor, "N N"]  # The diagonal is exactly 1 for sound rows; unsound rows and columns are 0.
+    norms: Float64[Tensor, " N"]  # Euclidean, of the given rows; nan for non-finite rows.
+    scales: Float64[Tensor, " N"]  # Largest magnitude of each given row; nan for non-finite rows.
     finite: Bool[Tensor, " N"]
-    nonzero: Bool[Tensor, " N"]
+    nonzero: Bool[Tensor, " N"]  # nan counts as not zero.
 
     @property
     def sound(self) -> Bool[Tensor, " N"]:
@@ -65,20 +56,8 @@ def measure_rows(
 
     Afterwards a sound row of `features` holds the given row divided by its largest magnitude (so the given row is
     `scales[i] * features[i]`), and every other row is zero. No second copy of `features` is ever made: the columns are
-    processed in chunks.
-
-    Args:
-        features (`Tensor`): Gradients of shape (N, D), floating point, on any device. Overwritten.
-        chunk_size (`int`, *optional*, defaults to 2**18): Columns processed at a time.
-        product_dtype (`torch.dtype`, *optional*): Precision of the products inside a chunk; sums over chunks are
-            always float64. By default float32 for features on the CPU below float64 while
-            `torch.get_float32_matmul_precision()` is "highest", and float64 otherwise.
-
-    Returns:
-        [`RowGeometry`]: On the CPU.
-
-    Raises:
-        ValueError: If `features` is not a floating point matrix with at least one row and column, or `chunk_size` < 1.
+    processed in chunks, their products in `product_dtype` (by default float32 for features on the CPU below float64
+    while `torch.get_float32_matmul_precision()` is "highest", else float64), the sums over chunks in float64.
     """
     check_matrix(features, "features")
     if chunk_size < 1:
@@ -164,16 +143,10 @@ def _equate_parallel_rows(cosines: Float64[Tensor, "N N"], chunks: list[Tensor])
 def cosines_with(
     features: Float[Tensor, "N D"], reference: Float[Tensor, " D"], *, chunk_size: int = 2**18
 ) -> Float64[Tensor, " N"]:
-    """Returns the cosine of each row with one more vector, such as the optimizer's momentum.
+    """Returns the cosine of each row with one more vector, such as the optimizer's momentum, float64 on the CPU.
 
-    Args:
-        features (`Tensor`): Rows of shape (N, D), of magnitudes whose squares neither vanish nor overflow: as
-            [`measure_rows`] leaves them.
-        reference (`Tensor`): The vector, shape (D,), of any magnitude.
-        chunk_size (`int`, *optional*, defaults to 2**18): Columns that are converted to float64 at a time.
-
-    Returns:
-        `Tensor`: float64 of shape (N,), on the CPU; 0 for rows of zeros, and for a vector that is zero or not finite.
+    The squares of the rows must neither vanish nor overflow: [`measure_rows`] leaves such rows. 0 for rows of zeros,
+    and for a vector that is zero or not finite.
     """
     device = float64_device(features.device)
     products = torch.zeros(features.shape[0], dtype=torch.float64, device=device)
@@ -200,17 +173,8 @@ def normalization_weights(
 ) -> Float64[Tensor, " N"]:
     """Returns the multiplier c_i that turns raw gradient i into its normalised form c_i·g_i.
 
-    Args:
-        norms (`Tensor`): Norms of the raw gradients, shape (N,).
-        label_tokens (`Tensor`): Label tokens of each candidate, shape (N,).
-        gradient_normalization (`str`): "none" (1), "sqrt_tokens" (√tokens), "tokens" (tokens: the row's share in a
-            token-mean loss) or "unit" (1/‖g_i‖, and 0 where the norm is zero or not finite).
-
-    Returns:
-        `Tensor`: float64 of shape (N,).
-
-    Raises:
-        ValueError: If the name is unknown, or the shapes differ.
+    "none": 1; "sqrt_tokens": √tokens; "tokens": tokens, the row's share in a token-mean loss; "unit": 1/‖g_i‖, and 0
+    where the norm is zero or not finite.
     """
     if norms.shape != label_tokens.shape or norms.ndim != 1:
         raise ValueError(
@@ -236,18 +200,8 @@ def normalized_gram(
 ) -> Float64[Tensor, "N N"]:
     """Returns K_ij = (c_i‖g_i‖) cos_ij (c_j‖g_j‖), with zero rows and columns for unsound gradients.
 
-    Args:
-        cosines (`Tensor`): Cosines of shape (N, N), from [`measure_rows`] (of sketched rows, where there is a sketch).
-        norms (`Tensor`): Exact norms of the raw gradients, shape (N,).
-        weights (`Tensor`): Multipliers of [`normalization_weights`], shape (N,).
-        unit (`bool`): Whether gradients are normalised to unit length. K is then the cosines themselves, with a
-            diagonal of exactly 1 for sound rows.
-
-    Returns:
-        `Tensor`: float64 of shape (N, N), symmetric, on the CPU.
-
-    Raises:
-        ValueError: If the shapes do not fit together.
+    The cosines are those of [`measure_rows`] (of sketched rows, where there is a sketch), the norms exact and of raw
+    gradients. For `unit` lengths K is the cosines themselves, with a diagonal of exactly 1 for sound rows.
     """
     num_candidates = norms.shape[0]
     if cosines.shape != (num_candidates, num_candidates) or norms.ndim != 1 or weights.shape != norms.shape:
@@ -304,18 +258,8 @@ def scaled_alpha(
 ) -> float:
     """Returns the α of log det(I + α Σ g gᵀ) for one pool.
 
-    Args:
-        gram (`Tensor`): Normalised Gram matrix of the pool, shape (N, N).
-        finite (`Tensor`): Which rows are finite, shape (N,). Rows of zeros are finite and count in the mean.
-        fisher_alpha (`float`): The configured α.
-        alpha_scaling (`str`): "fixed" (α as it is) or "pool" (α / mean squared norm of the pool's finite rows, so that
-            a `stop_ratio` means the same on any model; α as it is when that mean is zero).
-
-    Returns:
-        `float`: Positive and finite.
-
-    Raises:
-        ValueError: If the name is unknown.
+    "pool" divides the configured α by the mean squared norm of the pool's finite rows, those of zeros included, so
+    that a `stop_ratio` means the same on any model; where that mean is zero, and for "fixed", it is as configured.
     """
     check_choice("alpha_scaling", alpha_scaling, AlphaScaling)
     squared_norms = gram.diagonal().to("cpu").to(torch.float64)[finite.to("cpu")]

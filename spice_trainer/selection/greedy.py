@@ -12,26 +12,48 @@ Axes: N candidates, K picked, D gradient dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spice_trainer.config import Information
-from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, check_matrix, check_rules, sound_rows
+from spice_trainer.config import ConflictReference, Information
+from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, check_matrix, sound_rows
 from spice_trainer.selection.conflict import conflicts_of_cosines, conflicts_with_mean
 from spice_trainer.selection.gram import measure_rows, normalized_gram
-from spice_trainer.selection.information import (
-    ExactInformation,
-    InformationMeasure,
-    build_information,
-)
+from spice_trainer.selection.information import ExactInformation, InformationMeasure, build_information
 from spice_trainer.selection.results import Selection
 
 GramReference = Literal["selected", "candidates", "pool"]
 """Conflict references that a pool's Gram matrix holds; an optimizer's momentum is none of its rows."""
+
+
+@dataclass(frozen=True)
+class PickOptions:
+    """Settings of a pick that are the same for all pools of a run, but for α.
+
+    Args:
+        fisher_alpha (`float`): α, for picks by information, and for the information of everyone's.
+        conflict_penalty (`float`): λ, for rules that have a conflict penalty.
+        conflict_reference (`str`): What a conflict is with; see [`SpiceConfig`].
+        stop_ratio (`float`, *optional*): See [`select`]; for picks by information alone.
+        min_gain (`float`, *optional*): Likewise.
+        tie_tolerance (`float`): How near scores are that go by pool position; relative to what a rule's docstring
+            says.
+        new_measure (`Callable[[], InformationMeasure]`, *optional*): Makes what picks by information maximise, with
+            nothing added; by default the exact information of the Gram matrix.
+    """
+
+    fisher_alpha: float = 1.0
+    conflict_penalty: float = 0.1
+    conflict_reference: ConflictReference = "selected"
+    stop_ratio: float | None = None
+    min_gain: float | None = None
+    tie_tolerance: float = 1e-6
+    new_measure: Callable[[], InformationMeasure] | None = None
 
 
 def select(
@@ -75,18 +97,16 @@ def select(
     >>> select(gradients @ gradients.T, 12).indices
     ```
     """
-    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, GramReference)
-    return greedy(
-        ExactInformation(gram, fisher_alpha=fisher_alpha),
-        gram,
-        num_selected,
+    options = PickOptions(
+        fisher_alpha=fisher_alpha,
         conflict_penalty=conflict_penalty,
         conflict_reference=conflict_reference,
         stop_ratio=stop_ratio,
         min_gain=min_gain,
         tie_tolerance=tie_tolerance,
     )
+    check_options(num_selected, options, GramReference)
+    return greedy(ExactInformation(gram, fisher_alpha=fisher_alpha), gram, num_selected, options)
 
 
 def select_from_gradients(
@@ -121,10 +141,16 @@ def select_from_gradients(
     Raises:
         ValueError: If an argument is out of range or `gradients` is not a floating point matrix.
     """
-    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, GramReference)
+    options = PickOptions(
+        fisher_alpha=fisher_alpha,
+        conflict_penalty=conflict_penalty,
+        conflict_reference=conflict_reference,
+        stop_ratio=stop_ratio,
+        min_gain=min_gain,
+        tie_tolerance=tie_tolerance,
+    )
+    check_options(num_selected, options, GramReference)
     check_choice("information", information, Information)
-    check_alpha(fisher_alpha)
     check_matrix(gradients, "gradients")
     rows = gradients.detach().clone()
     geometry = measure_rows(rows, product_dtype=torch.float64)
@@ -132,53 +158,43 @@ def select_from_gradients(
     measure = build_information(
         information, gram=gram, gradients=rows, fisher_alpha=fisher_alpha, row_weights=geometry.scales
     )
-    return greedy(
-        measure,
-        gram,
-        num_selected,
-        conflict_penalty=conflict_penalty,
-        conflict_reference=conflict_reference,
-        stop_ratio=stop_ratio,
-        min_gain=min_gain,
-        tie_tolerance=tie_tolerance,
-    )
+    return greedy(measure, gram, num_selected, options)
+
+
+def check_options(num_selected: int, options: PickOptions, references: object = ConflictReference) -> None:
+    """Raises a `ValueError` for the first number out of range, or a conflict's reference not in `references`."""
+    if isinstance(num_selected, bool) or not isinstance(num_selected, int) or num_selected < 1:
+        raise ValueError(
+            f"num_selected is the number of samples to pick and must be an integer >= 1, got {num_selected!r}."
+        )
+    penalty, stop_ratio, min_gain = options.conflict_penalty, options.stop_ratio, options.min_gain
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"conflict_penalty must be finite and >= 0 (0 switches it off), got {penalty}.")
+    if stop_ratio is not None and not 0 < stop_ratio < 1:
+        raise ValueError(
+            f"stop_ratio is a share of the first gain and must lie strictly between 0 and 1, got {stop_ratio}."
+        )
+    if min_gain is not None and not 0 <= min_gain < math.inf:
+        raise ValueError(f"min_gain must be finite and >= 0, got {min_gain}.")
+    if not 0 <= options.tie_tolerance < 1:
+        raise ValueError(f"tie_tolerance must lie in [0, 1) (0 is strict), got {options.tie_tolerance}.")
+    check_choice("conflict_reference", options.conflict_reference, references)
+    check_alpha(options.fisher_alpha)
 
 
 def greedy(
     measure: InformationMeasure,
     gram: Float[Tensor, "N N"],
     num_selected: int,
-    *,
-    conflict_penalty: float = 0.1,
-    conflict_reference: GramReference = "selected",
+    options: PickOptions,
     reference_cosines: Float[Tensor, " N"] | None = None,
-    stop_ratio: float | None = None,
-    min_gain: float | None = None,
-    tie_tolerance: float = 1e-6,
 ) -> Selection:
-    """Runs the greedy loop on any information measure; [`select`] and [`select_from_gradients`] are built on it.
+    """Runs the greedy loop on any measure with nothing added, to which the picks are added; K is for the conflicts.
 
-    Args:
-        measure ([`InformationMeasure`]): A measure with nothing added; the picks are added to it.
-        gram (`Tensor`): Inner products of the same N candidates, shape (N, N), for the conflicts.
-        num_selected (`int`): K, the most samples to pick.
-        conflict_penalty (`float`, *optional*, defaults to 0.1): λ.
-        conflict_reference (`str`, *optional*, defaults to "selected"): See [`select`].
-        reference_cosines (`Tensor`, *optional*): Cosine of each candidate's gradient with one that is no mean of
-            candidates, such as the optimizer's momentum, shape (N,). Conflicts are with that one then, whatever
-            `conflict_reference`: c(x) = max(0, −cos), the same after every pick.
-        stop_ratio (`float`, *optional*): See [`select`].
-        min_gain (`float`, *optional*): See [`select`].
-        tie_tolerance (`float`, *optional*, defaults to 1e-6): See [`select`].
-
-    Returns:
-        [`Selection`]: The picks in order; empty if no row is sound.
-
-    Raises:
-        ValueError: If an argument is out of range, or `measure` and `gram` do not fit together.
+    With `reference_cosines`, of each candidate's gradient with one that is no mean of candidates (the optimizer's
+    momentum), c(x) = max(0, −cos) is the same after every pick, whatever `conflict_reference`.
     """
-    check_rules(num_selected, conflict_penalty, stop_ratio, min_gain, tie_tolerance)
-    check_choice("conflict_reference", conflict_reference, GramReference)
+    check_options(num_selected, options)
     gram = check_gram(gram)
     if measure.num_candidates != gram.shape[0]:
         raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
@@ -195,13 +211,12 @@ def greedy(
     stopped_early = False
     while remaining and len(indices) < num_selected:
         references = {"selected": indices, "candidates": remaining, "pool": everyone}
-        current = conflicts_with_mean(gram, references[conflict_reference]) if fixed is None else fixed
+        current = conflicts_with_mean(gram, references[options.conflict_reference]) if fixed is None else fixed
         first_gain = gains[0] if gains else None
-        index, gain = _best(measure, remaining, current, conflict_penalty, first_gain, tie_tolerance)
-        if min_gain is not None and gain < min_gain:
-            stopped_early = True
-        if stop_ratio is not None and first_gain is not None and gain <= stop_ratio * first_gain:
-            stopped_early = True
+        index, gain = _best(measure, remaining, current, first_gain, options)
+        stopped_early = options.min_gain is not None and gain < options.min_gain
+        if options.stop_ratio is not None and first_gain is not None:
+            stopped_early |= gain <= options.stop_ratio * first_gain
         if stopped_early:
             break
         measure.add(index)
@@ -209,46 +224,32 @@ def greedy(
         indices.append(index)
         gains.append(gain)
         conflicts.append(current[index])
-    scores = tuple(gain - conflict_penalty * conflict for gain, conflict in zip(gains, conflicts, strict=True))
+    scores = tuple(gain - options.conflict_penalty * conflict for gain, conflict in zip(gains, conflicts, strict=True))
     return Selection(tuple(indices), tuple(gains), tuple(conflicts), scores, measure.information, stopped_early)
 
 
-def information_of(measure: InformationMeasure | Callable[[], InformationMeasure], indices: Iterable[int]) -> float:
-    """Returns F of the given candidates, added in the given order.
-
-    Args:
-        measure ([`InformationMeasure`] or a function that builds one): With nothing added; a measure that is given is
-            used up.
-        indices (`Iterable[int]`): Positions of distinct candidates.
-
-    Returns:
-        `float`: F(S); 0 for no candidates.
-
-    Raises:
-        ValueError: If a position repeats or is out of range, or the measure holds picks already.
-    """
-    fresh = measure() if callable(measure) else measure
-    if fresh.information != 0.0:
+def information_of(measure: InformationMeasure, indices: Sequence[int]) -> float:
+    """Returns F of distinct candidates, added in the given order to a measure with nothing added, which is used up."""
+    if measure.information != 0.0:
         raise ValueError(
             "information_of needs a measure with nothing added, but this one holds picks. Build a new one."
         )
-    positions = list(indices)
-    if len(set(positions)) != len(positions) or not all(0 <= index < fresh.num_candidates for index in positions):
-        raise ValueError(f"indices must be distinct positions in [0, {fresh.num_candidates}), got {positions}.")
-    for index in positions:
-        fresh.add(index)
-    return fresh.information
+    if len(set(indices)) != len(indices) or not all(0 <= index < measure.num_candidates for index in indices):
+        raise ValueError(f"indices must be distinct positions in [0, {measure.num_candidates}), got {list(indices)}.")
+    for index in indices:
+        measure.add(index)
+    return measure.information
 
 
 def _best(
     measure: InformationMeasure,
     remaining: list[int],
     conflicts: list[float],
-    penalty: float,
     first_gain: float | None,
-    tie_tolerance: float,
+    options: PickOptions,
 ) -> tuple[int, float]:
     """Returns the position and gain of the next pick, evaluating only candidates whose bound reaches the best."""
+    penalty = options.conflict_penalty
     bounds, exact = measure.gain_bounds()
     gains: list[float] = bounds.tolist()
     known: list[bool] = exact.tolist()
@@ -260,7 +261,7 @@ def _best(
     while True:
         if best >= 0:
             scale = gains[best] if first_gain is None else first_gain
-            threshold = scores[best] - tie_tolerance * max(abs(scores[best]), scale)
+            threshold = scores[best] - options.tie_tolerance * max(abs(scores[best]), scale)
         if not pending or scores[pending[-1]] < threshold:
             break
         index = pending.pop()

@@ -25,14 +25,6 @@ from spice_trainer.selection.checks import check_alpha, check_choice, check_gram
 from spice_trainer.selection.cholesky import conditional_factor
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
 
-__all__ = [
-    "AdaFisherInformation",
-    "DiagonalInformation",
-    "ExactInformation",
-    "InformationMeasure",
-    "build_information",
-]
-
 
 class InformationMeasure(Protocol):
     """A growing set S with the marginal gain of every candidate."""
@@ -60,14 +52,7 @@ class ExactInformation:
 
         Δ(x|S) = log1p(α (K_xx − α K_xS (I + α K_SS)⁻¹ K_Sx))
 
-    Rows that cannot be picked (a non-finite or zero diagonal) have gain 0.
-
-    Args:
-        gram (`Tensor`): K, the inner products of the gradients, shape (N, N), any floating dtype; computed in float64.
-        fisher_alpha (`float`): α > 0.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix or `fisher_alpha` is not positive and finite.
+    Computed in float64. Rows that cannot be picked (a non-finite or zero diagonal) have gain 0.
     """
 
     def __init__(self, gram: Float[Tensor, "N N"], *, fisher_alpha: float) -> None:
@@ -114,21 +99,7 @@ def build_information(
     fisher_alpha: float,
     row_weights: Float[Tensor, " N"] | None = None,
 ) -> InformationMeasure:
-    """Builds a measure with nothing added.
-
-    Args:
-        kind (`str`): "exact", "diagonal" or "adafisher".
-        gram (`Tensor`): Inner products of the gradients, shape (N, N); what "exact" reads.
-        gradients (`Tensor`, *optional*): Unsketched rows, shape (N, D); what "diagonal" and "adafisher" read.
-        fisher_alpha (`float`): α > 0.
-        row_weights (`Tensor`, *optional*): Multiplier of each row of `gradients`, shape (N,).
-
-    Returns:
-        [`InformationMeasure`]: The measure.
-
-    Raises:
-        ValueError: If `kind` is unknown, or the gradients it needs are missing or of another number of rows.
-    """
+    """Builds a measure with nothing added; "diagonal" and "adafisher" read unsketched `gradients` × `row_weights`."""
     check_choice("information", kind, Information)
     if kind == "exact":
         return ExactInformation(gram, fisher_alpha=fisher_alpha)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.selection.gram import scaled_alpha
+from spice_trainer.selection.greedy import PickOptions
 from spice_trainer.selection.information import InformationMeasure, build_information
 from spice_trainer.selection.results import Pick, PoolSelection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.registry import find_strategy, select_by_strategy
-from spice_trainer.selection.strategies.strategy import PickOptions
 
 T = TypeVar("T")
 
@@ -39,21 +40,29 @@ def select_pool(
     """Picks from one scored pool and describes the picks; the run's `seed` and `step` are for rules that draw."""
     scores = replace(scores, seed=seed, step=step)
     rule = find_strategy(config.strategy)
+    alpha: float | None = None
+    new_measure: Callable[[], InformationMeasure] | None = None
+    if scores.gram is not None:
+        alpha = scaled_alpha(
+            scores.gram, scores.finite, fisher_alpha=config.fisher_alpha, alpha_scaling=config.alpha_scaling
+        )
+        new_measure = partial(
+            build_information,
+            config.information,
+            gram=scores.sound_gram(),
+            gradients=scores.gradients,
+            fisher_alpha=alpha,
+            row_weights=scores.row_weights,
+        )
     options = PickOptions(
-        fisher_alpha=config.fisher_alpha,
+        fisher_alpha=config.fisher_alpha if alpha is None else alpha,
         conflict_penalty=config.conflict_penalty,
         conflict_reference=config.conflict_reference,
         stop_ratio=config.stop_ratio,
         min_gain=config.min_gain,
         tie_tolerance=config.tie_tolerance,
+        new_measure=new_measure if rule.maximizes_information else None,
     )
-    alpha, new_measure = None, None
-    if scores.gram is not None:
-        alpha = scaled_alpha(
-            scores.gram, scores.finite, fisher_alpha=config.fisher_alpha, alpha_scaling=config.alpha_scaling
-        )
-        new_measure = _measure_of(scores, alpha, config)
-        options = replace(options, fisher_alpha=alpha, new_measure=new_measure if rule.maximizes_information else None)
     selection = select_by_strategy(config.strategy, scores, num_selected, options)
     if not rule.has_gains:
         unknown = (math.nan,) * len(selection.indices)
@@ -70,8 +79,10 @@ def select_pool(
         order = torch.argsort(norms.masked_fill(~scores.sound, -1.0), descending=True, stable=True)
         top_norm = tuple(order[: len(picked)].tolist())
     if new_measure is not None and top_norm is not None:
-        top_norm_gains = _gains_in_order(new_measure(), top_norm)
-        information_gains = selection.gains if rule.maximizes_information else _gains_in_order(new_measure(), picked)
+        # What each adds beside those before it.
+        top_norm_gains = tuple(map(new_measure().add, top_norm))
+        gains = selection.gains if rule.maximizes_information else map(new_measure().add, picked)
+        information_gains = tuple(gains)
     whole = scores if scores.whole is None else scores.whole
     label_tokens, whole_label_tokens = scores.label_tokens or (), whole.label_tokens or ()
     return PoolSelection(
@@ -110,27 +121,6 @@ def _known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _measure_of(scores: PoolScores, alpha: float, config: SpiceConfig) -> Callable[[], InformationMeasure]:
-    """Builds measures of the sound candidates with nothing added."""
-    gram = scores.sound_gram()
-
-    def new_measure() -> InformationMeasure:
-        return build_information(
-            config.information,
-            gram=gram,
-            gradients=scores.gradients,
-            fisher_alpha=alpha,
-            row_weights=scores.row_weights,
-        )
-
-    return new_measure
-
-
-def _gains_in_order(measure: InformationMeasure, positions: Sequence[int]) -> tuple[float, ...]:
-    """What each candidate adds beside those before it."""
-    return tuple(measure.add(position) for position in positions)
-
-
 def _places(scores: PoolScores, positions: Sequence[int]) -> tuple[int, ...]:
     """Positions in the whole pool, of which the scored candidates may be a part."""
     return tuple(positions) if scores.whole is None else tuple(scores.kept[position] for position in positions)
@@ -157,17 +147,6 @@ def round_down_picks(pools: Sequence[PoolSelection], num_slots: int, *, step: in
 
     The schedule's budgets are multiples already; only rows that could not be picked make this necessary. The longest
     pool loses its last pick first, the later one of two as long.
-
-    Args:
-        pools (`Sequence[PoolSelection]`): The step's pools.
-        num_slots (`int`): World size × gradient accumulation steps.
-        step (`int`): For the message.
-
-    Returns:
-        `list[PoolSelection]`
-
-    Raises:
-        RuntimeError: If there are fewer picks than slots.
     """
     rounded = list(pools)
     num_picks = sum(len(pool.indices) for pool in rounded)

@@ -59,44 +59,23 @@ class Pick:
 
 @dataclass(frozen=True)
 class PoolSelection:
-    """One pool's picks.
+    """One pool's picks and what they look like; positions count in the whole pool, `None` is what was not computed."""
 
-    Args:
-        candidates (`tuple[int, ...]`): Dataset rows in pool order.
-        selection ([`Selection`]): Picks as positions in the pool, in the order of picking.
-        picks (`tuple[Pick, ...]`): What is recorded of each, in the same order.
-        num_tokens (`tuple[int, ...]`): Tokens of each pick.
-        alpha (`float`, *optional*): The α that was used, where there is a Gram matrix.
-        information_gains (`tuple[float, ...]`, *optional*): What each pick adds to F, where there is a Gram matrix.
-        top_norm (`tuple[int, ...]`, *optional*): Positions of as many candidates of largest raw gradient norm,
-            largest first, where gradients were computed.
-        top_norm_gains (`tuple[float, ...]`, *optional*): Their gains, added in that order, where there is a Gram
-            matrix.
-        without_conflict (`tuple[int, ...]`, *optional*): Positions that λ = 0 would have picked, in order, for
-            strategies that pick by information.
-        tokens_pool (`float`): Mean label tokens of the pool.
-        num_tokens_pool (`int`): Tokens of all candidates, what scoring had to read; 0 where the model read nothing.
-        nonfinite (`tuple[int, ...]`): Dataset rows whose gradient, or loss, is not finite.
-        zero (`tuple[int, ...]`): Dataset rows whose gradient is zero; where none was computed, rows without labels.
-        out_of_memory (`tuple[int, ...]`): Dataset rows that did not fit into memory alone, of which nothing is known.
-        filtered (`tuple[int, ...]`): Dataset rows that were dropped by their loss, whose gradient is unknown.
-    """
-
-    candidates: tuple[int, ...]
+    candidates: tuple[int, ...]  # Dataset rows, as all rows below.
     selection: Selection
-    picks: tuple[Pick, ...]
-    num_tokens: tuple[int, ...]
+    picks: tuple[Pick, ...]  # What is recorded of each pick.
+    num_tokens: tuple[int, ...]  # Of each pick.
     alpha: float | None
-    information_gains: tuple[float, ...] | None
-    top_norm: tuple[int, ...] | None
-    top_norm_gains: tuple[float, ...] | None
-    without_conflict: tuple[int, ...] | None
-    tokens_pool: float
-    num_tokens_pool: int
-    nonfinite: tuple[int, ...]
-    zero: tuple[int, ...]
-    out_of_memory: tuple[int, ...] = ()
-    filtered: tuple[int, ...] = ()
+    information_gains: tuple[float, ...] | None  # What each pick adds to F.
+    top_norm: tuple[int, ...] | None  # Positions of as many candidates of largest raw gradient norm, largest first.
+    top_norm_gains: tuple[float, ...] | None  # What they add to F in that order.
+    without_conflict: tuple[int, ...] | None  # Positions that λ = 0 would have picked, for rules of information.
+    tokens_pool: float  # Mean label tokens of the pool.
+    num_tokens_pool: int  # Tokens of all candidates, which scoring had to read; 0 where the model read nothing.
+    nonfinite: tuple[int, ...]  # Rows whose gradient, or loss, is not finite.
+    zero: tuple[int, ...]  # Rows whose gradient is zero; where none was computed, rows without labels.
+    out_of_memory: tuple[int, ...] = ()  # Rows that did not fit alone, of which nothing is known.
+    filtered: tuple[int, ...] = ()  # Rows dropped by their loss, whose gradient is unknown.
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -134,26 +113,15 @@ class PoolSelection:
 
 @dataclass(frozen=True)
 class PoolTransfer:
-    """How a proxy's picks from one pool compare with the target's.
+    """How a proxy's picks S′ from one pool compare with the target's picks S."""
 
-    Args:
-        pool (`int`): Which of the step's pools.
-        num_selected (`int`): Picks of the target, |S|.
-        num_selected_proxy (`int`): Picks of the proxy, |S′|. Differs from |S| only where a pool stops early, or where
-            rows cannot be picked.
-        num_shared (`int`): Picks that both make.
-        rank_correlation (`float`, *optional*): Spearman correlation of the two models' first gains.
-        retained (`float`, *optional*): See [`compare_pools`].
-        retained_by_length (`float`, *optional*): The same of picks that only know how long the answers are.
-    """
-
-    pool: int
-    num_selected: int
-    num_selected_proxy: int
+    pool: int  # Which of the step's pools.
+    num_selected: int  # |S|.
+    num_selected_proxy: int  # |S′|, not |S| only where a pool stops early or rows cannot be picked.
     num_shared: int
-    rank_correlation: float | None
-    retained: float | None
-    retained_by_length: float | None = None
+    rank_correlation: float | None  # Spearman, of the two models' first gains.
+    retained: float | None  # See `compare_pools`.
+    retained_by_length: float | None = None  # The same of picks that only know how long the answers are.
 
     @property
     def overlap(self) -> float | None:
@@ -199,27 +167,16 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class StepSelection:
-    """What one optimizer step trains on.
+    """What one optimizer step trains on."""
 
-    Args:
-        step (`int`): Optimizer updates done before it.
-        epoch (`int`): Epoch, from 0.
-        indices (`tuple[int, ...]`): Dataset rows the step trains on, in order.
-        pools (`tuple[PoolSelection, ...]`): The pools they came from; empty in a replayed epoch.
-        num_fillers (`int`): Micro-batches over all ranks that hold a neutral filler.
-        filler (`int`, *optional*): The row that stands there, where one is known to be sound.
-        times ([`StepTimes`]): What selecting took.
-        transfers (`tuple[PoolTransfer, ...]`): How the proxy's scores of the first pools compare with the target's.
-    """
-
-    step: int
-    epoch: int
-    indices: tuple[int, ...]
-    pools: tuple[PoolSelection, ...] = ()
-    num_fillers: int = 0
-    filler: int | None = None
+    step: int  # Optimizer updates done before it.
+    epoch: int  # From 0.
+    indices: tuple[int, ...]  # Dataset rows, in order.
+    pools: tuple[PoolSelection, ...] = ()  # Where they came from; empty in a replayed epoch.
+    num_fillers: int = 0  # Micro-batches over all ranks that hold a neutral filler.
+    filler: int | None = None  # The row that stands there, where one is known to be sound.
     times: StepTimes = StepTimes()
-    transfers: tuple[PoolTransfer, ...] = ()
+    transfers: tuple[PoolTransfer, ...] = ()  # A proxy's scores of the first pools beside the target's.
 
     def took(self, more: StepTimes) -> StepSelection:
         """The same selection, which took longer."""

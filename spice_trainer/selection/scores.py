@@ -130,11 +130,7 @@ class PoolScores:
         return eligible
 
     def sound_gram(self) -> Float64[Tensor, "N N"]:
-        """Returns the Gram matrix with rows and columns of 0 for candidates that may not be picked.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """Returns the Gram matrix with rows and columns of 0 for candidates that may not be picked."""
         if self.gram is None:
             raise ValueError("gram is None, but conflicts, information and gradients' geometry are computed from it.")
         return masked_gram(self.gram, self.sound)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
-from spice_trainer.selection.greedy import greedy, information_of, select, select_from_gradients
+from spice_trainer.selection.greedy import PickOptions, greedy, information_of, select, select_from_gradients
 from spice_trainer.selection.information import ExactInformation, build_information
 from spice_trainer.selection.results import Selection
 from tests.support.greedy_oracle import adafisher_gain, diagonal_gain, greedy_oracle, log_det_gain, mpmath_gain
@@ -116,7 +116,7 @@ def test_information_of():
     gram = rows @ rows.T
     selection = select(gram, 5, conflict_penalty=0.0)
     assert information_of(ExactInformation(gram, fisher_alpha=1.0), selection.indices) == selection.information
-    assert information_of(lambda: DiagonalInformation(rows, fisher_alpha=1.0), [2, 0]) == pytest.approx(
+    assert information_of(DiagonalInformation(rows, fisher_alpha=1.0), [2, 0]) == pytest.approx(
         diagonal_gain(rows, [], 2, 1.0) + diagonal_gain(rows, [2], 0, 1.0)
     )
     assert information_of(ExactInformation(gram, fisher_alpha=1.0), []) == 0.0
@@ -137,7 +137,7 @@ def test_lazy_measures_evaluate_few_candidates(measure_class, monkeypatch):
     evaluated = []
     gain = measure_class._gain
     monkeypatch.setattr(measure_class, "_gain", lambda self, index: evaluated.append(index) or gain(self, index))
-    selection = greedy(measure, rows @ rows.T, 10)
+    selection = greedy(measure, rows @ rows.T, 10, PickOptions())
     assert len(selection.indices) == 10
     assert len(evaluated) < 60  # Evaluating everything at every pick would be 60 + 59 + … + 51 = 555.
 
@@ -145,10 +145,10 @@ def test_lazy_measures_evaluate_few_candidates(measure_class, monkeypatch):
 def test_greedy_rejects_a_measure_that_does_not_fit():
     measure = build_information("exact", gram=torch.eye(3), fisher_alpha=1.0)
     with pytest.raises(ValueError, match="measure is for 3 candidates but gram has 4 rows"):
-        greedy(measure, torch.eye(4), 1)
+        greedy(measure, torch.eye(4), 1, PickOptions())
     measure.add(0)
     with pytest.raises(ValueError, match="nothing added"):
-        greedy(measure, torch.eye(3), 1)
+        greedy(measure, torch.eye(3), 1, PickOptions())
 
 
 pools = st.builds(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spice_trainer.selection.greedy import greedy, select, select_from_gradients
+from spice_trainer.selection.greedy import PickOptions, greedy, select, select_from_gradients
 from spice_trainer.selection.information import ExactInformation
 from spice_trainer.selection.results import Selection
 from tests.support.greedy_oracle import conflict, greedy_oracle, log_det_gain
@@ -90,9 +90,8 @@ def test_conflict_with_a_gradient_that_is_no_mean_of_candidates():
         # Whatever the other reference is.
         for other in ("selected", "candidates", "pool"):
             measure = ExactInformation(gram.nan_to_num(), fisher_alpha=1.0)
-            selection = greedy(
-                measure, gram, 8, conflict_penalty=penalty, conflict_reference=other, reference_cosines=cosines.float()
-            )
+            options = PickOptions(conflict_penalty=penalty, conflict_reference=other)
+            selection = greedy(measure, gram, 8, options, reference_cosines=cosines.float())
             picked = against_reference(
                 rows, reference, 8, fisher_alpha=1.0, conflict_penalty=penalty, gain_of=log_det_gain
             )
@@ -105,7 +104,9 @@ def test_conflict_with_a_gradient_that_is_no_mean_of_candidates():
         (torch.full((9,), math.inf), "reference_cosines must be finite for every candidate"),
     ):
         with pytest.raises(ValueError, match=says):
-            greedy(ExactInformation(gram.nan_to_num(), fisher_alpha=1.0), gram, 2, reference_cosines=wrong)
+            greedy(
+                ExactInformation(gram.nan_to_num(), fisher_alpha=1.0), gram, 2, PickOptions(), reference_cosines=wrong
+            )
 
 
 def test_penalty_turns_opposed_samples_away():

@@ -8,12 +8,8 @@ import torch
 
 from spice_trainer.selection import cholesky
 from spice_trainer.selection import coordinate_information as diagonal
-from spice_trainer.selection.information import (
-    AdaFisherInformation,
-    DiagonalInformation,
-    ExactInformation,
-    build_information,
-)
+from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
+from spice_trainer.selection.information import ExactInformation, build_information
 
 
 def log_det(gradients, picks, alpha):

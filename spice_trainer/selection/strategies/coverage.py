@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from spice_trainer.selection.greedy import PickOptions
 from spice_trainer.selection.scores import PoolScores
-from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, lowest_tied
+from spice_trainer.selection.strategies.strategy import Picks, Strategy, lowest_tied
 
 # What float32 products leave of a squared norm that is 0: less than this is no direction of its own.
 _DEPENDENT = 1e-6

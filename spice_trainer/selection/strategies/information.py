@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spice_trainer.selection.greedy import greedy
+from spice_trainer.selection.greedy import PickOptions, greedy
 from spice_trainer.selection.information import ExactInformation
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
-from spice_trainer.selection.strategies.strategy import PickOptions, Strategy
+from spice_trainer.selection.strategies.strategy import Strategy
 
 
 def pick_spice(scores: PoolScores, num_selected: int, options: PickOptions) -> Selection:
@@ -30,12 +30,8 @@ def pick_spice(scores: PoolScores, num_selected: int, options: PickOptions) -> S
         ExactInformation(gram, fisher_alpha=options.fisher_alpha) if new_measure is None else new_measure(),
         gram,
         num_selected,
-        conflict_penalty=options.conflict_penalty,
-        conflict_reference="selected" if options.conflict_reference == "momentum" else options.conflict_reference,
+        options,
         reference_cosines=scores.momentum_cosines if with_momentum else None,
-        stop_ratio=options.stop_ratio,
-        min_gain=options.min_gain,
-        tie_tolerance=options.tie_tolerance,
     )
 
 

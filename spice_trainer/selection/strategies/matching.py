@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from spice_trainer.selection.checks import check_rules
+from spice_trainer.selection.greedy import PickOptions, check_options
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
-from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, describe_picks, lowest_tied
+from spice_trainer.selection.strategies.strategy import Picks, Strategy, describe_picks, lowest_tied
 
 # Eigenvalues smaller than this share of the largest cannot be told from rounding.
 _FLAT = 1e-12
@@ -105,7 +105,7 @@ def match_with_weights(
     Raises:
         ValueError: If an argument is out of range or `gram` is not a Gram matrix.
     """
-    check_rules(num_selected, 0.0, None, None, tie_tolerance)
+    check_options(num_selected, PickOptions(fisher_alpha=fisher_alpha, tie_tolerance=tie_tolerance))
     scores = PoolScores(sound=sound, gram=gram)
     gram = scores.sound_gram()
     remaining = scores.eligible()

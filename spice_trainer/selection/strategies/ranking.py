@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import sys
 
+from spice_trainer.selection.greedy import PickOptions
 from spice_trainer.selection.scores import PoolScores
-from spice_trainer.selection.strategies.strategy import PickOptions, Picks, Strategy, pick_largest
+from spice_trainer.selection.strategies.strategy import Picks, Strategy, pick_largest
 
 
 def pick_random(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:

@@ -9,30 +9,18 @@ from __future__ import annotations
 
 from typing import cast
 
-from spice_trainer.config import STRATEGIES, ConflictReference
-from spice_trainer.selection.checks import check_alpha, check_choice, check_rules
+from spice_trainer.config import STRATEGIES
+from spice_trainer.selection.greedy import PickOptions, check_options
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.coverage import DPP, FACILITY_LOCATION
 from spice_trainer.selection.strategies.information import FISHER, SPICE
 from spice_trainer.selection.strategies.matching import MATCHING
 from spice_trainer.selection.strategies.ranking import IFD, LESS, LOSS, PERPLEXITY, RANDOM, TOP_NORM
-from spice_trainer.selection.strategies.strategy import PickOptions, Strategy
+from spice_trainer.selection.strategies.strategy import Strategy
 
 # In the order in which messages list them.
-_OF_THE_PACKAGE = (
-    SPICE,
-    FISHER,
-    RANDOM,
-    TOP_NORM,
-    DPP,
-    MATCHING,
-    FACILITY_LOCATION,
-    LOSS,
-    PERPLEXITY,
-    IFD,
-    LESS,
-)
+_OF_THE_PACKAGE = (SPICE, FISHER, RANDOM, TOP_NORM, DPP, MATCHING, FACILITY_LOCATION, LOSS, PERPLEXITY, IFD, LESS)
 
 
 def register_strategy(strategy: Strategy) -> Strategy:
@@ -93,7 +81,5 @@ def select_by_strategy(
     """
     options = PickOptions() if options is None else options
     strategy = find_strategy(name)
-    check_rules(num_selected, options.conflict_penalty, options.stop_ratio, options.min_gain, options.tie_tolerance)
-    check_choice("conflict_reference", options.conflict_reference, ConflictReference)
-    check_alpha(options.fisher_alpha)
+    check_options(num_selected, options)
     return strategy.select(scores, num_selected, options)

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from spice_trainer.config import ConflictReference
 from spice_trainer.selection.conflict import conflicts_with_mean
-from spice_trainer.selection.greedy import information_of
-from spice_trainer.selection.information import ExactInformation, InformationMeasure
+from spice_trainer.selection.greedy import PickOptions, information_of
+from spice_trainer.selection.information import ExactInformation
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
 
@@ -40,31 +39,6 @@ class Picks(NamedTuple):
 
     indices: list[int]
     gains: list[float]
-
-
-@dataclass(frozen=True)
-class PickOptions:
-    """Settings of a pick that are the same for all pools of a run, but for α.
-
-    Args:
-        fisher_alpha (`float`): α, for picks by information, and for the information of everyone's.
-        conflict_penalty (`float`): λ, for rules that have a conflict penalty.
-        conflict_reference (`str`): What a conflict is with; see [`SpiceConfig`].
-        stop_ratio (`float`, *optional*): See [`select`]; for picks by information alone.
-        min_gain (`float`, *optional*): Likewise.
-        tie_tolerance (`float`): How near scores are that go by pool position; relative to what a rule's docstring
-            says.
-        new_measure (`Callable[[], InformationMeasure]`, *optional*): Makes what picks by information maximise, with
-            nothing added; by default the exact information of the Gram matrix.
-    """
-
-    fisher_alpha: float = 1.0
-    conflict_penalty: float = 0.1
-    conflict_reference: ConflictReference = "selected"
-    stop_ratio: float | None = None
-    min_gain: float | None = None
-    tie_tolerance: float = 1e-6
-    new_measure: Callable[[], InformationMeasure] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,21 +106,12 @@ class Strategy:
         return bool({"gram", "alignment"} & set(self.needs))
 
     def select(self, scores: PoolScores, num_selected: int, options: PickOptions) -> Selection:
-        """Picks from a pool.
+        """Picks at most K sound candidates; one for which a number that the rule needs is not finite is not sound.
 
-        Args:
-            scores ([`PoolScores`]): What is known of it.
-            num_selected (`int`): K, the most samples to pick. Fewer are picked only where fewer rows are sound, or a
-                stopping rule fires. A row for which a number that the rule needs is not finite is not sound.
-            options ([`PickOptions`]): The settings.
-
-        Returns:
-            [`Selection`]: Gains in the rule's own units; scores the same, less λ times the conflict where the rule has
-            a penalty. Information is log det(I + α Σ_S g gᵀ) (or the measure's) and conflicts are against the picks so
-            far, whatever the rule; both nan where there is no Gram matrix.
-
-        Raises:
-            ValueError: If something that the rule needs is missing, or a setting means nothing to it.
+        Gains are in the rule's own units; scores the same, less λ times the conflict where the rule has a penalty.
+        Information is log det(I + α Σ_S g gᵀ) (or the measure's) and conflicts are against the picks so far, whatever
+        the rule; both nan where there is no Gram matrix. What is missing, or a setting that means nothing to the rule,
+        is a `ValueError`.
         """
         for name in self.needs:
             if getattr(scores, name) is None:
