@@ -22,9 +22,9 @@ from spice_trainer.gradients.backends import preserved_modes
 from spice_trainer.gradients.forward import logits_of, move_inputs, without_cache
 from spice_trainer.gradients.label_head import sample_losses
 from spice_trainer.proxy.model import ProxyModel
-from spice_trainer.scoring.micro_batches import share_micro_batches
 from spice_trainer.scoring.out_of_memory import TokenBudget, fits_in_memory, learning_error
 from spice_trainer.scoring.runtime import Runtime
+from spice_trainer.scoring.sharing import share_micro_batches
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import seeded_random_state
 

@@ -22,17 +22,11 @@ from spice_trainer.gradients.sketch import GradientSketch
 
 
 class FeatureBuffer:
-    """Holds the features of some candidates, and takes them module by module as a gradient sink.
+    """Holds the features of some candidates, and takes them layer by layer as a gradient sink.
 
-    Args:
-        num_rows (`int`): Candidates held.
-        sizes (`Sequence[int]`): Gradient coordinates per module, D = Σ sizes.
-        sketch ([`GradientSketch`], *optional*): Folds gradients; `None` keeps them exactly.
-        device (`torch.device`): Where the features live.
-        moments (`Sequence[SecondMoment]`, *optional*): Adam's second moment of each module, with which gradients are
-            preconditioned before they are kept or folded.
-        momentum (`Sequence[torch.Tensor | None]`, *optional*): The optimizer's momentum of each module, `None` where
-            it has none yet. Left as it is.
+    `sizes` are the gradient coordinates of each layer, D = Σ sizes; without a `sketch` they are kept exactly. With
+    Adam's second `moments` of the layers gradients are preconditioned before they are kept or folded. The optimizer's
+    `momentum` of each layer, `None` where it has none yet, is seen through the same features.
     """
 
     def __init__(
@@ -62,7 +56,7 @@ class FeatureBuffer:
         self.momentum = None if momentum is None else self._features_of(momentum)
 
     def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
-        """Features of one vector that is given by module."""
+        """Features of one vector that is given by module, and left as it is."""
         found = torch.zeros(1, self.features.shape[1], device=self.features.device)
         for number, (vector, size, end) in enumerate(zip(vectors, self._sizes, self._ends, strict=True)):
             if vector is None:
@@ -156,27 +150,19 @@ class DiscardedGradients:
 
 @dataclass(frozen=True)
 class OwnedFeatures:
-    """Features of the candidates of the pools that this process measures.
+    """Features of the candidates of the pools that this process measures; all but the features are on the CPU.
 
-    Args:
-        features (`torch.Tensor` of shape `(n, m)`): Their features.
-        norms (`torch.Tensor` of shape `(n,)`): Exact norms of their raw gradients, float64, on the CPU.
-        losses (`torch.Tensor` of shape `(n,)`): Their losses, on the CPU.
-        lengths (`torch.Tensor` of shape `(n,)`): Exact norms of what the features are of, which may be preconditioned.
-            By default `norms`.
-        out_of_memory (`torch.Tensor` of shape `(n,)`): Whether the row did not fit into memory, on the CPU. By default
-            none.
-        momentum (`torch.Tensor` of shape `(m,)`, *optional*): Features of the optimizer's momentum.
-        rows (`dict[int, int]`): Where in the tensors each candidate is, by its position among all that were scored.
+    `lengths` are the exact norms of what the features are of, which may be preconditioned; by default `norms`. By
+    default every row did fit into memory.
     """
 
     features: Float[Tensor, "n m"]
-    norms: Float64[Tensor, "n"]
+    norms: Float64[Tensor, "n"]  # Exact, of the raw gradients.
     losses: Float[Tensor, "n"]
     lengths: Float64[Tensor, "n"] = None  # type: ignore[assignment]
     out_of_memory: Bool[Tensor, "n"] = None  # type: ignore[assignment]
-    momentum: Float[Tensor, " m"] | None = None
-    rows: dict[int, int] = field(default_factory=dict)
+    momentum: Float[Tensor, " m"] | None = None  # Features of the optimizer's momentum.
+    rows: dict[int, int] = field(default_factory=dict)  # Where each candidate is, by its position among all scored.
 
     def __post_init__(self) -> None:
         """Fills in what was not given."""
@@ -211,16 +197,9 @@ def order_for_owners(held: Sequence[int], owners: Sequence[int]) -> list[int]:
 def send_to_owners(
     buffer: FeatureBuffer, holders: Sequence[int], owners: Sequence[int], processes: Processes
 ) -> OwnedFeatures:
-    """Brings each candidate's features from the process that scored it to the one that measures its pool.
+    """Brings each candidate's features from its holder, which scored it, to its owner, which measures its pool.
 
-    Args:
-        buffer ([`FeatureBuffer`]): What this process scored, in the order of [`order_for_owners`].
-        holders (`Sequence[int]`): The process that scored each candidate.
-        owners (`Sequence[int]`): The process that measures each candidate's pool.
-        processes ([`Processes`]): All of them; each calls this.
-
-    Returns:
-        [`OwnedFeatures`]
+    The buffer is in the order of [`order_for_owners`]. A collective.
     """
     world_size, rank = processes.world_size, processes.rank
     send_counts, receive_counts = [0] * world_size, [0] * world_size

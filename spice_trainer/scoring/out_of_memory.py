@@ -65,7 +65,7 @@ def explained(explanation: RuntimeError) -> Iterator[None]:
 
 
 class LeftOutRow(NamedTuple):
-    """A row that does not fit into memory alone: its number, its tokens, and of what it is a row."""
+    """A row that does not fit into memory alone, of the dataset that `source` names."""
 
     row: int
     num_tokens: int
@@ -74,26 +74,15 @@ class LeftOutRow(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryNotice:
-    """What a process found out about its memory since it was last asked.
+    """What a process found out about its memory since it was last asked."""
 
-    Args:
-        failed (`tuple[int, int]`, *optional*): Rows and longest row of the smallest pass of several rows that did not
-            fit.
-        tokens_per_batch (`int`): Tokens of a pass from here on.
-        left_out (`tuple[LeftOutRow, ...]`): Rows that did not fit alone.
-    """
-
-    failed: tuple[int, int] | None
-    tokens_per_batch: int
-    left_out: tuple[LeftOutRow, ...]
+    failed: tuple[int, int] | None  # Rows and longest row of the smallest pass of several rows that did not fit.
+    tokens_per_batch: int  # Of a pass from here on.
+    left_out: tuple[LeftOutRow, ...]  # Rows that did not fit alone.
 
 
 class TokenBudget:
-    """The number of tokens of a pass, padding included, that is known to be worth trying.
-
-    Args:
-        tokens_per_batch (`int`): To begin with. Passes are planned with it, so nothing is split until memory runs out.
-    """
+    """The tokens of a pass, padding included, that are worth trying; passes are planned with the first such number."""
 
     def __init__(self, tokens_per_batch: int) -> None:
         self.tokens_per_batch = tokens_per_batch
@@ -101,16 +90,8 @@ class TokenBudget:
         self._left_out: list[LeftOutRow] = []
 
     def split(self, lengths: Sequence[int]) -> list[range]:
-        """Halves a pass until its parts keep the budget.
-
-        Args:
-            lengths (`Sequence[int]`): Tokens of its rows, the longest first.
-
-        Returns:
-            `list[range]`: Positions of each part's rows, in order. A row longer than the budget is a part of its own.
-        """
-        whole, parts = range(len(lengths)), []
-        waiting = [whole]
+        """Halves a pass, the longest row first, until its parts keep the budget; a row beyond it is a part of its own."""
+        waiting, parts = [range(len(lengths))], []
         while waiting:
             part = waiting.pop()
             if len(part) == 1 or len(part) * max(lengths[position] for position in part) <= self.tokens_per_batch:
@@ -120,14 +101,7 @@ class TokenBudget:
         return parts
 
     def reduce(self, lengths: Sequence[int]) -> bool:
-        """Halves the budget, after a pass of several rows did not fit.
-
-        Args:
-            lengths (`Sequence[int]`): Tokens of its rows.
-
-        Returns:
-            `bool`: Whether it could be: a single row cannot be halved.
-        """
+        """Halves the budget after a pass did not fit; returns whether it could be: a single row cannot be halved."""
         if len(lengths) == 1:
             return False
         self._failed = (len(lengths), max(lengths))
@@ -135,15 +109,9 @@ class TokenBudget:
         return True
 
     def run(self, lengths: Sequence[int], attempt: Callable[[range], object]) -> list[int]:
-        """Runs a pass, in parts where it does not fit.
+        """Runs a pass, the longest row first, in parts where it does not fit; returns the rows that do not fit alone.
 
-        Args:
-            lengths (`Sequence[int]`): Tokens of its rows, the longest first.
-            attempt (`Callable[[range], Any]`): Runs the rows at some positions. May be called again for rows for
-                which it failed.
-
-        Returns:
-            `list[int]`: Positions of the rows that do not fit alone.
+        `attempt` runs the rows at some positions, and may be called again for rows for which it failed.
         """
         waiting, alone = self.split(lengths)[::-1], []
         while waiting:
@@ -175,12 +143,7 @@ class MemoryReport:
         self._named: set[LeftOutRow] = set()
 
     def tell(self, notices: Sequence[MemoryNotice | None], *, doing: str = "scoring") -> None:
-        """Logs what is new.
-
-        Args:
-            notices (`Sequence[MemoryNotice]`): Those of every process, by rank; `None` where all did fit.
-            doing (`str`, *optional*, defaults to `"scoring"`): What the passes did.
-        """
+        """Logs what is new in the notices of every process, by rank."""
         for rank, notice in enumerate(notices):
             if notice is not None and notice.failed is not None:
                 logger.warning(
@@ -202,15 +165,7 @@ class MemoryReport:
 
 
 def lockstep_error(num_rows: int, num_tokens: int) -> RuntimeError:
-    """The error where memory runs out with sharded weights: no process can repeat a forward by itself.
-
-    Args:
-        num_rows (`int`): Rows of the pass.
-        num_tokens (`int`): Tokens of the longest.
-
-    Returns:
-        `RuntimeError`
-    """
+    """The error where memory runs out with sharded weights: no process can repeat a forward by itself."""
     fitting = max(1, -(-num_rows // 2) * num_tokens)
     fix = (
         f"Set scoring_tokens_per_batch={fitting} (or less)"
@@ -233,15 +188,7 @@ def learning_error(num_tokens: int) -> RuntimeError:
 
 
 def features_error(num_rows: int, num_features: int) -> RuntimeError:
-    """The error where there is no memory for the features, which no smaller pass would help.
-
-    Args:
-        num_rows (`int`): Candidates whose features are held together.
-        num_features (`int`): Numbers kept per candidate.
-
-    Returns:
-        `RuntimeError`
-    """
+    """The error where there is no memory for the features, which no smaller pass would help."""
     return RuntimeError(
         f"SPICE: memory ran out for the gradient features of {num_rows} candidates, {num_features:,} numbers each "
         f"({num_rows * num_features * 4 / 1e9:.2g} GB). Set a smaller sketch_dim or pool_size, or free memory: a "

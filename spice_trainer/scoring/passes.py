@@ -90,11 +90,7 @@ class ScoringPasses:
         *,
         preconditioned: bool = True,
     ) -> FeatureBuffer:
-        """Runs forwards and backwards; features of what this process scored, of raw gradients if not preconditioned.
-
-        Raises:
-            RuntimeError: If there is no memory for the features, or for a pass with sharded weights.
-        """
+        """Runs forwards and backwards; features of what this process scored, of raw gradients unless `preconditioned`."""
         buffer = self.new_buffer(len(shared.held), preconditioned=preconditioned)
 
         def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
@@ -110,9 +106,6 @@ class ScoringPasses:
         """Runs forwards alone: losses of the candidates that this process scores, by position.
 
         The mean negative log-likelihood of the label tokens; `None` for a candidate that does not fit into memory.
-
-        Raises:
-            RuntimeError: If there is no memory for a pass with sharded weights.
         """
         losses: list[float | None] = [None] * len(shared.held)
 

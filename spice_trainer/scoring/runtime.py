@@ -18,19 +18,10 @@ def _no_optimizer() -> None:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The model that scores, how it runs, and with whom.
+    """The model that scores, how it runs, and with whom."""
 
-    Args:
-        get_model (`Callable[[], torch.nn.Module]`): Gives the model at the moment of scoring, unwrapped from DDP or
-            DeepSpeed.
-        seed (`int`, *optional*, defaults to `0`): Of the run's own draws: the sketch, a proxy's dropout.
-        processes ([`Processes`], *optional*): Those that share the work; by default this one.
-        autocast (`Callable`, *optional*): Makes the context of the training precision.
-        get_optimizer (`Callable`, *optional*): Gives the model's optimizer, for settings that look into it.
-    """
-
-    get_model: Callable[[], nn.Module]
-    seed: int = 0
+    get_model: Callable[[], nn.Module]  # The model of the moment, unwrapped from DDP or DeepSpeed.
+    seed: int = 0  # Of the run's own draws: the sketch, a proxy's dropout.
     processes: Processes = field(default_factory=Processes)
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # The context of the training precision.
     get_optimizer: Callable[[], Any] = _no_optimizer

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.checks import check_token_ids, token_id_limits
-from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
-from spice_trainer.scoring.features import FeatureBuffer, OwnedFeatures, send_to_owners
+from spice_trainer.scoring.features import FeatureBuffer, send_to_owners
 from spice_trainer.scoring.measure import from_features, from_losses, from_shapes
 from spice_trainer.scoring.out_of_memory import TokenBudget
 from spice_trainer.scoring.passes import ScoringPasses
@@ -52,12 +52,8 @@ _Progress = Callable[[int, int], None]
 class GradientScorer:
     """Scores pools of candidates with a model's own LoRA gradients, or by less where the rule asks for less.
 
-    Args:
-        runtime ([`Runtime`]): The model and how it runs.
-        modules (`Mapping[str, torch.nn.Module]`): Its trainable LoRA layers, among which the settings may choose.
-        rows ([`TargetRows`]): The training rows as the model reads them.
-        config ([`SpiceConfig`]): The settings.
-        validation ([`ValidationRows`], *optional*): What rules that need an `alignment` compare candidates with.
+    Of the trainable LoRA layers `modules` the settings may choose some. Rules that need an `alignment` compare
+    candidates with the `validation` rows.
     """
 
     def __init__(
@@ -107,24 +103,16 @@ class GradientScorer:
 
     def pools_at_once(self, num_pools: int, pool_size: int) -> int:
         """How many pools of a step are scored together."""
-        fitting = 1
-        while (
-            fitting < num_pools and self.feature_bytes(fitting + 1, (fitting + 1) * pool_size) <= FEATURE_BUFFER_BYTES
-        ):
-            fitting += 1
-        return fitting
+        for number in range(2, num_pools + 1):
+            if self.feature_bytes(number, number * pool_size) > FEATURE_BUFFER_BYTES:
+                return number - 1
+        return max(num_pools, 1)
 
     def score(self, pools: Sequence[Sequence[int]], *, progress: _Progress | None = None) -> Iterator[PoolScores]:
-        """Scores pools at the current weights, in order. With several processes all must call it and exhaust it.
+        """Scores pools at the current weights, in order; a process gets those that it owns, a single one all of them.
 
         Leaves no trace: random states, modes, hooks and gradients are as before whenever a pool is handed out.
-
-        Args:
-            pools (`Sequence[Sequence[int]]`): Dataset rows of each pool.
-            progress (`Callable[[int, int], None]`, *optional*): Told how many candidates are done, of how many.
-
-        Yields:
-            [`PoolScores`], one per pool that this process owns: with a single process every pool.
+        `progress` is told how many candidates are done, of how many. A collective that all must exhaust.
         """
         if self.config.takes_gradients:
             return self._score_gradients(pools, progress)
@@ -151,22 +139,13 @@ class GradientScorer:
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
         for pool, candidates, shapes, positions in shared.by_pool():
             if self._owns(pool):
-                scores = self._measure_pool(pool, candidates, shapes, owned.take(positions), reference)
+                known = from_shapes(pool, candidates, shapes)
+                scores = from_features(known, owned.take(positions), self.config, reference)
                 if filtered is not None and pool in filtered:
                     scores = replace(scores, whole=filtered[pool].whole, kept=filtered[pool].kept)
                 yield scores
                 # It may hold the features, and must be gone before those of the next pools come.
                 del scores
-
-    def _measure_pool(
-        self,
-        pool: int,
-        candidates: tuple[int, ...],
-        shapes: Sequence[RowShape],
-        found: OwnedFeatures,
-        reference: Float64[Tensor, " m"] | None,
-    ) -> PoolScores:
-        return from_features(from_shapes(pool, candidates, shapes), found, self.config, reference)
 
     def failing_together(self) -> AbstractContextManager[object]:
         """Context of this process's passes, whose errors reach all others. No collective may stand in it.

@@ -1,7 +1,13 @@
-"""Sharing a step's candidates: who collates, who scores, who measures.
+"""Sharing a step's candidates: who collates, who scores what together, who measures.
 
     every process collates a W-th of the rows ─ all learn every row's shape ─ all make the same plan
       └ each fetches what it scores but did not collate; its features go to the pool's owner later
+
+Rows of like length share a micro-batch of at most `scoring_tokens_per_batch` tokens, padding included. Micro-batches
+are made as even as their number allows and dealt so that every process gets about the same number of tokens:
+
+    M₀ = micro-batches of a plan with the full budget,    R = ⌈M₀ / W⌉
+    budget b = the smallest with at most R · W micro-batches,    each process gets at most R of them
 
 Rows without label tokens have a zero gradient: nothing is computed for them, their owner just holds the zeros.
 
@@ -16,33 +22,20 @@ from dataclasses import dataclass
 from spice_trainer.data.rows import CandidateRow, RowShape
 from spice_trainer.distributed import Processes
 from spice_trainer.scoring.features import order_for_owners
-from spice_trainer.scoring.micro_batches import share_micro_batches
 
 
 @dataclass(frozen=True)
 class SharedCandidates:
-    """Some pools' candidates, collated and dealt to the processes; positions count them through all these pools.
+    """Some pools' candidates, collated and dealt to the processes; positions count them through all these pools."""
 
-    Args:
-        pools (`dict[int, tuple[int, ...]]`): Dataset rows of each pool, by its number within the step.
-        shapes (`tuple[RowShape, ...]`): Lengths of all candidates.
-        owners (`tuple[int, ...]`): The process that measures each candidate's pool.
-        holders (`tuple[int, ...]`): The process that scores each candidate.
-        held (`tuple[int, ...]`): What this process scores, in the order in which it holds the features.
-        batches (`tuple[tuple[int, ...], ...]`): Its micro-batches. Those from `num_kept` on only keep step with other
-            processes.
-        num_kept (`int`): Micro-batches whose features count.
-        rows (`dict[int, CandidateRow]`): The collated rows of those micro-batches.
-    """
-
-    pools: dict[int, tuple[int, ...]]
+    pools: dict[int, tuple[int, ...]]  # Dataset rows of each pool, by its number within the step.
     shapes: tuple[RowShape, ...]
-    owners: tuple[int, ...]
-    holders: tuple[int, ...]
-    held: tuple[int, ...]
-    batches: tuple[tuple[int, ...], ...]
+    owners: tuple[int, ...]  # The process that measures each candidate's pool.
+    holders: tuple[int, ...]  # The process that scores each candidate.
+    held: tuple[int, ...]  # What this process scores, in the order in which it holds the features.
+    batches: tuple[tuple[int, ...], ...]  # Its micro-batches; those from `num_kept` on only keep step with others.
     num_kept: int
-    rows: dict[int, CandidateRow]
+    rows: dict[int, CandidateRow]  # The collated rows of the micro-batches.
 
     def by_pool(self) -> Iterator[tuple[int, tuple[int, ...], tuple[RowShape, ...], range]]:
         """Each pool's number, dataset rows, their lengths, and their positions among all candidates."""
@@ -56,20 +49,7 @@ def share_candidates(
     tokens_per_batch: int,
     processes: Processes,
 ) -> SharedCandidates:
-    """Collates candidates and deals them to the processes. A collective: all must call it.
-
-    Args:
-        pools (`dict[int, tuple[int, ...]]`): Dataset rows of each pool, by its number within the step.
-        collate_rows (`Callable`): Fetches and collates dataset rows, each alone.
-        tokens_per_batch (`int`): Bound on rows × longest row of a micro-batch.
-        processes ([`Processes`]): Those that share the work.
-
-    Returns:
-        [`SharedCandidates`]
-
-    Raises:
-        RuntimeError: If another process could not read its rows; with its error.
-    """
+    """Collates candidates, each alone, and deals them to the processes. A collective."""
     indices = [index for rows in pools.values() for index in rows]
     owners = [processes.owner(pool) for pool, rows in pools.items() for _ in rows]
     rows, shapes = read_shapes(indices, collate_rows, processes)
@@ -114,16 +94,7 @@ def read_shapes(
 ) -> tuple[dict[int, CandidateRow], list[RowShape]]:
     """Collates a W-th of some rows on each process, and tells all of them every row's lengths. A collective.
 
-    Args:
-        indices (`Sequence[int]`): Dataset rows.
-        collate_rows (`Callable`): Fetches and collates dataset rows, each alone.
-        processes ([`Processes`]): Those that share the work.
-
-    Returns:
-        `tuple`: This process's rows by their position in `indices`, and the lengths of all rows.
-
-    Raises:
-        RuntimeError: If another process could not read its rows; with its error.
+    Returns this process's rows by their position in `indices`, and the lengths of all rows.
     """
     positions = range(processes.rank, len(indices), processes.world_size)
     with processes.failing_together("reading candidates"):
@@ -140,6 +111,58 @@ def split_by_pool(
         positions = range(start, start + len(candidates))
         start = positions.stop
         yield pool, candidates, tuple(shapes[positions.start : positions.stop]), positions
+
+
+def plan_micro_batches(shapes: Sequence[RowShape], tokens_per_batch: int) -> list[list[int]]:
+    """Groups rows into micro-batches of at most `tokens_per_batch` tokens, rows × longest row; positions in `shapes`.
+
+    The longest come first, so that a lack of memory shows at once; one beyond the budget is alone. Rows with different
+    inputs never share a micro-batch.
+    """
+    order = sorted(range(len(shapes)), key=lambda position: (-shapes[position].num_tokens, position))
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[str, ...], list[int]] = {}
+    for position in order:
+        shape = shapes[position]
+        if not shape.can_be_padded:
+            batches.append([position])
+            continue
+        batch = open_batches.get(shape.keys)
+        if batch is None or (len(batch) + 1) * shapes[batch[0]].num_tokens > tokens_per_batch:
+            batch = open_batches[shape.keys] = []
+            batches.append(batch)
+        batch.append(position)
+    return batches
+
+
+def share_micro_batches(
+    shapes: Sequence[RowShape], tokens_per_batch: int, *, num_shares: int = 1
+) -> list[list[list[int]]]:
+    """Deals micro-batches to processes by tokens: for each its own, those of most tokens first, maybe none."""
+    batches = plan_micro_batches(shapes, tokens_per_batch)
+    most = -(-len(batches) // num_shares)
+    # Even micro-batches: with the full budget the last would be nearly empty, and its process idle. More budget never
+    # makes more of them, so bisection finds the smallest that serves.
+    low, high = 1, tokens_per_batch
+    while low < high:
+        middle = (low + high) // 2
+        tried = plan_micro_batches(shapes, middle)
+        if len(tried) <= most * num_shares:
+            batches, high = tried, middle
+        else:
+            low = middle + 1
+    shares: list[list[list[int]]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    # The heaviest goes to whoever has least, which leaves loads apart by at most one micro-batch.
+    for batch in sorted(batches, key=lambda batch: -_num_padded_tokens(shapes, batch)):
+        share = min((s for s in range(num_shares) if len(shares[s]) < most), key=lambda s: (loads[s], s))
+        shares[share].append(batch)
+        loads[share] += _num_padded_tokens(shapes, batch)
+    return shares
+
+
+def _num_padded_tokens(shapes: Sequence[RowShape], batch: Sequence[int]) -> int:
+    return len(batch) * max(shapes[position].num_tokens for position in batch)
 
 
 def _interleave(shares: Sequence[Sequence[RowShape]]) -> list[RowShape]:

@@ -57,8 +57,7 @@ class ValidationRows:
 def mean_gradient(buffer: FeatureBuffer, processes: Processes, *, num_rows: int) -> Float64[Tensor, " m"]:
     """Returns v of the rows whose features the processes hold, the same on each of them. A collective.
 
-    Raises:
-        RuntimeError: If none of the `num_rows` rows has a finite gradient other than zero.
+    A `RuntimeError` if none of the `num_rows` rows has a finite gradient other than zero.
     """
     units, lengths = unit_rows(buffer.features)
     sound = (lengths > 0) & lengths.isfinite() & buffer.norms.cpu().isfinite() & buffer.losses.cpu().isfinite()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
 from spice_trainer.data.rows import CandidateRow, collate_row, pad_rows
-from spice_trainer.scoring.micro_batches import share_micro_batches
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.scoring.sharing import share_micro_batches
 from spice_trainer.selection.scores import PoolScores
 from tests.benchmarks.comparators import MicroBatch
 from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spice_trainer.data.rows import RowShape
-from spice_trainer.scoring.micro_batches import plan_micro_batches, share_micro_batches
+from spice_trainer.scoring.sharing import plan_micro_batches, share_micro_batches
 
 
 def _shape(length: int, kind: str = "plain") -> RowShape:
