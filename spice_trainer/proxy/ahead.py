@@ -26,12 +26,9 @@ from spice_trainer.utils.random import preserved_random_state
 
 
 class ScoringAhead:
-    """Computes the gradient features of one step's pools in a thread.
+    """Computes the gradient features of one step's pools, held together, in a thread.
 
-    Args:
-        scorer ([`GradientScorer`]): A proxy's scorer. Its weights must not change until
-            [`ScoringAhead.take`] has returned.
-        pools (`Sequence[Sequence[int]]`): Dataset rows of the step's pools, whose features are held together.
+    The weights of the proxy that `scorer` runs must not change until [`ScoringAhead.take`] has returned.
     """
 
     def __init__(self, scorer: GradientScorer, pools: Sequence[Sequence[int]]) -> None:
@@ -63,14 +60,7 @@ class ScoringAhead:
         self.seconds = time.perf_counter() - started
 
     def take(self) -> tuple[SharedCandidates, FeatureBuffer]:
-        """Waits for the features.
-
-        Returns:
-            `tuple`: What [`GradientScorer.measure`] takes.
-
-        Raises:
-            Exception: What scoring raised in the thread.
-        """
+        """Waits for what [`GradientScorer.measure`] takes; raises what scoring raised in the thread."""
         self.join()
         if self._error is not None:
             raise self._error

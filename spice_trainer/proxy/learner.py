@@ -45,7 +45,7 @@ class AdapterLearner:
         self._autocast = runtime.autocast
         self._seed = runtime.seed
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             list(self._parameters.values()), lr=proxy.learning_rate, weight_decay=proxy.weight_decay
         )
         self._extra_inputs = without_cache(self.model)
@@ -57,11 +57,6 @@ class AdapterLearner:
                 weights = parameter.detach().to(self.processes.device, copy=True)
                 torch.distributed.broadcast(weights, src=0)
                 parameter.data.copy_(weights)
-
-    @property
-    def optimizer(self) -> torch.optim.AdamW:
-        """What takes the steps."""
-        return self._optimizer
 
     @property
     def device(self) -> torch.device:
@@ -96,9 +91,9 @@ class AdapterLearner:
                 return None
             if self.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(list(self._parameters.values()), self.max_grad_norm)
-            self._optimizer.step()
+            self.optimizer.step()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
         return loss
 
@@ -121,7 +116,7 @@ class AdapterLearner:
             if is_whole:
                 return float(sum(losses))
             # A backward that failed may have added to some of the gradients.
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             losses.clear()
 
     def _backward(self, rows: Sequence[CandidateRow], num_label_tokens: int) -> float:
@@ -160,7 +155,7 @@ class AdapterLearner:
         """Weights, moments and the number of updates, as tensors on the CPU."""
         tensors = {f"weights.{name}": value.detach() for name, value in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         tensors["num_updates"] = torch.tensor(self.num_updates)
         return {name: value.cpu().clone().contiguous() for name, value in tensors.items()}
@@ -180,7 +175,7 @@ class AdapterLearner:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weights.{name}"])
-        self._optimizer.state.clear()
+        self.optimizer.state.clear()
         for name, parameter in self._parameters.items():
             state = {
                 key: tensors[f"optimizer.{key}.{name}"]
@@ -188,7 +183,7 @@ class AdapterLearner:
                 if f"optimizer.{key}.{name}" in tensors
             }
             if state:
-                self._optimizer.state[parameter] = {
+                self.optimizer.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter, copy=True)
                     for key, value in state.items()
                 }

@@ -157,16 +157,9 @@ class ProxyModel:
 def resolve_proxy(
     proxy: ProxyModel | None, config: SpiceConfig, *, device: torch.device, seed: int
 ) -> ProxyModel | None:
-    """The proxy that was given, else the one that a configuration names, else none.
+    """The proxy that was given, else the one that a configuration names, loaded onto the device, else none.
 
-    Args:
-        proxy ([`ProxyModel`], *optional*): The one that was given.
-        config ([`SpiceConfig`]): Perhaps with a `proxy_model_name_or_path`, which is loaded.
-        device (`torch.device`): Where it goes.
-        seed (`int`): Of the fresh adapter, the same on every process.
-
-    Returns:
-        [`ProxyModel`] or `None`
+    The seed is that of the fresh adapter, the same on every process.
     """
     if proxy is not None or config.proxy_model_name_or_path is None:
         return proxy

@@ -2,7 +2,7 @@
 
 a dataset of its own                  row i for row i of the training set
 the target's tokenizer                the rows the target trains on
-another tokenizer, raw columns kept   the raw rows, tokenised when they are asked for (module `proxy_rows`)
+another tokenizer, raw columns kept   the raw rows, tokenised when they are asked for
 another tokenizer, no raw columns     an error: the ids would mean other words
 """
 
@@ -22,19 +22,7 @@ _VOCABULARY_PADDING = 1024
 
 
 def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
-    """The training rows as a proxy reads them.
-
-    Args:
-        proxy ([`ProxyModel`]): The proxy.
-        target ([`TargetRows`]): The rows as the target reads them.
-
-    Returns:
-        [`TargetRows`]
-
-    Raises:
-        ValueError: If the proxy's own dataset has another number of rows, or it has another vocabulary and nothing
-            to read.
-    """
+    """The training rows as a proxy reads them: those of its own dataset, else [`shared_rows`]."""
     if proxy.dataset is not None:
         if len(proxy.dataset) != len(target.dataset):
             raise ValueError(
@@ -50,18 +38,7 @@ def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
 
 
 def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
-    """Rows of the target as a proxy reads them that has no copy of them.
-
-    Args:
-        proxy ([`ProxyModel`]): The proxy.
-        target ([`TargetRows`]): The rows as the target reads them.
-
-    Returns:
-        [`TargetRows`]
-
-    Raises:
-        ValueError: If it has another vocabulary and nothing to read.
-    """
+    """Rows of the target as a proxy reads them that has no copy of them; a `ValueError` if it has nothing to read."""
     if has_same_vocabulary(proxy, target):
         return TargetRows(target.dataset, proxy.data_collator or target.collate)
     if proxy.processing_class is None:

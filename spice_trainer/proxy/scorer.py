@@ -26,14 +26,9 @@ from spice_trainer.utils.saved import saved_whole_number
 
 
 class ProxyScorer(StepScorer):
-    """Scores each step with a proxy.
+    """Scores each step with a proxy, which learns from its picks every `update_every` steps.
 
-    Args:
-        gradient_scorer ([`GradientScorer`]): The proxy's.
-        learner ([`AdapterLearner`]): Trains the proxy on its picks.
-        update_every (`int`): Steps between its updates.
-        target_scorer ([`GradientScorer`], *optional*): The target's, with which the proxy's first
-            `config.proxy_check_pools` pools are compared.
+    The target scores the first `config.proxy_check_pools` pools too, to compare, if its scorer is given.
     """
 
     def __init__(

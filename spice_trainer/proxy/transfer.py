@@ -1,4 +1,4 @@
-"""Does a proxy pick what the target would? Two models' scores of the same pools, compared.
+"""Does a proxy pick what the target would? Two models' scores of the same pools, compared, and what the log says.
 
     retained = (F(S′) − mean F(R′)) / (F(S) − mean F(R)),    F on the target's gradients
 
@@ -12,8 +12,9 @@ Axes: N candidates of a pool, M compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -26,6 +27,7 @@ from spice_trainer.selection.information import InformationMeasure, build_inform
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolTransfer
 from spice_trainer.selection.scores import PoolScores
+from spice_trainer.utils.saved import saved_number
 from spice_trainer.utils.statistics import spearman
 
 NUM_RANDOM_SUBSETS = 200
@@ -45,7 +47,7 @@ def compare_pools(
     *,
     num_random_subsets: int = NUM_RANDOM_SUBSETS,
 ) -> PoolTransfer:
-    """Compares what a proxy picks from a pool with what the target picks.
+    """Compares what a proxy picks from a pool with what the target picks, of scores of the same candidates in order.
 
     **Rank correlation**: Spearman's, of Δ(x|∅) over the candidates that both models can pick, ties by their mean rank.
     It is `None` with fewer than 3 of them, and where all gains of a model are equal but for rounding. The latter holds
@@ -59,24 +61,11 @@ def compare_pools(
     adds nothing. They depend on the rows of the pool alone, neither on their order nor on any global random state.
     `None` where a model picks nothing, where the target picks all it can, and where the target's picks add nothing
     over random ones. AdaFisher's information depends on the order: picks are added as they were picked, random
-    candidates as they were drawn.
+    candidates as they were drawn. With diagonal information each random set costs as much as a greedy pass that
+    evaluates nothing but its picks.
 
     **Retained by length**: what [`scores_by_length`] would pick, for exact information. A proxy that retains no more
     has shown only that answers are as long for it as for the target.
-
-    Args:
-        target ([`PoolScores`]): The target's scores.
-        proxy ([`PoolScores`]): The proxy's scores of the same candidates in the same order.
-        budget (`int`): Picks at most.
-        config ([`SpiceConfig`]): How both pick: the measure, its α, the conflict penalty and the stopping rules.
-        num_random_subsets (`int`, *optional*, defaults to 200): Random sets. With diagonal information each costs as
-            much as a greedy pass that evaluates nothing but its picks.
-
-    Returns:
-        [`PoolTransfer`]
-
-    Raises:
-        ValueError: If the two are not of the same candidates, or there is no random set to draw.
     """
     if target.candidates != proxy.candidates:
         raise ValueError(
@@ -117,28 +106,15 @@ def scores_by_length(scores: PoolScores, config: SpiceConfig) -> PoolScores:
     """What scoring would say of gradients at right angles to each other, of squared norm 1 / label tokens.
 
     The gradient of a mean over n tokens that have nothing in common has such a norm. No model is asked, and nothing is
-    in conflict with a momentum.
-
-    Args:
-        scores ([`PoolScores`]): Tells the rows, their label tokens, and which are sound.
-        config ([`SpiceConfig`]): The normalisation.
-
-    Returns:
-        [`PoolScores`]: For exact information only: it has no coordinates.
+    in conflict with a momentum. For exact information only: there are no coordinates.
     """
     label_tokens = torch.tensor(scores.label_tokens, dtype=torch.float64)
     norms = torch.where(scores.sound, label_tokens.clamp(min=1).rsqrt(), 0.0)
     weights = normalization_weights(norms, label_tokens, config.gradient_normalization)
     gram = torch.diag((weights * norms).square())
-    momentum_cosines = None if scores.momentum_cosines is None else torch.zeros_like(norms)
-    return replace(
-        scores,
-        gram=gram,
-        gradient_norms=norms,
-        gradients=None,
-        row_weights=None,
-        momentum_cosines=momentum_cosines,
-    )
+    cosines = None if scores.momentum_cosines is None else torch.zeros_like(norms)
+    known = replace(scores, gram=gram, gradient_norms=norms, momentum_cosines=cosines)
+    return replace(known, gradients=None, row_weights=None)
 
 
 class _PoolInformation:
@@ -218,3 +194,78 @@ def _shuffles(candidates: Sequence[int], positions: Sequence[int], num_shuffles:
 
 def _shown(rows: Sequence[int]) -> str:
     return f"{list(rows[:5])}{'…' if len(rows) > 5 else ''} ({len(rows)} of them)"
+
+
+@dataclass
+class TransferTotals:
+    """What the compared pools of a run say together."""
+
+    transfers: list[PoolTransfer] = field(default_factory=list)
+
+    def add(self, transfer: PoolTransfer) -> None:
+        """Adds one pool."""
+        self.transfers.append(transfer)
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a number of [`PoolTransfer`] over the pools that have it."""
+        values = self.values(name)
+        return sum(values) / len(values) if values else None
+
+    def values(self, name: str) -> list[float]:
+        """A number of [`PoolTransfer`], of the pools that have it."""
+        return [value for transfer in self.transfers if (value := getattr(transfer, name)) is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pools as JSON values."""
+        return {"transfers": [asdict(transfer) for transfer in self.transfers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores [`TransferTotals.state_dict`]."""
+        values = [
+            {name: None if value is None else saved_number(value) for name, value in transfer.items()}
+            for transfer in state["transfers"]
+        ]
+        self.transfers = [PoolTransfer(**transfer) for transfer in values]  # type: ignore[arg-type]
+
+
+def describe_transfer(totals: TransferTotals) -> str:
+    """What the log says of a proxy, with a verdict only where its picks are closer to chance than to the target's."""
+    num_pools = len(totals.transfers)
+    if not num_pools:
+        return "SPICE: no pool was scored by both the proxy and the target, so they cannot be compared."
+    ours, theirs, shared = (totals.mean(name) or 0.0 for name in ("num_selected", "num_selected_proxy", "num_shared"))
+    correlation = totals.mean("rank_correlation")
+    ranks = (
+        "the gains of the proxy or of the target are all equal and cannot be ranked"
+        if correlation is None
+        else f"the proxy's gains rank as the target's with a correlation of {correlation:.2f}"
+    )
+    same = (
+        f"{_count(shared)} of {_count(ours)} picks are the same"
+        if ours == theirs
+        else f"{_count(shared)} of the target's {_count(ours)} picks are among the proxy's {_count(theirs)}"
+    )
+    retained, by_length = totals.mean("retained"), totals.mean("retained_by_length")
+    beginning = f"SPICE: on {num_pools:,} pool{'s' if num_pools > 1 else ''} {ranks}, {same}, and "
+    if retained is None:
+        return (
+            f"{beginning}what its picks retain cannot be measured: there are none, or the target's own add nothing "
+            "over random ones."
+        )
+    worst = f"; {min(totals.values('retained')):.2f} on the worst pool" if num_pools > 1 else ""
+    text = (
+        f"{beginning}its picks retain {retained:.2f} of the information that the target's own picks add over random "
+        f"ones (1 is as good, 0 as good as chance{worst})."
+    )
+    if by_length is not None:
+        text += f" Picking by the length of answers alone, with no model, retains {by_length:.2f}."
+        if retained <= by_length:
+            text += " So nothing here shows that the proxy knows more than that."
+    if retained >= 0.5:
+        return text
+    verdict = "no better than random ones" if retained <= 0 else "closer to random ones than to the target's own"
+    return f"{text} On this data this proxy's picks are {verdict}: take a larger proxy, or one of the target's family."
+
+
+def _count(mean: float) -> str:
+    return f"{mean:.1f}".removesuffix(".0")

@@ -43,19 +43,9 @@ def build_selector(
     proxy: ProxyModel | None = None,
     validation: TargetRows | None = None,
 ) -> StepSelector:
-    """Builds what selects for the steps of a run.
+    """Builds what selects for the steps of a run: with the target's scores, or those of a proxy.
 
-    Args:
-        config ([`SpiceConfig`]): The settings.
-        schedule ([`PoolSchedule`]): Candidates of every step.
-        runtime ([`Runtime`]): The target and how it runs.
-        rows ([`TargetRows`]): The training rows as the target reads them.
-        proxy ([`ProxyModel`], *optional*): Scores instead of the target.
-        validation ([`TargetRows`], *optional*): The validation rows as the target reads them.
-
-    Raises:
-        ValueError: If what scores has no plain LoRA layers, the proxy cannot read the rows, or a setting needs a
-            proxy or validation rows and there are none.
+    `rows` and `validation` are the training and validation rows as the target reads them.
     """
     if config.takes_validation and validation is None:
         raise ValueError(
@@ -71,13 +61,10 @@ def build_selector(
                     "weights of the moment, and there is nothing to compare or to run beside. Fix: pass "
                     "`proxy=ProxyModel(...)` to attach_spice, set proxy_model_name_or_path, or leave it out."
                 )
-        scorer = _build_scorer(config, runtime, rows, _validation_rows(config, validation))
-        return StepSelector(StepScorer(scorer), config, shape=schedule.shape)
-    return StepSelector(
-        _build_proxy_scorer(config, schedule, runtime, rows, proxy=proxy, validation=validation),
-        config,
-        shape=schedule.shape,
-    )
+        scorer = StepScorer(_build_scorer(config, runtime, rows, _validation_rows(config, validation)))
+    else:
+        scorer = _build_proxy_scorer(config, schedule, runtime, rows, proxy=proxy, validation=validation)
+    return StepSelector(scorer, config, shape=schedule.shape)
 
 
 def _build_scorer(

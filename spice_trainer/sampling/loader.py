@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spice_trainer.data.rows import DataCollator, fetch_rows
+from spice_trainer.gradients.forward import move_inputs
 from spice_trainer.sampling.schedule import PoolSchedule, cut, spread
 from spice_trainer.selection.results import StepSelection
 
@@ -40,14 +40,14 @@ class PickSource(Protocol):
 
 
 def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
-    """Cut picks into contiguous slots whose sizes differ by at most one, the longer ones first."""
+    """Cuts picks into contiguous slots whose sizes differ by at most one, the longer ones first."""
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots} must be at least 1.")
     return cut(indices, spread(len(indices), num_slots))
 
 
 def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
-    """Return the slot that a rank trains on in a micro-batch: micro_batch · world_size + rank, as Accelerate deals."""
+    """The slot that a rank trains on in a micro-batch: micro_batch · world_size + rank, as Accelerate deals."""
     if not 0 <= rank < world_size or micro_batch < 0:
         raise ValueError(
             f"rank={rank}, micro_batch={micro_batch}, world_size={world_size}: rank must be from 0 to world_size - 1 "
@@ -152,7 +152,7 @@ class SlotCollator:
             self.num_tokens += tokens
         if hasattr(batch, "to") and not isinstance(batch, dict):
             return batch.to(self.device)
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return move_inputs(batch, self.device)
 
     def take_num_tokens(self) -> int:
         """Tokens collated for training since the last call, fillers left out."""

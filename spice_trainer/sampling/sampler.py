@@ -218,13 +218,7 @@ class SpiceSampler(Sampler[int]):
             yield from self.select_step(epoch, step_in_epoch).indices
 
     def start_run(self, global_step: int, *, skip_data: bool = True) -> None:
-        """Continues a run that has done `global_step` optimizer steps.
-
-        Args:
-            global_step (`int`): Optimizer steps done.
-            skip_data (`bool`, *optional*, defaults to `True`): Whether to go on within the epoch rather than start
-                that epoch anew (the Trainer's `ignore_data_skip`).
-        """
+        """Continues a run after `global_step` optimizer steps; without `skip_data` its epoch starts anew."""
         self.global_step = global_step
         self._next_epoch, self._first_step = divmod(global_step, self.schedule.steps_per_epoch)
         if not skip_data:
@@ -244,15 +238,7 @@ class SpiceSampler(Sampler[int]):
     def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
         """Scores a step's pools at the current weights and picks from them, or replays earlier picks.
 
-        Args:
-            epoch (`int`): Epoch, from 0.
-            step_in_epoch (`int`): Step of the epoch, from 0.
-
-        Returns:
-            [`StepSelection`]
-
-        Raises:
-            RuntimeError: If more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
+        A `RuntimeError` if more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
         """
         if self._replay.replays(epoch):
             selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)

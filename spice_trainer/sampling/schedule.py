@@ -51,15 +51,12 @@ def plan_step(
     adaptive: bool = False,
     equal_slots: bool = False,
 ) -> StepShape:
-    """Work out the pools and budgets of an optimizer step.
+    """Works out the pools and budgets of an optimizer step; the error of numbers that do not fit holds some that do.
 
     Without a given T = `pools_per_step`: T = max(1, round_half_up(B / K)) with B = `samples_per_step` spread evenly,
     the earlier pools getting one more; where a pool would have to give more than it holds, T = ceil(B / N). A given T
     makes every budget K. `adaptive` pools may stop before their budget. With `equal_slots`, for losses that are not
     normalised by `num_items_in_batch` over all devices, the picks are rounded down to a multiple of `num_slots`.
-
-    Raises:
-        `ValueError`: If the numbers do not fit together; the message holds the arithmetic and numbers that fit.
     """
     given = {
         "pool_size": pool_size,
@@ -153,12 +150,12 @@ def _check_explicit(num_pools: int, num_selected: int, pool_size: int, samples_p
 
 
 def ceil_divide(a: int, b: int) -> int:
-    """Divide whole numbers, rounding up."""
+    """Divides whole numbers, rounding up."""
     return -(-a // b)
 
 
 def spread(total: int, parts: int) -> tuple[int, ...]:
-    """Split `total` into `parts` whole numbers that differ by at most one, the larger ones first."""
+    """Splits `total` into `parts` whole numbers that differ by at most one, the larger ones first."""
     size, extra = divmod(total, parts)
     return (size + 1,) * extra + (size,) * (parts - extra)
 
@@ -181,13 +178,9 @@ class PoolSchedule:
     pool_size). With `shape.equal_slots` the last step's picks are rounded down to a multiple of `shape.num_slots`,
     taken from its last pools first; a pool left with nothing to give, and a last step with fewer picks than slots,
     are left out.
-
-    Raises:
-        `ValueError`: If there are no rows, or not enough for a single step.
     """
 
     def __init__(self, num_rows: int, shape: StepShape, *, pool_size: int, seed: int, drop_last: bool = False) -> None:
-        """Count the steps of an epoch, and check that there is one."""
         if num_rows < 1:
             raise ValueError(
                 f"The training dataset has {num_rows} rows, so there is nothing to select from. Check the filters and "
@@ -229,7 +222,7 @@ class PoolSchedule:
             )
 
     def pools(self, epoch: int, step_in_epoch: int) -> StepPools:
-        """Return a step's pools, a function of the settings, the epoch and the step within it, each from 0."""
+        """A step's pools, a function of the settings, the epoch and the step within it, each from 0."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch} must be at least 0.")
         if not 0 <= step_in_epoch < self.steps_per_epoch:
@@ -299,11 +292,11 @@ def build_schedule(
 def replay_epoch(
     indices: Sequence[int], *, num_steps: int, seed: int, epoch: int, num_slots: int, equal_slots: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """Deal the picks of the last selecting epoch anew over the steps of a later epoch.
+    """Deals the picks of the last selecting epoch anew over the steps of a later epoch, permuted by (seed, epoch).
 
-    They are permuted by (seed, epoch). Each step gets evenly many, earlier ones one more. With `equal_slots` each gets
-    a multiple of `num_slots`: the last few of the permuted picks are then left out, other ones each epoch. Steps are
-    empty only if there are fewer picks (or multiples) than steps.
+    Each step gets evenly many, earlier ones one more. With `equal_slots` each gets a multiple of `num_slots`: the last
+    few of the permuted picks are then left out, other ones each epoch. Steps are empty only if there are fewer picks
+    (or multiples) than steps.
     """
     for name, value in (("num_steps", num_steps), ("num_slots", num_slots)):
         if value < 1:
@@ -316,7 +309,7 @@ def replay_epoch(
 
 
 def cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Cut items into parts of these sizes."""
+    """Cuts items into parts of these sizes."""
     parts, start = [], 0
     for size in sizes:
         parts.append(tuple(items[start : start + size]))
@@ -325,7 +318,7 @@ def cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ..
 
 
 def _seeded_permutation(purpose: str, seed: int, epoch: int, length: int) -> Tensor:
-    """Permute `range(length)`, with a generator of its own so that the training's random state is not touched."""
+    """Permutes `range(length)`, with a generator of its own so that the training's random state is not touched."""
     # A hash, because neighbouring seeds and epochs (seed + epoch) would otherwise share permutations.
     digest = hashlib.sha256(f"spice_trainer/{purpose}/{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -22,13 +22,7 @@ from spice_trainer.selection.results import PoolSelection, StepSelection, StepTi
 
 
 class StepSelector:
-    """Scores each step's pools at the current weights and picks from them.
-
-    Args:
-        scorer ([`StepScorer`]): The target's, or a proxy's.
-        config ([`SpiceConfig`]): How to pick.
-        shape ([`StepShape`]): Micro-batches of a step, and whether they must be equal.
-    """
+    """Scores each step's pools at the current weights, with the target or a proxy, and picks from them."""
 
     def __init__(self, scorer: StepScorer, config: SpiceConfig, *, shape: StepShape) -> None:
         self.scorer = scorer
@@ -50,17 +44,8 @@ class StepSelector:
     ) -> StepSelection:
         """Selects for one step, whose `step` is the number of optimizer updates done before. A collective.
 
-        Args:
-            plan ([`StepPools`]): The step's pools and their budgets.
-            step (`int`): Optimizer updates done before.
-            next_plan ([`StepPools`], *optional*): The next step's, if it will be scored.
-            progress (`Callable[[int, int], None]`, *optional*): Told how many candidates are done, of how many.
-
-        Returns:
-            [`StepSelection`]: The same on every process; of its clock readings those of scoring and selecting.
-
-        Raises:
-            RuntimeError: If too few rows could be picked for equal micro-batches.
+        `next_plan` holds the next step's pools, if it will be scored; `progress` is told how many candidates are done,
+        of how many. The selection is the same on every process, its clock readings those of scoring and selecting.
         """
         started, seconds_selecting = time.perf_counter(), 0.0
         processes, decided = self.scorer.processes, dict[int, PoolSelection]()

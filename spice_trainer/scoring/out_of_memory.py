@@ -90,7 +90,7 @@ class TokenBudget:
         self._left_out: list[LeftOutRow] = []
 
     def split(self, lengths: Sequence[int]) -> list[range]:
-        """Halves a pass, the longest row first, until its parts keep the budget; a row beyond it is a part of its own."""
+        """Halves a pass, longest row first, until its parts keep the budget; a row beyond it is a part of its own."""
         waiting, parts = [range(len(lengths))], []
         while waiting:
             part = waiting.pop()

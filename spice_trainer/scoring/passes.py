@@ -90,7 +90,7 @@ class ScoringPasses:
         *,
         preconditioned: bool = True,
     ) -> FeatureBuffer:
-        """Runs forwards and backwards; features of what this process scored, of raw gradients unless `preconditioned`."""
+        """Runs forwards and backwards; features of what this process scored, raw gradients' if not preconditioned."""
         buffer = self.new_buffer(len(shared.held), preconditioned=preconditioned)
 
         def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spice_trainer.distributed import Processes
-from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfer
+from spice_trainer.proxy.transfer import TransferTotals, describe_transfer
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.recording.ledger import CostLedger
 from spice_trainer.recording.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
@@ -138,7 +138,7 @@ class SpiceCallback(TrainerCallback):
         if selection.transfers:
             for transfer in selection.transfers:
                 self.transfers.add(transfer)
-            if self.transfers.num_pools == self.sampler.config.proxy_check_pools:
+            if len(self.transfers.transfers) == self.sampler.config.proxy_check_pools:
                 logger.info("%s", describe_transfer(self.transfers))
         self._training_started = time.perf_counter()
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import RowShape
-from spice_trainer.proxy.transfer import _shuffles, compare_pools, scores_by_length
-from spice_trainer.proxy.transfer_totals import TransferTotals, describe_transfer
+from spice_trainer.proxy.transfer import TransferTotals, _shuffles, compare_pools, describe_transfer, scores_by_length
 from spice_trainer.selection.pool import select_pool
 from spice_trainer.selection.results import PoolTransfer
 from spice_trainer.selection.scores import PoolScores
@@ -309,15 +308,13 @@ def transfer(**changes: Any) -> PoolTransfer:
 
 def test_totals_are_means_over_the_pools_that_have_the_number() -> None:
     totals = TransferTotals()
-    assert (totals.num_pools, totals.rank_correlation, totals.overlap) == (0, None, None)
-    assert (totals.retained, totals.minimum_retained) == (None, None)
+    assert (totals.mean("rank_correlation"), totals.mean("overlap"), totals.mean("retained")) == (None, None, None)
     totals.add(transfer())
     totals.add(transfer(rank_correlation=None, num_shared=4, retained=None))
     totals.add(transfer(rank_correlation=0.5, num_shared=0, retained=-0.2))
-    assert totals.num_pools == 3
-    assert totals.rank_correlation == pytest.approx(0.7)
-    assert totals.overlap == pytest.approx(1 / 3)
-    assert (totals.retained, totals.minimum_retained) == (pytest.approx(0.3), -0.2)
+    assert totals.mean("rank_correlation") == pytest.approx(0.7)
+    assert totals.mean("overlap") == pytest.approx(1 / 3)
+    assert (totals.mean("retained"), totals.values("retained")) == (pytest.approx(0.3), [0.8, -0.2])
     resumed = TransferTotals()
     resumed.load_state_dict(json.loads(json.dumps(totals.state_dict())))
     assert resumed == totals
