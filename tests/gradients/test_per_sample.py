@@ -121,6 +121,23 @@ def test_left_padding_gives_the_same_gradients() -> None:
     assert relative_error(sink.by_module(), expected) < TOLERANCE
 
 
+def test_texts_packed_into_a_row_do_not_see_each_other() -> None:
+    """Not with a cache, which models have in evaluation mode unless they are told otherwise."""
+    model, sink = tiny_lora_model(), CollectingSink()
+    texts = [ids for ids, _ in example_rows()[:2]]
+    inputs = {
+        "input_ids": torch.tensor([[token for ids in texts for token in ids]]),
+        "position_ids": torch.tensor([[position for ids in texts for position in range(len(ids))]]),
+    }
+    labels = inputs["input_ids"].masked_fill(inputs["position_ids"] == 0, -100)
+    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        sample_gradients.compute(inputs, labels, sink)
+    num_labels = torch.tensor([len(ids) - 1.0 for ids in texts])
+    _, alone = looped_gradients(model, [(ids, list(ids)) for ids in texts])
+    expected = [(num_labels / num_labels.sum()) @ gradients for gradients in alone]
+    assert relative_error(sink.by_module(), [gradients[None] for gradients in expected]) < TOLERANCE
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_losses_equal_the_models_own(architecture: str) -> None:
     model, rows = tiny_lora_model(architecture), example_rows()
