@@ -76,7 +76,10 @@ def test_type_checkers_see_the_names_where_they_are() -> None:
     tree = ast.parse(Path(spice_trainer.__file__).read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     declared = {
-        alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module
+        for node in [*tree.body, *block.body]
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("spice_trainer.")
+        for alias in node.names
     }
     assert declared.keys() | {"__version__"} == set(spice_trainer.__all__) <= set(dir(spice_trainer))
     for name, module in declared.items():
