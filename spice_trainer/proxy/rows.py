@@ -8,7 +8,7 @@ another tokenizer, no raw columns     an error: the ids would mean other words
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from spice_trainer.data.checks import check_is_labelled, embedding_size
@@ -82,9 +82,4 @@ def target_size(target: TargetRows) -> int:
 def _pad_right(processing_class: Any) -> DataCollator:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # Padding is masked: any id serves.
-    pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
-
-    def collate(rows: list[Any]) -> Mapping[str, Any]:
-        return collate_rows(rows, pad_token_id=pad_token_id)
-
-    return collate
+    return partial(collate_rows, pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)

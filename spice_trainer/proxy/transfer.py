@@ -147,8 +147,6 @@ class _PoolInformation:
 
     def _measure(self, rows: list[int]) -> InformationMeasure:
         gradients, weights = self._scores.gradients, self._scores.row_weights
-        if self._kind == "exact":
-            gradients = weights = None
         return build_information(
             self._kind,
             gram=self._gram[rows][:, rows],

@@ -10,7 +10,7 @@ Axes: N candidates, D gradient dimension, m features kept per candidate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -152,25 +152,16 @@ class DiscardedGradients:
 class OwnedFeatures:
     """Features of the candidates of the pools that this process measures; all but the features are on the CPU.
 
-    `lengths` are the exact norms of what the features are of, which may be preconditioned; by default `norms`. By
-    default every row did fit into memory.
+    `rows` tells where each candidate is, by its position among all that were scored.
     """
 
+    rows: dict[int, int]
     features: Float[Tensor, "n m"]
     norms: Float64[Tensor, "n"]  # Exact, of the raw gradients.
+    lengths: Float64[Tensor, "n"]  # Exact, of what the features are of, which may be preconditioned.
     losses: Float[Tensor, "n"]
-    lengths: Float64[Tensor, "n"] = None  # type: ignore[assignment]
-    out_of_memory: Bool[Tensor, "n"] = None  # type: ignore[assignment]
+    out_of_memory: Bool[Tensor, "n"]  # Whether the row did not fit, so that nothing is known of it.
     momentum: Float[Tensor, " m"] | None = None  # Features of the optimizer's momentum.
-    rows: dict[int, int] = field(default_factory=dict)  # Where each candidate is, by its position among all scored.
-
-    def __post_init__(self) -> None:
-        """Fills in what was not given."""
-        # A frozen instance is written to only while it is made.
-        if self.lengths is None:
-            object.__setattr__(self, "lengths", self.norms)
-        if self.out_of_memory is None:
-            object.__setattr__(self, "out_of_memory", torch.zeros(len(self.norms), dtype=torch.bool))
 
     def take(self, positions: Sequence[int]) -> OwnedFeatures:
         """Those of some candidates, in their order; views where they lie together."""

@@ -94,8 +94,14 @@ class ScoringPasses:
         buffer = self.new_buffer(len(shared.held), preconditioned=preconditioned)
 
         def run(sample_gradients: SampleGradients, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
-            inputs, labels = pad_rows(rows)
-            self.run_pass(sample_gradients, inputs, labels, None if places is None else buffer, places or [])
+            inputs, labels = self._move(*pad_rows(rows))
+            if places is not None:
+                buffer.begin(places)
+            with self._autocast():
+                sink = DiscardedGradients() if places is None else buffer
+                losses = sample_gradients.compute(inputs, labels, sink)
+            if places is not None:
+                buffer.finish(losses)
 
         self._run(shared, run, buffer.leave_out, report)
         return buffer
@@ -122,23 +128,6 @@ class ScoringPasses:
         self._run(shared, run, leave_out, report)
         scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
         return {position: loss for position, loss in zip(shared.held, losses, strict=True) if position in scored}
-
-    def run_pass(
-        self,
-        sample_gradients: SampleGradients,
-        inputs: Mapping[str, Any],
-        labels: Tensor,
-        buffer: FeatureBuffer | None,
-        places: Sequence[int],
-    ) -> None:
-        """One forward and backward of padded rows. Their features go to `places` of the buffer, if there is one."""
-        inputs, labels = self._move(inputs, labels)
-        if buffer is not None:
-            buffer.begin(places)
-        with self._autocast():
-            losses = sample_gradients.compute(inputs, labels, buffer or DiscardedGradients())
-        if buffer is not None:
-            buffer.finish(losses)
 
     def _move(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         device = self.device

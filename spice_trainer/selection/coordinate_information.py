@@ -52,13 +52,13 @@ class _CoordinateInformation(ABC):
     ) -> None:
         check_alpha(fisher_alpha)
         check_matrix(gradients, "gradients")
-        num_candidates, dimension = gradients.shape
-        if row_weights is not None and row_weights.shape != (num_candidates,):
+        self.num_candidates, dimension = gradients.shape
+        if row_weights is not None and row_weights.shape != (self.num_candidates,):
             raise ValueError(
-                f"row_weights must have one entry per row of gradients, shape ({num_candidates},), "
+                f"row_weights must have one entry per row of gradients, shape ({self.num_candidates},), "
                 f"got {tuple(row_weights.shape)}."
             )
-        weights = torch.ones(num_candidates) if row_weights is None else row_weights.to("cpu")
+        weights = torch.ones(self.num_candidates) if row_weights is None else row_weights.to("cpu")
         self._gradients = gradients.detach()
         self._alpha = float(fisher_alpha)
         self._device = float64_device(gradients.device)
@@ -66,7 +66,7 @@ class _CoordinateInformation(ABC):
         self._inverses = torch.ones(dimension, dtype=torch.float64, device=self._device)
         # Reused for every chunk: fresh memory would cost several times the arithmetic.
         self._scratch = torch.empty(min(dimension, _CHUNK_SIZE), dtype=torch.float64, device=self._device)
-        self._information = 0.0
+        self.information = 0.0
 
         squared_weights = weights.to(torch.float64).square()
         energies = self._largest_squared_norms() * squared_weights
@@ -75,16 +75,6 @@ class _CoordinateInformation(ABC):
         energies = torch.where(sound, energies, 0.0)
         self._bounds = torch.tensor([self._first_bound(energy) for energy in energies.tolist()], dtype=torch.float64)
         self._current = energies == 0
-
-    @property
-    def num_candidates(self) -> int:
-        """N, the number of candidates."""
-        return len(self._squared_weights)
-
-    @property
-    def information(self) -> float:
-        """F(S): the sum of the gains of what was added."""
-        return self._information
 
     def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
         """Returns upper bounds on the current gains, and which of them are the gains themselves."""
@@ -108,7 +98,7 @@ class _CoordinateInformation(ABC):
                 inverses = self._inverses[columns]
                 inverses.div_(self._increment(self._squares(index, columns)).mul_(inverses).add_(1.0))
         self._current.copy_(self._bounds == 0)  # A gain of 0 stays 0.
-        self._information += gain
+        self.information += gain
         return gain
 
     def _squares(self, index: int, columns: slice) -> Float64[Tensor, " C"]:

@@ -222,22 +222,13 @@ def normalized_gram(
 
 
 def centred_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float64[Tensor, "N N"]:
-    """Returns the Gram matrix of g_i − μ, μ being the mean of the sound gradients.
+    """Returns the Gram matrix of g_i − μ, μ being the mean of the sound gradients, as float64 on the CPU.
 
         C_ij = K_ij − a_i − a_j + ‖μ‖²,      a_i = ⟨g_i, μ⟩
 
-    Makes sense where one direction that all candidates share drowns their differences. Costs O(N²).
-
-    Args:
-        gram (`torch.Tensor` of shape `(N, N)`): K.
-        sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked.
-
-    Returns:
-        `torch.Tensor` of shape `(N, N)`: float64 on the CPU; 0 in rows and columns that are not sound, and in those of
-        a gradient that is the mean itself (always so for a pool with one sound row), which no rule then picks.
-
-    Raises:
-        ValueError: If `gram` is not a Gram matrix.
+    Makes sense where one direction that all candidates share drowns their differences. Costs O(N²). 0 in rows and
+    columns that are not sound, and in those of a gradient that is the mean itself (always so for a pool with one sound
+    row), which no rule then picks.
     """
     gram = masked_gram(gram, sound)
     kept = gram.diagonal() > 0

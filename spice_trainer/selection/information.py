@@ -27,15 +27,10 @@ from spice_trainer.selection.coordinate_information import AdaFisherInformation,
 
 
 class InformationMeasure(Protocol):
-    """A growing set S with the marginal gain of every candidate."""
+    """A growing set S of `num_candidates`, F(S) = `information`, and the marginal gain of every candidate."""
 
-    @property
-    def num_candidates(self) -> int:
-        """N, the number of candidates."""
-
-    @property
-    def information(self) -> float:
-        """F(S): the sum of the gains of what was added, in order."""
+    num_candidates: int
+    information: float
 
     def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
         """Returns upper bounds on the current gains, and which of them are the gains themselves."""
@@ -62,17 +57,8 @@ class ExactInformation:
         gram = torch.where(sound[:, None] & sound, gram, 0.0)
         self._factor = conditional_factor(gram, fisher_alpha)
         self._gains = self._factor.gains()
-        self._information = 0.0
-
-    @property
-    def num_candidates(self) -> int:
-        """N, the number of candidates."""
-        return self._gains.shape[0]
-
-    @property
-    def information(self) -> float:
-        """F(S): the sum of the gains of what was added."""
-        return self._information
+        self.num_candidates = len(self._gains)
+        self.information = 0.0
 
     def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
         """Returns the current gains, all of them exact."""
@@ -87,7 +73,7 @@ class ExactInformation:
         gain = float(self._gains[index])
         self._factor.add(index)
         self._gains = self._factor.gains()
-        self._information += gain
+        self.information += gain
         return gain
 
 

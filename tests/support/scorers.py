@@ -60,10 +60,14 @@ def measured_pool(
     momentum: Tensor | None = None,
 ) -> PoolScores:
     """A pool whose gradients are these rows; they are left as they are."""
+    norms = features.double().norm(dim=1) if norms is None else norms
     found = OwnedFeatures(
-        features.clone(),
-        features.double().norm(dim=1) if norms is None else norms,
-        torch.zeros(len(features)) if losses is None else losses,
+        rows={},
+        features=features.clone(),
+        norms=norms,
+        lengths=norms,
+        losses=torch.zeros(len(features)) if losses is None else losses,
+        out_of_memory=torch.zeros(len(features), dtype=torch.bool),
         momentum=momentum,
     )
     candidates = range(len(features)) if candidates is None else candidates
