@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from spice_trainer.config import GradientNormalization
-from spice_trainer.scoring.measure import from_losses, from_shapes
+from spice_trainer.scoring.measure import from_losses
 from spice_trainer.scoring.sharing import SharedCandidates
 from spice_trainer.selection.gram import normalization_weights
 from spice_trainer.selection.scores import PoolScores
@@ -44,9 +44,9 @@ def filter_by_loss(
     for one that did not fit into memory. A pool in which no loss is finite is not in the result: it goes on as it is.
     """
     pools: dict[int, FilteredPool] = {}
-    for pool, candidates, shapes, positions in shared.by_pool():
+    for pool, known, positions in shared.by_pool():
         found = [losses.get(position, 0.0) for position in positions]
-        whole = from_losses(from_shapes(pool, candidates, shapes), found)
+        whole = from_losses(known, found)
         kept = _largest(found, whole.label_tokens or (), share, gradient_normalization)
         if kept:
             pools[pool] = FilteredPool(whole, tuple(kept))

@@ -33,7 +33,7 @@ from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
 from spice_trainer.scoring.features import FeatureBuffer, send_to_owners
-from spice_trainer.scoring.measure import from_features, from_losses, from_shapes
+from spice_trainer.scoring.measure import from_features, from_losses
 from spice_trainer.scoring.out_of_memory import TokenBudget
 from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.prefilter import FilteredPool, filter_by_loss
@@ -47,6 +47,9 @@ from spice_trainer.utils.random import preserved_random_state
 FEATURE_BUFFER_BYTES = 2**30
 
 _Progress = Callable[[int, int], None]
+
+# Dataset rows of each pool, by its number within the step.
+_Pools = dict[int, tuple[int, ...]]
 
 
 class GradientScorer:
@@ -114,11 +117,12 @@ class GradientScorer:
         Leaves no trace: random states, modes, hooks and gradients are as before whenever a pool is handed out.
         `progress` is told how many candidates are done, of how many. A collective that all must exhaust.
         """
+        numbered = dict(enumerate(map(tuple, pools)))
         if self.config.takes_gradients:
-            return self._score_gradients(pools, progress)
-        return self._score_losses(pools, progress) if self.config.takes_model else self._read_lengths(pools)
+            return self._score_gradients(numbered, progress)
+        return self._score_losses(numbered, progress) if self.config.takes_model else self._read_lengths(numbered)
 
-    def share(self, pools: dict[int, tuple[int, ...]]) -> SharedCandidates:
+    def share(self, pools: _Pools) -> SharedCandidates:
         """Collates the candidates of some pools and deals them to the processes. A collective."""
         return share_candidates(
             pools, self.collate_rows, tokens_per_batch=self._plan_tokens(), processes=self.processes
@@ -137,9 +141,8 @@ class GradientScorer:
     ) -> Iterator[PoolScores]:
         """Brings features to the pools' owners, and measures the pools owned here. A collective."""
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
-        for pool, candidates, shapes, positions in shared.by_pool():
+        for pool, known, positions in shared.by_pool():
             if self._owns(pool):
-                known = from_shapes(pool, candidates, shapes)
                 scores = from_features(known, owned.take(positions), self.config, reference)
                 if filtered is not None and pool in filtered:
                     scores = replace(scores, whole=filtered[pool].whole, kept=filtered[pool].kept)
@@ -184,9 +187,9 @@ class GradientScorer:
 
     # By gradients
 
-    def _score_gradients(self, pools: Sequence[Sequence[int]], progress: _Progress | None) -> Iterator[PoolScores]:
+    def _score_gradients(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
         reference = self.reference_gradient() if self.config.takes_validation else None
-        total, done = sum(map(len, pools)), 0
+        total, done = sum(map(len, pools.values())), 0
         for group in self._group_pools(pools):
             num_rows = sum(map(len, group.values()))
 
@@ -203,15 +206,15 @@ class GradientScorer:
             del shared, buffer
             done += num_rows
 
-    def _group_pools(self, pools: Sequence[Sequence[int]]) -> Iterator[dict[int, tuple[int, ...]]]:
+    def _group_pools(self, pools: _Pools) -> Iterator[_Pools]:
         """Groups a step's pools into as many as are scored together."""
-        group: dict[int, tuple[int, ...]] = {}
-        for pool, rows in enumerate(pools):
+        group: _Pools = {}
+        for pool, rows in pools.items():
             num_rows = sum(map(len, group.values())) + len(rows)
             if group and self.feature_bytes(len(group) + 1, num_rows) > FEATURE_BUFFER_BYTES:
                 yield group
                 group = {}
-            group[pool] = tuple(rows)
+            group[pool] = rows
         if group:
             yield group
 
@@ -248,27 +251,25 @@ class GradientScorer:
 
     # By losses
 
-    def _score_losses(self, pools: Sequence[Sequence[int]], progress: _Progress | None) -> Iterator[PoolScores]:
-        total = sum(map(len, pools))
+    def _score_losses(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
+        total = sum(map(len, pools.values()))
 
         def report(share: float) -> None:
             if progress is not None:
                 progress(int(share * total), total)
 
         with preserved_random_state(self.device):
-            shared = self.share({number: tuple(pool) for number, pool in enumerate(pools)})
+            shared = self.share(pools)
             alone: Mapping[int, float | None] | None = None
             if self.config.takes_answers_alone:
                 losses, alone = self._losses_of_answers(shared, report)
             else:
                 losses = self._gather(self._compute_losses(shared, report))
-        for pool, candidates, shapes, positions in shared.by_pool():
+        for pool, known, positions in shared.by_pool():
             if self._owns(pool):
-                yield from_losses(
-                    from_shapes(pool, candidates, shapes),
-                    [losses.get(position, 0.0) for position in positions],
-                    None if alone is None else [alone.get(position, 0.0) for position in positions],
-                )
+                found = [losses.get(position, 0.0) for position in positions]
+                others = None if alone is None else [alone.get(position, 0.0) for position in positions]
+                yield from_losses(known, found, others)
 
     def _compute_losses(
         self, shared: SharedCandidates, report: Callable[[float], None] | None = None
@@ -301,11 +302,10 @@ class GradientScorer:
 
     # By lengths
 
-    def _read_lengths(self, pools: Sequence[Sequence[int]]) -> Iterator[PoolScores]:
-        indices = [index for pool in pools for index in pool]
+    def _read_lengths(self, pools: _Pools) -> Iterator[PoolScores]:
+        indices = [index for pool in pools.values() for index in pool]
         with preserved_random_state(self.device):
             _, shapes = read_shapes(indices, self.collate_rows, self.processes)
-        numbered = {number: tuple(pool) for number, pool in enumerate(pools)}
-        for pool, candidates, of_pool, _ in split_by_pool(numbered, shapes):
+        for pool, known, _ in split_by_pool(pools, shapes):
             if self._owns(pool):
-                yield from_shapes(pool, candidates, of_pool)
+                yield known

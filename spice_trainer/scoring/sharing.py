@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from spice_trainer.data.rows import CandidateRow, RowShape
 from spice_trainer.distributed import Processes
 from spice_trainer.scoring.features import order_for_owners
+from spice_trainer.scoring.measure import from_shapes
+from spice_trainer.selection.scores import PoolScores
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class SharedCandidates:
     num_kept: int
     rows: dict[int, CandidateRow]  # The collated rows of the micro-batches.
 
-    def by_pool(self) -> Iterator[tuple[int, tuple[int, ...], tuple[RowShape, ...], range]]:
-        """Each pool's number, dataset rows, their lengths, and their positions among all candidates."""
+    def by_pool(self) -> Iterator[tuple[int, PoolScores, range]]:
+        """Each pool's number, what its rows' lengths tell, and their positions among all candidates."""
         return split_by_pool(self.pools, self.shapes)
 
 
@@ -104,13 +106,13 @@ def read_shapes(
 
 def split_by_pool(
     pools: Mapping[int, tuple[int, ...]], shapes: Sequence[RowShape]
-) -> Iterator[tuple[int, tuple[int, ...], tuple[RowShape, ...], range]]:
+) -> Iterator[tuple[int, PoolScores, range]]:
     """Cuts what is known of all candidates into pools; see [`SharedCandidates.by_pool`]."""
     start = 0
     for pool, candidates in pools.items():
         positions = range(start, start + len(candidates))
         start = positions.stop
-        yield pool, candidates, tuple(shapes[positions.start : positions.stop]), positions
+        yield pool, from_shapes(pool, candidates, shapes[positions.start : positions.stop]), positions
 
 
 def plan_micro_batches(shapes: Sequence[RowShape], tokens_per_batch: int) -> list[list[int]]:
