@@ -177,16 +177,11 @@ class AdapterLearner:
                 parameter.copy_(tensors[f"weights.{name}"])
         self.optimizer.state.clear()
         for name, parameter in self._parameters.items():
-            state = {
-                key: tensors[f"optimizer.{key}.{name}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in tensors
-            }
-            if state:
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter, copy=True)
-                    for key, value in state.items()
-                }
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"optimizer.{key}.{name}")
+                if value is not None:
+                    copied = value.clone() if key == "step" else value.to(parameter, copy=True)
+                    self.optimizer.state[parameter][key] = copied
         self.num_updates = int(tensors["num_updates"])
 
 

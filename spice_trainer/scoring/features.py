@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -40,9 +41,8 @@ class FeatureBuffer:
     ) -> None:
         self._sketch = sketch
         self._moments = moments
-        self._ends = torch.tensor(sizes).cumsum(0).tolist()
-        self._sizes = tuple(sizes)
-        width = sketch.sketch_dim if sketch is not None else self._ends[-1]
+        self._columns = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        width = sketch.sketch_dim if sketch is not None else self._columns[-1].stop
         self.features = torch.zeros(num_rows, width, device=device)
         self.losses = torch.zeros(num_rows, device=device)
         # Exact also when sketched: the sketch only has to carry directions.
@@ -58,7 +58,7 @@ class FeatureBuffer:
     def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
         """Features of one vector that is given by module, and left as it is."""
         found = torch.zeros(1, self.features.shape[1], device=self.features.device)
-        for number, (vector, size, end) in enumerate(zip(vectors, self._sizes, self._ends, strict=True)):
+        for number, (vector, columns) in enumerate(zip(vectors, self._columns, strict=True)):
             if vector is None:
                 continue
             values = vector.to(found, copy=True)[None]
@@ -66,7 +66,7 @@ class FeatureBuffer:
                 # It overwrites them.
                 self._sketch.fold_(found, number, values)
             else:
-                found[:, end - size : end] = values
+                found[:, columns] = values
         return found[0]
 
     def begin(self, rows: Sequence[int]) -> None:
@@ -100,8 +100,7 @@ class FeatureBuffer:
         if self._sketch is not None:
             self._sketch.fold_(self._folded, module_index, gradients)
         else:
-            end = self._ends[module_index]
-            self.features[self._rows, end - self._sizes[module_index] : end] = gradients
+            self.features[self._rows, self._columns[module_index]] = gradients
 
     def finish(self, losses: Float[Tensor, "n"]) -> None:
         """Ends the announced micro-batch with its rows' losses."""

@@ -209,12 +209,9 @@ def normalized_gram(
             "cosines, norms and weights must be of shape (N, N), (N,) and (N,), got "
             f"{tuple(cosines.shape)}, {tuple(norms.shape)} and {tuple(weights.shape)}."
         )
-    cosines = cosines.to("cpu").to(torch.float64)
-    lengths = weights.to("cpu").to(torch.float64) * norms.to("cpu").to(torch.float64)
-    sound = torch.isfinite(norms.to("cpu")) & (norms.to("cpu") > 0) & (cosines.diagonal() > 0)
-    if unit:
-        lengths = torch.ones_like(lengths)
-    lengths = torch.where(sound, lengths, 0.0)
+    cosines, norms, weights = (values.to("cpu").to(torch.float64) for values in (cosines, norms, weights))
+    sound = norms.isfinite() & (norms > 0) & (cosines.diagonal() > 0)
+    lengths = torch.where(sound, torch.ones_like(norms) if unit else weights * norms, 0.0)
     gram = torch.outer(lengths, lengths) * torch.where(sound[:, None] & sound, cosines, 0.0)
     if unit:
         gram.diagonal().copy_(sound.to(torch.float64))

@@ -105,7 +105,6 @@ def select(
         min_gain=min_gain,
         tie_tolerance=tie_tolerance,
     )
-    check_options(num_selected, options, GramReference)
     return greedy(ExactInformation(gram, fisher_alpha=fisher_alpha), gram, num_selected, options)
 
 
@@ -194,7 +193,7 @@ def greedy(
     With `reference_cosines`, of each candidate's gradient with one that is no mean of candidates (the optimizer's
     momentum), c(x) = max(0, −cos) is the same after every pick, whatever `conflict_reference`.
     """
-    check_options(num_selected, options)
+    check_options(num_selected, options, GramReference if reference_cosines is None else ConflictReference)
     gram = check_gram(gram)
     if measure.num_candidates != gram.shape[0]:
         raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
