@@ -41,6 +41,11 @@ HOSTILE = [
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "subprocess"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {"torch.load", "numpy.load", "np.load", "os.system", "os.popen", "importlib.import_module"}
+# Modules of the package by names that stand in it: a table, and what lies in a folder. Any other call is a danger.
+OWN_IMPORTS = {
+    "__init__.py": ["import_module(f'{__name__}.{_MODULES[name]}')", "importlib.import_module"],
+    "gradients/layers/registry.py": ["importlib.import_module(_module.name)"],
+}
 
 
 def find_dangers(source: str) -> list[str]:
@@ -56,7 +61,9 @@ def find_dangers(source: str) -> list[str]:
             found += [module] if module.split(".")[0] in FORBIDDEN_MODULES else []
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            found += [called] if called in FORBIDDEN_NAMES | FORBIDDEN_CALLS else []
+            if called.split(".")[-1] == "import_module":
+                found.append(ast.unparse(node))
+            found += [called] if called in FORBIDDEN_NAMES | FORBIDDEN_CALLS - {"importlib.import_module"} else []
             found += [
                 f"trust_remote_code={ast.unparse(word.value)}"
                 for word in node.keywords
@@ -78,6 +85,8 @@ def find_dangers(source: str) -> list[str]:
         "eval(text)",
         "def f():\n    exec(text)",
         "os.system(text)",
+        "importlib.import_module(text)",
+        "import_module(text)",
         "f(trust_remote_code=True)",
     ],
 )
@@ -87,7 +96,8 @@ def test_dangers_are_found(source: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_package_runs_nothing_that_it_reads(path: Path) -> None:
-    assert find_dangers(path.read_text(encoding="utf-8")) == []
+    expected = OWN_IMPORTS.get(path.relative_to(PACKAGE).as_posix(), [])
+    assert sorted(find_dangers(path.read_text(encoding="utf-8"))) == expected
 
 
 # Checkpoints
