@@ -35,8 +35,7 @@ from transformers import (
 )
 
 from spice_trainer import PoolScores, SpiceConfig, SpiceSampler, attach_spice
-from spice_trainer.selection.gram import normalization_weights, normalized_gram, scaled_alpha
-from spice_trainer.selection.results import StepSelection
+from spice_trainer.selection import StepSelection, normalization_weights, normalized_gram, scaled_alpha
 from spice_trainer.theory import analyse_pool, summarise
 
 NORMALIZATIONS = ("none", "sqrt_tokens", "tokens", "unit")

@@ -17,6 +17,20 @@ from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 
+NEEDS_IN_WORDS = {
+    "gram": "the Gram matrix of the candidates' gradients",
+    "gradient_norms": "the norms of the candidates' raw gradients",
+    "losses": "the candidates' mean losses",
+    "losses_without_instruction": "the losses of the answers without what precedes them",
+    "label_tokens": "the number of label tokens of each candidate",
+    "alignment": "the products of the candidates' gradients with a validation set's mean gradient",
+    "reference_norm": "the norm of the validation set's mean gradient",
+    "seed": "the run's seed",
+    "step": "the optimizer step",
+    "pool": "the number of the pool in its step",
+}
+"""What a rule may need: fields of [`PoolScores`] beside `sound`, in words."""
+
 
 @dataclass(frozen=True, eq=False)
 class PoolScores:

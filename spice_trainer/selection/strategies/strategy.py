@@ -17,21 +17,7 @@ from spice_trainer.selection.conflict import conflicts_with_mean
 from spice_trainer.selection.greedy import PickOptions, information_of
 from spice_trainer.selection.information import ExactInformation
 from spice_trainer.selection.results import Selection
-from spice_trainer.selection.scores import PoolScores
-
-WHAT = {
-    "gram": "the Gram matrix of the candidates' gradients",
-    "gradient_norms": "the norms of the candidates' raw gradients",
-    "losses": "the candidates' mean losses",
-    "losses_without_instruction": "the losses of the answers without what precedes them",
-    "label_tokens": "the number of label tokens of each candidate",
-    "alignment": "the products of the candidates' gradients with a validation set's mean gradient",
-    "reference_norm": "the norm of the validation set's mean gradient",
-    "seed": "the run's seed",
-    "step": "the optimizer step",
-    "pool": "the number of the pool in its step",
-}
-"""What a rule may need: fields of [`PoolScores`] beside `sound`, in words."""
+from spice_trainer.selection.scores import NEEDS_IN_WORDS, PoolScores
 
 
 class Picks(NamedTuple):
@@ -50,9 +36,9 @@ class Strategy:
 
     Args:
         name (`str`): Its name.
-        needs (`tuple[str, ...]`): Fields of [`PoolScores`] that it reads beside `sound`, of those in `WHAT`. What no
-            rule needs is not computed, and what a candidate costs follows: `gram`, `gradient_norms` and `alignment`
-            take a forward and a backward, `losses` a forward, `losses_without_instruction` one more.
+        needs (`tuple[str, ...]`): Fields of [`PoolScores`] that it reads beside `sound`, of those in `NEEDS_IN_WORDS`.
+            What no rule needs is not computed, and what a candidate costs follows: `gram`, `gradient_norms` and
+            `alignment` take a forward and a backward, `losses` a forward, `losses_without_instruction` one more.
         pick (`Callable[[PoolScores, int, PickOptions], Picks | Selection]`): Picks at most so many sound candidates.
             Of [`Picks`] the conflicts and the information are added, which mean the same for every rule.
         maximizes_information (`bool`, *optional*, defaults to `False`): Whether its gains are of Fisher information,
@@ -82,11 +68,11 @@ class Strategy:
 
     def __post_init__(self) -> None:
         """Checks what it needs."""
-        unknown = [name for name in self.needs if name not in WHAT]
+        unknown = [name for name in self.needs if name not in NEEDS_IN_WORDS]
         if unknown:
             raise ValueError(
                 f"Strategy {self.name!r} needs {', '.join(map(repr, unknown))}, which is not known of a pool. Fix: "
-                f"name fields among {', '.join(map(repr, WHAT))}."
+                f"name fields among {', '.join(map(repr, NEEDS_IN_WORDS))}."
             )
 
     @property
@@ -116,7 +102,8 @@ class Strategy:
         for name in self.needs:
             if getattr(scores, name) is None:
                 raise ValueError(
-                    f'strategy="{self.name}" needs {WHAT[name]}, but {name} is None. Pass PoolScores({name}=...).'
+                    f'strategy="{self.name}" needs {NEEDS_IN_WORDS[name]}, but {name} is None. Pass '
+                    f"PoolScores({name}=...)."
                 )
         if not self.maximizes_information:
             given = {"stop_ratio": options.stop_ratio, "min_gain": options.min_gain, "measure": options.new_measure}
