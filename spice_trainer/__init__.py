@@ -11,7 +11,8 @@ The paper is SPICE (arXiv 2601.23155). One line adds it to a working script:
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import version as _version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 # The rules that `SpiceConfig(strategy=...)` may name register themselves.
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from spice_trainer.trainer.handle import SpiceHandle
     from spice_trainer.trainer.sft import SpiceSFTTrainer
 
-__version__ = version("spice-trainer")
+__version__ = _version("spice-trainer")
 
 __all__ = [
     "PickOptions",
@@ -63,6 +64,10 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
+    if find_spec("trl") is None:
+        # What looks at every public name, as `import *` does, must not fail where TRL is not installed.
+        __all__.remove("SpiceSFTTrainer")
+
     # Imported when first asked for: transformers, PEFT and accelerate cost seconds that selecting on a Gram matrix and
     # reading a manifest have no use for.
     _MODULES = {

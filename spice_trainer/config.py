@@ -449,7 +449,7 @@ class SpiceConfig:
     @property
     def takes_validation(self) -> bool:
         """Whether the strategy compares candidates with a validation set."""
-        return "alignment" in self.rule.needs
+        return bool({"alignment", "reference_norm"} & set(self.rule.needs))
 
     def resolve_sketch_dim(self) -> int:
         """Return how many numbers of each sample gradient are kept.

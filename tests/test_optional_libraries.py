@@ -29,6 +29,7 @@ for module in pkgutil.walk_packages(spice_trainer.__path__, "spice_trainer."):
     if not module.name.endswith((".sft", ".__main__")):
         importlib.import_module(module.name)
 print("imported:", spice_trainer.select_subset)
+from spice_trainer import *
 try:
     spice_trainer.SpiceSFTTrainer
 except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 
 def _select(arguments: list[str]) -> None:
@@ -22,8 +23,12 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[name][0](arguments)
         return
     commands = "\n".join(f"  {command:10} {purpose}" for command, (_, purpose) in COMMANDS.items())
-    usage = f"usage: spice-trainer COMMAND [--help] [ARGUMENTS]\n\n{commands}"
-    if name not in ("-h", "--help"):
-        print(usage, file=sys.stderr)
+    usage = f"usage: spice-trainer [--version] COMMAND [--help] [ARGUMENTS]\n\n{commands}"
+    if name == "--version":
+        print(f"spice-trainer {version('spice-trainer')}")
+    elif name in ("-h", "--help"):
+        print(usage)
+    else:
+        problem = f"unknown command {name!r}" if name else "a command is needed"
+        print(f"{usage}\n\nspice-trainer: error: {problem}", file=sys.stderr)
         raise SystemExit(2)
-    print(usage)

@@ -62,13 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     validation = None
     if config.takes_validation:
         if arguments.validation_dataset_name is None:
-            parser.error("--strategy less needs --validation_dataset_name, the rows to compare candidates with")
+            parser.error(
+                f"--strategy {config.strategy} needs --validation_dataset_name, the rows to compare candidates with"
+            )
         validation = open_dataset(
             arguments.validation_dataset_name,
             script.dataset_test_split,
             name_flag="--validation_dataset_name",
             split_flag="--dataset_test_split",
         )
+    dataset = open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config)
     accelerator = Accelerator()
     quantization = get_quantization_config(model)
     model_kwargs: dict[str, Any] = {
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     subset = select_subset(
         selector,
-        open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config),
+        dataset,
         config,
         output_dir=arguments.output_dir,
         validation_dataset=validation,

@@ -78,7 +78,7 @@ def _validation_rows(
 ) -> ValidationRows | None:
     if rows is None or not config.takes_validation:
         return None
-    return ValidationRows(read(rows), config.validation_rows)
+    return ValidationRows(read(rows), config.validation_rows, config.strategy)
 
 
 def _build_proxy_scorer(

@@ -247,7 +247,7 @@ class GradientScorer:
             )
             with self.failing_together():
                 buffer = self.passes.compute_features(shared, preconditioned=False)
-        return mean_gradient(buffer, self.processes, num_rows=len(indices))
+        return mean_gradient(buffer, self.processes, validation)
 
     # By losses
 

@@ -31,13 +31,14 @@ class ValidationRows:
 
     rows: TargetRows
     num_rows: int
+    strategy: str = "less"
 
     def __post_init__(self) -> None:
         """Checks that there is something to compare with."""
         if not len(self.rows.dataset):
             raise ValueError(
-                "SpiceConfig: strategy='less' compares candidates with a validation set, and this one has no row. "
-                "Fix: give the Trainer an eval_dataset with rows of what the model shall learn."
+                f"SpiceConfig: strategy={self.strategy!r} compares candidates with a validation set, and this one "
+                "has no row. Fix: give the Trainer an eval_dataset with rows of what the model shall learn."
             )
 
     @property
@@ -54,10 +55,10 @@ class ValidationRows:
         ]
 
 
-def mean_gradient(buffer: FeatureBuffer, processes: Processes, *, num_rows: int) -> Float64[Tensor, " m"]:
+def mean_gradient(buffer: FeatureBuffer, processes: Processes, validation: ValidationRows) -> Float64[Tensor, " m"]:
     """Returns v of the rows whose features the processes hold, the same on each of them. A collective.
 
-    A `RuntimeError` if none of the `num_rows` rows has a finite gradient other than zero.
+    A `RuntimeError` if none of the rows has a finite gradient other than zero.
     """
     units, lengths = unit_rows(buffer.features)
     sound = (lengths > 0) & lengths.isfinite() & buffer.norms.cpu().isfinite() & buffer.losses.cpu().isfinite()
@@ -68,9 +69,9 @@ def mean_gradient(buffer: FeatureBuffer, processes: Processes, *, num_rows: int)
     number = sum(count for _, count in gathered)
     if number == 0:
         raise RuntimeError(
-            f"strategy='less' found no gradient among the {num_rows} validation rows: each is zero or not "
-            "finite. Likely causes: rows without label tokens (prompts longer than `max_length`), or a training "
-            "that diverged."
+            f"strategy={validation.strategy!r} found no gradient among the {len(validation.indices)} validation rows: "
+            "each is zero or not finite. Likely causes: rows without label tokens (prompts longer than `max_length`), "
+            "or a training that diverged."
         )
     mean: Tensor = torch.stack([part for part, _ in gathered]).sum(dim=0) / number
     return mean

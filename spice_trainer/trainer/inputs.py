@@ -136,7 +136,7 @@ def build_trainer_selector(
         ),
         describe_rows(trainer, dataset, collate, trainer.train_dataset),
         proxy=proxy,
-        validation=validation_rows(trainer) if config.takes_validation else None,
+        validation=validation_rows(trainer, config.strategy) if config.takes_validation else None,
     )
 
 
@@ -168,14 +168,14 @@ def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
         )
 
 
-def validation_rows(trainer: Any) -> TargetRows | None:
+def validation_rows(trainer: Any, strategy: str) -> TargetRows | None:
     """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none."""
     given = trainer.eval_dataset
     if given is None:
         return None
     if isinstance(given, dict):
         raise ValueError(
-            f"SpiceConfig: strategy='less' compares candidates with one validation set, and the Trainer's "
+            f"SpiceConfig: strategy={strategy!r} compares candidates with one validation set, and the Trainer's "
             f"eval_dataset holds {len(given)}: {', '.join(map(str, given))}. Fix: give it one dataset, such as "
             "datasets.concatenate_datasets(list(eval_dataset.values())), or choose another strategy."
         )

@@ -106,7 +106,7 @@ def lengths_alone(scores: PoolScores) -> PoolScores:
     squared = 1.0 / torch.tensor(scores.label_tokens, dtype=torch.float64)
     everything = torch.ones(len(squared), dtype=torch.bool)
     return replace(
-        scores, gram=torch.diag(squared), gradient_norms=squared.sqrt(), finite=everything, nonzero=everything
+        scores, gram=torch.diag(squared), gradient_norms=squared.sqrt(), finite=everything, sound=everything
     )
 
 

@@ -1,6 +1,6 @@
 """Whole runs in reduced precision: attached with the check on, scored as they train, and not disturbed by it.
 
-Gradients alone are compared with fp32 in `test_gradients.py`, features and Gram matrices in `test_scoring.py`.
+Gradients alone are compared with fp32 in `tests/gradients`, features and Gram matrices in `tests/scoring`.
 """
 
 from __future__ import annotations

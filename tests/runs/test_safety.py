@@ -265,7 +265,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("flag", [None, "true", "false"])
-def test_the_command_trusts_what_its_flag_says(flag: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trusts_what_its_flag_says(
+    flag: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trl = pytest.importorskip("trl")
     has_flag = "trust_remote_code" in trl.ModelConfig.__dataclass_fields__
     if flag is not None and not has_flag:
@@ -278,9 +280,9 @@ def test_the_command_trusts_what_its_flag_says(flag: str | None, monkeypatch: py
         raise Stop
 
     monkeypatch.setattr(ProxyModel, "from_pretrained", load)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one row"}\n')
     flags = [] if flag is None else ["--trust_remote_code", flag]
     with pytest.raises(Stop):
-        run_select(
-            ["--model_name_or_path", "org/model", "--dataset_name", "rows.jsonl", "--output_dir", "out", *flags]
-        )
+        run_select(["--model_name_or_path", "org/model", "--dataset_name", str(rows), "--output_dir", "out", *flags])
     assert seen[0]["model_kwargs"]["trust_remote_code"] is (flag == "true")

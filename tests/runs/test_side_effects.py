@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_an_error_while_scoring_leaves_no_trace(tmp_path: Any, monkeypatch: pyte
         raise RuntimeError("user's own error")
 
     if place == "collator":
-        monkeypatch.setattr(scorer, "collate", fail)
+        monkeypatch.setattr(scorer, "rows", replace(scorer.rows, collate=fail))
     else:
         monkeypatch.setattr(type(model.base_model.model.model.layers[1]), "forward", fail)
     with pytest.raises((RuntimeError, ValueError), match="user's own error"):

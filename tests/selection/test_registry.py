@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from spice_trainer import PickOptions, Picks, PoolScores, SpiceConfig, Strategy, register_strategy
 from spice_trainer.config import STRATEGIES
-from spice_trainer.selection import pick_largest, select_by_strategy
+from spice_trainer.selection import Selection, pick_largest, select_by_strategy
 from tests.support.trainers import (
     make_trainer,
     read_records,
@@ -131,3 +133,72 @@ def test_its_name_may_be_taken_again_but_not_from_the_package() -> None:
         ValueError, match=r'strategy="longest" needs the number of label tokens .* label_tokens is None'
     ):
         select_by_strategy("longest", PoolScores(sound=torch.ones(3, dtype=torch.bool)), 1)
+
+
+def picks_of(picked: Any, num_selected: int = 3) -> Selection:
+    """What becomes of what a user's rule returned, on six candidates the last of which cannot train."""
+    register_strategy(Strategy("odd", ("label_tokens",), lambda scores, num_selected, options: picked))
+    sound = torch.tensor([True, True, True, True, True, False])
+    scores = PoolScores(sound=sound, gram=torch.eye(6, dtype=torch.float64), label_tokens=torch.ones(6))
+    return select_by_strategy("odd", scores, num_selected)
+
+
+def test_its_picks_may_be_any_kind_of_number() -> None:
+    selection = picks_of(Picks(torch.tensor([4, 0]), torch.tensor([0.5, math.nan])))
+    assert selection.indices == (4, 0) and selection.gains[0] == 0.5 and math.isnan(selection.gains[1])
+    assert all(type(index) is int for index in selection.indices)
+    assert picks_of(Picks([], [])).indices == ()
+
+
+@pytest.mark.parametrize(
+    ("picked", "problem"),
+    [
+        (Picks([0, 1, 2, 3], [1.0] * 4), "4 candidates, where at most 3 were asked for"),
+        (Picks([0, 1], [1.0]), r"gains \[1.0\] for 2 candidates; each has one, finite or nan"),
+        (Picks([0], [math.inf]), r"gains \[inf\] for 1 candidates"),
+        (Picks([0, 0], [1.0, 1.0]), r"the positions \[0, 0\], which are not distinct ones of 6 candidates"),
+        (Picks([-1], [1.0]), r"the positions \[-1\]"),
+        (Picks([6], [1.0]), r"the positions \[6\]"),
+        (Picks([0, 5], [1.0, 1.0]), "position 5, whose gradient or loss is zero or not finite, or which has no label"),
+    ],
+)
+def test_picks_that_must_not_train_are_refused(picked: Picks, problem: str) -> None:
+    with pytest.raises(ValueError, match=f'strategy="odd" picked {problem}.*Fix: pick among `scores.eligible'):
+        picks_of(picked)
+
+
+def test_a_selection_of_its_own_is_checked_too() -> None:
+    selection = picks_of(Picks([0, 1], [1.0, 0.5]))
+    assert picks_of(selection) is selection
+    with pytest.raises(ValueError, match='strategy="odd" picked position 5'):
+        picks_of(replace(selection, indices=(0, 5)))
+
+
+@pytest.mark.parametrize("picked", [None, [0, 1], ([0, 1], [1.0, 1.0])])
+def test_what_is_no_picks_is_refused(picked: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf'strategy="odd" picked a {type(picked).__name__}, where Picks or a Selection was expected'
+    ):
+        picks_of(picked)
+
+
+def test_a_rule_of_information_returns_a_greedy_pass() -> None:
+    register_strategy(Strategy("odd", ("gram",), lambda *given: Picks([0], [1.0]), maximizes_information=True))
+    scores = PoolScores(sound=torch.ones(3, dtype=torch.bool), gram=torch.eye(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="picked a Picks, where the Selection of a greedy pass was expected"):
+        select_by_strategy("odd", scores, 1)
+
+
+def test_what_a_strategy_is_made_of_is_checked() -> None:
+    with pytest.raises(TypeError, match=r"A Strategy's name is a text, got 3. Fix: Strategy\('name', needs, pick\)"):
+        Strategy(3, (), pick_longest)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="needs is a tuple of names .* got 'label_tokens' .* a comma after a lone name"
+    ):
+        Strategy("odd", "label_tokens", pick_longest)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pick a function"):
+        Strategy("odd", (), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'odd': maximizes_information=True needs 'gram'. Fix: add it to needs"):
+        Strategy("odd", (), pick_longest, maximizes_information=True)
+    with pytest.raises(ValueError, match="'odd': has_conflict_penalty=True is of a rule with maximizes_information"):
+        Strategy("odd", ("gram",), pick_longest, has_conflict_penalty=True)

@@ -6,7 +6,8 @@ Axes: N candidates of a pool, K picked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,15 +40,18 @@ class Strategy:
         needs (`tuple[str, ...]`): Fields of [`PoolScores`] that it reads beside `sound`, of those in `NEEDS_IN_WORDS`.
             What no rule needs is not computed, and what a candidate costs follows: `gram`, `gradient_norms` and
             `alignment` take a forward and a backward, `losses` a forward, `losses_without_instruction` one more.
-        pick (`Callable[[PoolScores, int, PickOptions], Picks | Selection]`): Picks at most so many sound candidates.
-            Of [`Picks`] the conflicts and the information are added, which mean the same for every rule.
-        maximizes_information (`bool`, *optional*, defaults to `False`): Whether its gains are of Fisher information,
-            so that `information`, `stop_ratio`, `min_gain` and centred gradients mean something to it.
-        has_conflict_penalty (`bool`, *optional*, defaults to `False`): Whether λ means something to it.
+        pick (`Callable[[PoolScores, int, PickOptions], Picks | Selection]`): Picks at most so many candidates of those
+            that [`PoolScores.eligible`] tells. Of [`Picks`] the conflicts and the information are added, which mean
+            the same for every rule.
+        maximizes_information (`bool`, *optional*, defaults to `False`): Whether its picks are the [`Selection`] of a
+            greedy pass by Fisher information on the Gram matrix, so that `information`, `stop_ratio`, `min_gain` and
+            centred gradients mean something to it.
+        has_conflict_penalty (`bool`, *optional*, defaults to `False`): Whether that pass heeds λ.
         has_gains (`bool`, *optional*, defaults to `True`): Whether its gains say anything; else records have none.
 
     Raises:
-        ValueError: If it needs something that is not known of a pool.
+        TypeError: If the name is no text, `needs` no tuple of names, or `pick` cannot be called.
+        ValueError: If it needs something that is not known of a pool, or a property without what that needs.
 
     Example:
     ```python
@@ -67,18 +71,33 @@ class Strategy:
     has_gains: bool = True
 
     def __post_init__(self) -> None:
-        """Checks what it needs."""
+        """Checks what it is made of."""
+        if not (isinstance(self.name, str) and self.name):
+            raise TypeError(f"A Strategy's name is a text, got {self.name!r}. Fix: Strategy('name', needs, pick).")
+        if not isinstance(self.needs, tuple | list) or not callable(self.pick):
+            raise TypeError(
+                f"Strategy {self.name!r}: needs is a tuple of names and pick a function, got {self.needs!r} and "
+                f"{self.pick!r}. Fix: Strategy({self.name!r}, ('label_tokens',), pick), a comma after a lone name."
+            )
+        object.__setattr__(self, "needs", tuple(self.needs))
         unknown = [name for name in self.needs if name not in NEEDS_IN_WORDS]
         if unknown:
             raise ValueError(
                 f"Strategy {self.name!r} needs {', '.join(map(repr, unknown))}, which is not known of a pool. Fix: "
                 f"name fields among {', '.join(map(repr, NEEDS_IN_WORDS))}."
             )
+        if self.maximizes_information and "gram" not in self.needs:
+            raise ValueError(f"Strategy {self.name!r}: maximizes_information=True needs 'gram'. Fix: add it to needs.")
+        if self.has_conflict_penalty and not self.maximizes_information:
+            raise ValueError(
+                f"Strategy {self.name!r}: has_conflict_penalty=True is of a rule with maximizes_information=True. "
+                "Fix: set both, or neither."
+            )
 
     @property
     def num_backwards(self) -> int:
         """Backwards through the model that a candidate costs."""
-        return int(bool({"gram", "gradient_norms", "alignment"} & set(self.needs)))
+        return int(bool({"gram", "gradient_norms", "alignment", "reference_norm"} & set(self.needs)))
 
     @property
     def num_forwards(self) -> int:
@@ -114,7 +133,34 @@ class Strategy:
                         f'maximise. Set {option}=None, or use strategy="spice" or "fisher".'
                     )
         picks = self.pick(scores, num_selected, options)
-        return picks if isinstance(picks, Selection) else describe_picks(scores, picks, options.fisher_alpha)
+        if not isinstance(picks, Selection if self.maximizes_information else Picks | Selection):
+            expected = "the Selection of a greedy pass" if self.maximizes_information else "Picks or a Selection"
+            raise TypeError(f'strategy="{self.name}" picked a {type(picks).__name__}, where {expected} was expected.')
+        checked = self._check_picks(picks.indices, picks.gains, scores, num_selected)
+        return picks if isinstance(picks, Selection) else describe_picks(scores, checked, options.fisher_alpha)
+
+    def _check_picks(
+        self, indices: Sequence[int], gains: Sequence[float], scores: PoolScores, num_selected: int
+    ) -> Picks:
+        """Picks as plain numbers; a `ValueError` for those that must not train."""
+        picked, values = [operator.index(index) for index in indices], [float(gain) for gain in gains]
+        eligible = scores.eligible().tolist()
+        problem = None
+        if len(picked) > num_selected:
+            problem = f"{len(picked)} candidates, where at most {num_selected} were asked for"
+        elif len(values) != len(picked) or any(math.isinf(gain) for gain in values):
+            problem = f"gains {values} for {len(picked)} candidates; each has one, finite or nan"
+        elif len(set(picked)) != len(picked) or not all(0 <= index < len(eligible) for index in picked):
+            problem = f"the positions {picked}, which are not distinct ones of {len(eligible)} candidates"
+        elif not all(eligible[index] for index in picked):
+            unsound = next(index for index in picked if not eligible[index])
+            problem = f"position {unsound}, whose gradient or loss is zero or not finite, or which has no label"
+        if problem is not None:
+            raise ValueError(
+                f'strategy="{self.name}" picked {problem}. Fix: pick among `scores.eligible(...)`, which also '
+                "takes the numbers that must be finite."
+            )
+        return Picks(picked, values)
 
 
 def describe_picks(scores: PoolScores, picks: Picks, fisher_alpha: float) -> Selection:

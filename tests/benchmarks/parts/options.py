@@ -137,7 +137,7 @@ def norm_error(scores: PoolScores, grams: ModuleGrams, option: ScoringOption) ->
     other rows through is infinitely wrong.
     """
     expected = np.sqrt(np.diag(grams.gram(option)))
-    kept = np.arange(len(expected)) if scores.whole is None else np.array(scores.whole.kept)
+    kept = np.arange(len(expected)) if scores.whole is None else np.array(scores.kept)
     if option.prefilter is not None:
         ours = kept_candidates(grams.losses, grams.label_tokens, option.prefilter, "none")
         # Rounding may turn two neighbours of the filter's edge around.
