@@ -17,7 +17,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-from spice_trainer import ProxyModel, SpiceConfig, attach_spice
+from spice_trainer import (
+    PickOptions,
+    Picks,
+    PoolScores,
+    ProxyModel,
+    SpiceConfig,
+    Strategy,
+    attach_spice,
+    register_strategy,
+)
+from spice_trainer.selection import pick_largest
 from tests.support.models import add_lora, tiny_model
 from tests.support.trainers import collate, tiny_rows, training_options
 
@@ -57,6 +67,15 @@ def save_model(folder: Path, *, lora_dropout: float = 0.3, randomize: bool = Tru
     model.save_pretrained(folder / "adapter")
     model.unload().save_pretrained(folder / "base")
     return folder
+
+
+def pick_hardest_of_the_long(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
+    """A rule of a user's own, on numbers of two kinds: gradients for the one, losses that come with them."""
+    values = scores.values("losses") * scores.values("gradient_norms")
+    return pick_largest(values, scores.eligible(values), num_selected, options.tie_tolerance)
+
+
+OWN_STRATEGY = Strategy("hardest", ("gradient_norms", "losses"), pick_hardest_of_the_long)
 
 
 def load_model(folder: Path, *, quantized: bool = False) -> nn.Module:
@@ -99,6 +118,8 @@ def make_trainer(
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
     """A Trainer with SPICE attached; `spice` goes over [`SETTINGS`]."""
+    if spice and spice.get("strategy") == OWN_STRATEGY.name:
+        register_strategy(OWN_STRATEGY)
     trainer = Trainer(
         model=model,
         args=args,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spice_trainer.config import STRATEGIES
 from tests.distributed import setting
 from tests.distributed.launch import fork
 from tests.support.trainers import read_records, trained_indices
@@ -85,6 +86,16 @@ def test_scoring_less(config: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "ifd"])
 def test_strategies(strategy: str, tmp_path: Path) -> None:
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
+    heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one")
+
+
+def test_a_strategy_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Registered by the script of each process, and here taken away again.
+    monkeypatch.setitem(STRATEGIES, setting.OWN_STRATEGY.name, setting.OWN_STRATEGY)
+    spice = {"strategy": setting.OWN_STRATEGY.name}
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
     setting.single_trainer(folder, tmp_path / "one", spice=spice).train()
     heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")

@@ -135,7 +135,7 @@ def match_with_weights(
 
 def nonnegative_weights(gram: Float64[Tensor, "K K"], target: Float64[Tensor, " K"]) -> Float64[Tensor, " K"]:
     """Returns the w >= 0 with the smallest wᵀGw − 2 wᵀt, for a positive semi-definite G."""
-    # Imported where it is used: nothing else here needs it.
+    # Slow to import, and no other rule needs it.
     from scipy.optimize import nnls
 
     # ‖A w − b‖² with AᵀA = G and Aᵀb = t. Directions that rounding alone gives G would blow b up.
