@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from spice_trainer import PoolScores
 from tests.benchmarks import __main__ as command
 from tests.benchmarks.comparators import COMPARATORS, Unavailable
 from tests.benchmarks.methods import ARRIVAL, LABEL_COLUMNS, LOOP, SORTED, VMAP
@@ -169,8 +170,13 @@ def test_what_was_timed_is_what_is_told_of() -> None:
         losses, label_tokens = np.array([1.0, 3.0, 2.0]), np.array([1, 1, 1])
 
     def error(norms: list[float], option: Any, kept: tuple[int, ...] | None = None) -> float:
-        whole = None if kept is None else argparse.Namespace(kept=kept)
-        scores = argparse.Namespace(gradient_norms=torch.tensor(norms, dtype=torch.float64), whole=whole)
+        whole = None if kept is None else PoolScores(sound=torch.ones(3, dtype=torch.bool))
+        scores = PoolScores(
+            sound=torch.ones(len(norms), dtype=torch.bool),
+            gradient_norms=torch.tensor(norms, dtype=torch.float64),
+            whole=whole,
+            kept=kept or (),
+        )
         return options.norm_error(scores, Grams(), option)  # type: ignore[arg-type]
 
     assert error([2.0, 3.3, 4.0], options.FULL) == pytest.approx(0.1)
