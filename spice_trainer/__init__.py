@@ -11,6 +11,7 @@ The paper is SPICE (arXiv 2601.23155). One line adds it to a working script:
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,11 @@ if TYPE_CHECKING:
     from spice_trainer.trainer.handle import SpiceHandle
     from spice_trainer.trainer.sft import SpiceSFTTrainer
 
-__version__ = _version("spice-trainer")
+try:
+    __version__ = _version("spice-trainer")
+except _PackageNotFoundError:
+    # A source tree on PYTHONPATH, not installed.
+    __version__ = "0+unknown"
 
 __all__ = [
     "PickOptions",

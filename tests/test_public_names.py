@@ -89,3 +89,18 @@ def test_type_checkers_see_the_names_where_they_are() -> None:
 def test_another_name_is_an_error() -> None:
     with pytest.raises(AttributeError, match="module 'spice_trainer' has no attribute 'selct'"):
         _ = spice_trainer.selct
+
+
+def test_a_source_tree_that_is_not_installed_can_be_imported() -> None:
+    program = """
+import importlib.metadata as metadata
+found = metadata.version
+def version(name):
+    if name == "spice-trainer":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+import spice_trainer
+assert spice_trainer.__version__ == "0+unknown", spice_trainer.__version__
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
