@@ -309,6 +309,17 @@ def test_dpp_first_takes_the_longest_and_then_what_is_left_of_the_others():
     assert fisher.gains == pytest.approx([gain + math.log(1e6) for gain in selection.gains[:2]], rel=1e-5)
 
 
+def test_dpp_gives_the_same_first_picks_however_many_are_asked_for():
+    # BLAS rounds a product otherwise for another width, so that no width may hang on num_selected.
+    for seed in range(20):
+        inputs = inputs_of(pool(num_rows=11, dimension=7, seed=seed, spread=0.5))
+        whole = select_by_strategy("dpp", inputs, 11)
+        for num_selected in range(1, 11):
+            part = select_by_strategy("dpp", inputs, num_selected)
+            assert part.indices == whole.indices[:num_selected]
+            assert part.gains == whole.gains[:num_selected]
+
+
 def test_matching_reaches_the_pools_mean_and_beats_random():
     known = pool(24, 60, seed=8)
     rows = known["gradients"]

@@ -32,19 +32,22 @@ def pick_dpp(scores: PoolScores, num_selected: int, options: PickOptions) -> Pic
     squared_norms = gram.diagonal().clone()
     floors = _DEPENDENT * squared_norms
     residuals = squared_norms.clone()
-    num_picks = min(num_selected, int(remaining.sum()))
-    # The Cholesky factor of K_SS, continued for every candidate; a dependent pick adds no column.
-    factor = torch.zeros(gram.shape[0], num_picks, dtype=torch.float64)
+    # The Cholesky factor of K_SS, continued for every candidate; a dependent pick adds no column. Its width is not
+    # num_selected's: BLAS may round otherwise for another width, and the first picks of more must be the same.
+    factor = torch.empty_like(gram)
+    num_columns = 0
     picks = Picks([], [])
-    for order in range(num_picks):
+    for _ in range(min(num_selected, int(remaining.sum()))):
         gains = torch.maximum(residuals, floors).log()
         index = lowest_tied(gains, remaining, options.tie_tolerance)
         remaining[index] = False
         picks.indices.append(index)
         picks.gains.append(float(gains[index]))
         if residuals[index] > floors[index]:
-            column = (gram[:, index] - factor @ factor[index]) / residuals[index].sqrt()
-            factor[:, order] = column
+            previous = factor[:, :num_columns]
+            column = (gram[:, index] - previous @ previous[index]) / residuals[index].sqrt()
+            factor[:, num_columns] = column
+            num_columns += 1
             residuals = residuals - column.square()
     return picks
 
