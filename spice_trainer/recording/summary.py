@@ -236,8 +236,10 @@ def print_summary(
     trains: bool = True,
 ) -> None:
     """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
-    rows = summarize_run(totals, ledger, peak=peak, trains=trains)
-    below = [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
+    rows = [(name, _encodable(value)) for name, value in summarize_run(totals, ledger, peak=peak, trains=trains)]
+    below = [
+        _encodable(line) for line in [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
+    ]
     # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
     state = random.getstate()
     try:
@@ -262,6 +264,16 @@ def print_summary(
             console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
     finally:
         random.setstate(state)
+
+
+def _encodable(text: str) -> str:
+    """What stdout can write of a text: a folder's name, or the µ of µs, is in few encodings but UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("µ", "u").encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _bytes(size: float) -> str:

@@ -28,7 +28,7 @@ from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
 from spice_trainer.subset.model import without_fingerprint
-from spice_trainer.utils.logging import logger
+from spice_trainer.utils.logging import logger, warning_of_failure
 from spice_trainer.utils.saved import reading_saved
 
 _STATE_FOLDER = re.compile(r"selection-(\d+)")
@@ -95,7 +95,8 @@ class SubsetRun:
         """Prints the summary, and removes the states of a selection whose result has been written."""
         if not self.processes.is_main:
             return
-        print_summary(self.totals, os.fspath(self.output_dir / RECORDS_FOLDER), trains=False)
+        with warning_of_failure("printing the summary"):
+            print_summary(self.totals, os.fspath(self.output_dir / RECORDS_FOLDER), trains=False)
         for _, folder in self._states():
             shutil.rmtree(folder)
 

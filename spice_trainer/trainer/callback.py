@@ -32,7 +32,7 @@ from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.scoring.memory import MemoryUse, memory_use
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.trainer.checks import check_adapter_is_saved
-from spice_trainer.utils.logging import logger
+from spice_trainer.utils.logging import logger, warning_of_failure
 from spice_trainer.utils.saved import reading_saved
 
 
@@ -177,9 +177,12 @@ class SpiceCallback(TrainerCallback):
     ) -> None:
         """Prints the summary and closes the record files."""
         if self._records is not None and self.totals.num_steps:
-            ledger = self._ledger()
-            self._records.write_ledger(ledger.to_dict())
-            print_summary(self.totals, os.fspath(self._records.directory), ledger, peak=self._peak)
+            ledger: CostLedger | None = None
+            with warning_of_failure("writing what the run cost"):
+                ledger = self._ledger()
+                self._records.write_ledger(ledger.to_dict())
+            with warning_of_failure("printing the summary"):
+                print_summary(self.totals, os.fspath(self._records.directory), ledger, peak=self._peak)
         self.close_records()
 
     def _report_memory(self, selection: StepSelection) -> None:

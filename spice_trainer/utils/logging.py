@@ -7,6 +7,8 @@ Python's default level, so when training starts the logger gets a handler if nob
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("spice_trainer")
 
@@ -24,3 +26,12 @@ def show_messages(*, is_main: bool = True) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+
+
+@contextmanager
+def warning_of_failure(action: str) -> Iterator[None]:
+    """Turns an error in the block into a warning: a report that fails may not end a run that has trained."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("SPICE: %s failed (%s: %s). The training is not affected.", action, type(error).__name__, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -249,6 +250,41 @@ def test_the_summary_of_a_run_with_its_ledger(
     print_summary(RunTotals(times=StepTimes(training=1.0)), "records")
     plain = capsys.readouterr().out
     assert "all the data" not in plain and "proxy" not in plain and "Training" in plain
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("encoding", ["ascii", "cp932", "cp936", "cp949", "koi8-r", "iso8859-2", "utf-8"])
+def test_a_summary_is_printed_in_any_encoding(encoding: str, rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    totals = RunTotals(num_steps=4, tokens_scored=2000, tokens_trained=10**6, times=StepTimes(training=2.0))
+    ledger = CostLedger.from_totals(totals, num_rows=100, steps_per_epoch=4, mean_row_tokens=20.0)
+    assert "2 µs a trained token" in ledger.describe()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    print_summary(totals, "runs/naïve 名", ledger)
+    text = written.getvalue().decode(encoding)
+    assert "Optimizer steps" in text and ("2 µs a trained" if encoding == "utf-8" else "2 us a trained") in text
+    assert "Records: runs/na" in text and ("naïve 名" in text) == (encoding == "utf-8")
+
+
+def test_a_report_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("spice_trainer.recording.records.RecordWriter.write_ledger", fail)
+    monkeypatch.setattr("spice_trainer.trainer.callback.print_summary", fail)
+    trainer = make_trainer(tmp_path, spice={})
+    with caplog.at_level(logging.WARNING, "spice_trainer"):
+        trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == len(trained_indices(tmp_path))
+    texts = [text for text in _messages(caplog, logging.WARNING) if "No space left" in text]
+    assert texts == [
+        f"SPICE: {action} failed (OSError: No space left on device). The training is not affected."
+        for action in ("writing what the run cost", "printing the summary")
+    ]
 
 
 def test_the_summary_of_a_selection_alone_says_nothing_of_training() -> None:
