@@ -9,8 +9,8 @@ One pass over the data: every row is a candidate once. The result does not depen
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
@@ -169,67 +170,87 @@ def select_subset(
         WholeNumber(1, "a step picks at least one row")("select_subset", "samples_per_step", samples_per_step)
     if max_length is not None:
         WholeNumber(1, "a row keeps at least one token")("select_subset", "max_length", max_length)
-    accelerator = Accelerator() if accelerator is None else accelerator
-    _check_launch(accelerator)
-    processes = Processes.of(accelerator)
-    show_messages(is_main=processes.is_main)
-    proxy = model if isinstance(model, ProxyModel) else _as_proxy(model, config)
-    _move(proxy.model, accelerator.device)
-    with processes.failing_together("preparing the selection"):
-        read = partial(
-            read_rows,
-            proxy=proxy,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            max_length=max_length,
-            completion_only=completion_only_loss,
-            assistant_only=assistant_only_loss,
-        )
-        rows = read(dataset)
-        validation = read(validation_dataset) if validation_dataset is not None else None
-        if samples_per_step is None:
-            samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
-        schedule = build_schedule(
-            config,
-            len(dataset),
-            per_device_train_batch_size=samples_per_step,
-            num_slots=1,
-            token_normalized=True,
-            drop_last=False,
-            seed=seed,
-        )
-        runtime = Runtime(lambda: proxy.model, schedule.seed, processes=processes, autocast=accelerator.autocast)
-        selector = build_selector(config, schedule, runtime, rows, proxy=proxy, validation=validation)
-        identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
-        if config.takes_validation:
-            identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
-    check_agreement(processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed})
-    sampler = SpiceSampler(config, proxy)
-    sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
-    described = processes.broadcast(describe_model(proxy.model) if processes.is_main else {})
-    # A fresh adapter is drawn anew when a selection is continued, and comes from its state.
-    identity["model"] = without_fingerprint(described)
-    output_dir = Path(output_dir)
-    run = SubsetRun(sampler, output_dir, processes, identity, described, save_steps, overwrite)
-    with processes.failing_together("looking into output_dir"):
-        is_done = processes.is_main and run.is_done()
-    if not processes.broadcast(is_done):
-        with processes.failing_together("verifying the sample gradients"):
-            check_selection(
-                selector.gradient_scorer, config, verify=verify and processes.is_main, autocast=accelerator.autocast
+    with _accelerator_for(accelerator) as accelerator:
+        _check_launch(accelerator)
+        processes = Processes.of(accelerator)
+        show_messages(is_main=processes.is_main)
+        proxy = model if isinstance(model, ProxyModel) else _as_proxy(model, config)
+        _move(proxy.model, accelerator.device)
+        with processes.failing_together("preparing the selection"):
+            read = partial(
+                read_rows,
+                proxy=proxy,
+                processing_class=processing_class,
+                data_collator=data_collator,
+                max_length=max_length,
+                completion_only=completion_only_loss,
+                assistant_only=assistant_only_loss,
             )
-        run.run()
-        with processes.failing_together("writing the subset"):
-            if processes.is_main:
-                export_subset(dataset, run.manifest(), output_dir, name=name, overwrite=overwrite)
-                # The embedding is as it was; looking for it would ask the hub.
-                proxy.model.save_pretrained(output_dir / SELECTOR_FOLDER, save_embedding_layers=False)  # type: ignore[operator]
-        run.finish()
+            rows = read(dataset)
+            validation = read(validation_dataset) if validation_dataset is not None else None
+            if samples_per_step is None:
+                samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
+            schedule = build_schedule(
+                config,
+                len(dataset),
+                per_device_train_batch_size=samples_per_step,
+                num_slots=1,
+                token_normalized=True,
+                drop_last=False,
+                seed=seed,
+            )
+            runtime = Runtime(lambda: proxy.model, schedule.seed, processes=processes, autocast=accelerator.autocast)
+            selector = build_selector(config, schedule, runtime, rows, proxy=proxy, validation=validation)
+            identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
+            if config.takes_validation:
+                identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
+        check_agreement(
+            processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed}
+        )
+        sampler = SpiceSampler(config, proxy)
+        sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
+        described = processes.broadcast(describe_model(proxy.model) if processes.is_main else {})
+        # A fresh adapter is drawn anew when a selection is continued, and comes from its state.
+        identity["model"] = without_fingerprint(described)
+        output_dir = Path(output_dir)
+        run = SubsetRun(sampler, output_dir, processes, identity, described, save_steps, overwrite)
+        with processes.failing_together("looking into output_dir"):
+            is_done = processes.is_main and run.is_done()
+        if not processes.broadcast(is_done):
+            with processes.failing_together("verifying the sample gradients"):
+                check_selection(
+                    selector.gradient_scorer,
+                    config,
+                    verify=verify and processes.is_main,
+                    autocast=accelerator.autocast,
+                )
+            run.run()
+            with processes.failing_together("writing the subset"):
+                if processes.is_main:
+                    export_subset(dataset, run.manifest(), output_dir, name=name, overwrite=overwrite)
+                    # The embedding is as it was; looking for it would ask the hub.
+                    proxy.model.save_pretrained(output_dir / SELECTOR_FOLDER, save_embedding_layers=False)  # type: ignore[operator]
+            run.finish()
     from datasets import load_from_disk
 
     return SelectedSubset(
         load_from_disk(os.fspath(output_dir / DATASET_FOLDER)), SubsetManifest.load(output_dir), output_dir
     )
+
+
+@contextmanager
+def _accelerator_for(given: Accelerator | None) -> Iterator[Accelerator]:
+    """The user's, or one for this selection: its precision must not be that of a Trainer built afterwards."""
+    if given is not None:
+        yield given
+        return
+    # Reading it through AcceleratorState() would set it.
+    is_first = not AcceleratorState._shared_state
+    try:
+        yield Accelerator()
+    finally:
+        if is_first:
+            AcceleratorState._reset_state()
 
 
 def _check_launch(accelerator: Accelerator) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset, load_from_disk
 
 from spice_trainer import ProxyModel, SelectedSubset, SpiceConfig, attach_spice, select_subset
@@ -91,6 +93,23 @@ def test_the_manifest_rebuilds_the_subset(tmp_path: Path) -> None:
     assert manifest.model["lora"]["r"] == 4
     with pytest.raises(ValueError, match="fingerprint"):
         rebuild_subset(tmp_path, tiny_dataset(seed=1))
+
+
+def test_the_precision_stays_open_for_a_trainer_built_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a process where nothing has built an Accelerator yet.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    select(tmp_path / "whole")
+    assert AcceleratorState._shared_state == {}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 2)
+        select(tmp_path / "interrupted")
+    assert AcceleratorState._shared_state == {}
+    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    # One that is set already is the user's, and stays.
+    select(tmp_path / "again")
+    assert AcceleratorState().mixed_precision == "bf16"
 
 
 class Interrupted(Exception):
