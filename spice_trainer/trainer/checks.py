@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, embedding_size
@@ -72,7 +72,7 @@ def check_objective(trainer: Any) -> None:
             "SFTTrainer or transformers.Trainer, or select beforehand with `select_subset` on the texts."
         )
     model = getattr(trainer, "model", None)
-    if isinstance(trainer, Seq2SeqTrainer) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(trainer).__name__} trains {type(model).__name__}, an encoder-decoder model. SPICE shifts labels "
             "by one as causal language models do, so its gradients would be others. Use a decoder-only model."

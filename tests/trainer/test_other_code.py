@@ -281,7 +281,21 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     trainer.model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="an encoder-decoder model. SPICE shifts labels by one.*decoder-only"):
         attach_spice(trainer, CONFIG)
-    from transformers import Seq2SeqTrainer
 
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        check_objective(object.__new__(Seq2SeqTrainer))
+
+def test_a_decoder_trains_under_seq2seq_trainer(tmp_path: Path) -> None:
+    # The base class of other tools' trainers of decoder-only models.
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    runs = []
+    for cls in (Trainer, Seq2SeqTrainer):
+        trainer = make_trainer(tmp_path / cls.__name__)
+        arguments = Seq2SeqTrainingArguments(**{**trainer.args.to_dict(), "use_cpu": True})
+        trainer = cls(
+            trainer.model, arguments, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator
+        )
+        attach_spice(trainer, CONFIG)
+        trainer.train()
+        assert trainer.state.global_step == trainer.state.max_steps
+        runs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert runs[0] == runs[1] and runs[0]
