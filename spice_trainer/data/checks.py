@@ -129,13 +129,30 @@ def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) ->
     )
 
 
-def check_collator(dataset: Any, collate: DataCollator, *, num_rows: int, device: torch.device) -> None:
-    """Tries the collator on rows together, as training will, and warns if a row comes out differently each time."""
+def check_collator(
+    dataset: Any,
+    collate: DataCollator,
+    rows: Sequence[CandidateRow],
+    sizes: tuple[int | None, int | None],
+    *,
+    num_rows: int,
+    device: torch.device,
+) -> None:
+    """Tries the collator on rows together, as training will, and warns if a row comes out differently each time.
+
+    `rows` are some of the dataset, of which the shortest and the longest are padded to each other where a step has
+    more than one; sizes by [`token_id_limits`].
+    """
+    by_length = sorted(rows, key=lambda row: row.num_tokens)
+    unlike = list(dict.fromkeys(row.index for row in (by_length[0], by_length[-1]))) if by_length else []
     number = min(num_rows, MAX_LISTED, len(dataset))
-    indices = [position * len(dataset) // number for position in range(number)]
+    spread = [position * len(dataset) // number for position in range(number)]
+    # Two unlike rows and a third are needed to see the padding, also where a micro-batch has two.
+    indices = sorted(list(dict.fromkeys([spread[0], *unlike, *spread]))[: max(number, 3) if number > 1 else 1])
     with preserved_random_state(device):
         try:
-            collate([dataset[index] for index in indices])
+            together = [dataset[index] for index in indices]
+            batch = collate(together)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -145,6 +162,7 @@ def check_collator(dataset: Any, collate: DataCollator, *, num_rows: int, device
                 "it does not pad rows to the same length. Fix: use one that does, such as "
                 "`DataCollatorForSeq2Seq(tokenizer)`, or per_device_train_batch_size=1."
             ) from error
+        _check_padding(batch, together, collate, sizes)
         once, again = (dict(collate([dataset[indices[0]]])) for _ in range(2))
     if any(not _same(value, again.get(key)) for key, value in once.items()):
         logger.warning(
@@ -154,6 +172,25 @@ def check_collator(dataset: Any, collate: DataCollator, *, num_rows: int, device
             name_of(collate),
             indices[0],
         )
+
+
+def _check_padding(batch: Any, rows: list[Any], collate: DataCollator, sizes: tuple[int | None, int | None]) -> None:
+    """Refuses ids beyond the vocabulary in rows collated together that none has alone: they are the padding's."""
+    if not isinstance(batch, Mapping) or set(batch) - _TEXT_KEYS - {"labels"}:
+        return
+    for key, size in zip(("input_ids", "labels"), sizes, strict=True):
+        values = batch.get(key)
+        if size is None or not isinstance(values, Tensor) or values.numel() == 0:
+            continue
+        highest = int(values.max())
+        # A row that has such an id itself is named when it is scored.
+        if highest >= size and all(int(collate([row])[key].max()) < size for row in rows):
+            raise ValueError(
+                f"The data collator ({name_of(collate)}) pads {key} with {highest}, and the model's vocabulary goes "
+                f"from 0 to {size - 1}. Likely cause: a pad token was added to the tokenizer and not to the model. "
+                "Fix: `model.resize_token_embeddings(len(tokenizer))` before the adapter is added, or a pad token "
+                "that the model knows, such as `tokenizer.pad_token = tokenizer.eos_token`."
+            )
 
 
 @contextmanager

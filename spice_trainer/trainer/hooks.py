@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids
+from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids, token_id_limits
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
@@ -142,7 +142,15 @@ class SpiceHooks:
             if self.sampler.proxy is not None:
                 check_proxy(self.sampler.proxy, self.trainer.model, device=args.device, rows=candidates)
             check_token_ids(candidates, scorer.vocabulary)
-            check_collator(inputs.dataset, inputs.collate, num_rows=args.train_batch_size, device=args.device)
+            check_collator(
+                inputs.dataset,
+                inputs.collate,
+                candidates,
+                # A proxy that scores may have another vocabulary; the collator pads for the model that trains.
+                token_id_limits(self.trainer.model),
+                num_rows=args.train_batch_size,
+                device=args.device,
+            )
             self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
         replaced = own_sampling(self.trainer)
         if replaced is not None:

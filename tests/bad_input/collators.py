@@ -48,6 +48,12 @@ def short_mask(rows: Sequence[Any]) -> Any:
     return {key: value[:, 1:] if key == "attention_mask" else value for key, value in collate(rows).items()}
 
 
+def padding_beyond(rows: Sequence[Any]) -> Any:
+    batch = collate(rows)
+    batch["input_ids"][batch["attention_mask"] == 0] = 64
+    return batch
+
+
 def failing(rows: Sequence[Any]) -> Any:
     raise ZeroDivisionError("division by zero")
 
@@ -127,6 +133,14 @@ ROWS = (
         _collator(short_mask),
     ),
     BadInput(
+        "padding_beyond",
+        "a pad token that was added to the tokenizer and not to the model",
+        ATTACHING,
+        ValueError,
+        ("(padding_beyond) pads input_ids with 64", "goes from 0 to 60", "resize_token_embeddings(len(tokenizer))"),
+        _collator(padding_beyond),
+    ),
+    BadInput(
         "failing_collator",
         "a collator that fails",
         ATTACHING,
@@ -140,7 +154,7 @@ ROWS = (
         ATTACHING,
         ValueError,
         (
-            "(default_data_collator) takes rows 0, 13, 27, 41",
+            "(default_data_collator) takes rows 0, 13, 27, 42",
             "failed on them together",
             "does not pad",
             "Fix: use one",
