@@ -18,6 +18,15 @@ from spice_trainer.data.rows import MAX_LISTED, CandidateRow, DataCollator, name
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
+_PADDING_ADVICE = {
+    "input_ids": (
+        "a pad token was added to the tokenizer and not to the model, or the tokenizer has none. Fix: "
+        "`model.resize_token_embeddings(len(tokenizer))` before the adapter is added, or a pad token that the model "
+        "knows, such as `tokenizer.pad_token = tokenizer.eos_token`."
+    ),
+    "labels": "it takes another number than -100 for labels that don't count. Fix: pad labels with -100.",
+}
+
 # With other inputs (pixels, say) a model may use ids outside its vocabulary as marks.
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "completion_mask"})
 
@@ -104,16 +113,23 @@ def check_token_ids(rows: Iterable[CandidateRow], sizes: tuple[int | None, int |
         if set(row.inputs) - _TEXT_KEYS:
             continue
         _check_ids(row, "input_ids", row.inputs["input_ids"], sizes[0])
-        _check_ids(row, "labels", row.labels[row.labels != -100], sizes[1])
+        _check_ids(row, "labels", row.labels, sizes[1])
+
+
+def _outside(key: str, values: Tensor, size: int | None) -> int | None:
+    """An id that a vocabulary of this size lacks, if there is one; labels of −100 count for nothing."""
+    values = values[values != -100] if key == "labels" else values
+    if size is None or values.numel() == 0:
+        return None
+    lowest, highest = (int(value) for value in torch.aminmax(values))
+    return highest if highest >= size else lowest if lowest < 0 else None
 
 
 def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) -> None:
-    if size is None or values.numel() == 0:
+    unknown = _outside(key, values, size)
+    if unknown is None or size is None:
         return
-    lowest, highest = (int(value) for value in torch.aminmax(values))
-    if lowest >= 0 and highest < size:
-        return
-    if highest >= size:
+    if unknown >= size:
         cause = (
             "the row was tokenised for another model, or tokens were added to the tokenizer and not to the model "
             "(`model.resize_token_embeddings(len(tokenizer))`)"
@@ -123,7 +139,7 @@ def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) ->
     else:
         cause = "padding with a negative number; it needs an id of the vocabulary and an attention_mask"
     raise ValueError(
-        f"Row {row.index} of the {row.source} has {highest if highest >= size else lowest} in its {key}, and the "
+        f"Row {row.index} of the {row.source} has {unknown} in its {key}, and the "
         f"model's vocabulary goes from 0 to {size - 1}. Likely cause: {cause}. Fix: tokenise it with this model's "
         "tokenizer, or leave the row out."
     )
@@ -180,17 +196,18 @@ def _check_padding(batch: Any, rows: list[Any], collate: DataCollator, sizes: tu
         return
     for key, size in zip(("input_ids", "labels"), sizes, strict=True):
         values = batch.get(key)
-        if size is None or not isinstance(values, Tensor) or values.numel() == 0:
-            continue
-        highest = int(values.max())
+        unknown = _outside(key, values, size) if isinstance(values, Tensor) else None
         # A row that has such an id itself is named when it is scored.
-        if highest >= size and all(int(collate([row])[key].max()) < size for row in rows):
-            raise ValueError(
-                f"The data collator ({name_of(collate)}) pads {key} with {highest}, and the model's vocabulary goes "
-                f"from 0 to {size - 1}. Likely cause: a pad token was added to the tokenizer and not to the model. "
-                "Fix: `model.resize_token_embeddings(len(tokenizer))` before the adapter is added, or a pad token "
-                "that the model knows, such as `tokenizer.pad_token = tokenizer.eos_token`."
-            )
+        if (
+            unknown is None
+            or size is None
+            or any(_outside(key, collate([row])[key], size) is not None for row in rows)
+        ):
+            continue
+        raise ValueError(
+            f"The data collator ({name_of(collate)}) pads {key} with {unknown}, and the model's vocabulary goes from "
+            f"0 to {size - 1}. Likely cause: {_PADDING_ADVICE[key]}"
+        )
 
 
 @contextmanager

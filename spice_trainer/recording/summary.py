@@ -237,9 +237,7 @@ def print_summary(
 ) -> None:
     """Prints the end-of-run table on stdout, with rich where it is installed, and what it cost beside all the data."""
     rows = [(name, _encodable(value)) for name, value in summarize_run(totals, ledger, peak=peak, trains=trains)]
-    below = [
-        _encodable(line) for line in [*([ledger.describe()] if ledger is not None else []), f"Records: {directory}"]
-    ]
+    below = [*([_encodable(ledger.describe())] if ledger is not None else []), _encodable(f"Records: {directory}")]
     # Rich draws an id for every style, some on import, from Python's random state, which belongs to the user's script.
     state = random.getstate()
     try:

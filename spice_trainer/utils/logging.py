@@ -34,4 +34,4 @@ def warning_of_failure(action: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("SPICE: %s failed (%s: %s). The training is not affected.", action, type(error).__name__, error)
+        logger.warning("SPICE: %s failed (%s: %s). The result is not affected.", action, type(error).__name__, error)

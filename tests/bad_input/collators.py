@@ -54,6 +54,12 @@ def padding_beyond(rows: Sequence[Any]) -> Any:
     return batch
 
 
+def padding_below(rows: Sequence[Any]) -> Any:
+    batch = collate(rows)
+    batch["labels"][batch["attention_mask"] == 0] = -1
+    return batch
+
+
 def failing(rows: Sequence[Any]) -> Any:
     raise ZeroDivisionError("division by zero")
 
@@ -139,6 +145,14 @@ ROWS = (
         ValueError,
         ("(padding_beyond) pads input_ids with 64", "goes from 0 to 60", "resize_token_embeddings(len(tokenizer))"),
         _collator(padding_beyond),
+    ),
+    BadInput(
+        "padding_below",
+        "labels that are padded with another number than -100",
+        ATTACHING,
+        ValueError,
+        ("(padding_below) pads labels with -1", "goes from 0 to 60", "Fix: pad labels with -100"),
+        _collator(padding_below),
     ),
     BadInput(
         "failing_collator",

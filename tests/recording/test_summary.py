@@ -282,7 +282,7 @@ def test_a_report_that_fails_ends_no_run(
     assert trainer.state.global_step == trainer.state.max_steps == len(trained_indices(tmp_path))
     texts = [text for text in _messages(caplog, logging.WARNING) if "No space left" in text]
     assert texts == [
-        f"SPICE: {action} failed (OSError: No space left on device). The training is not affected."
+        f"SPICE: {action} failed (OSError: No space left on device). The result is not affected."
         for action in ("writing what the run cost", "printing the summary")
     ]
 
