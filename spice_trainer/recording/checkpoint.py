@@ -133,6 +133,25 @@ def _check_continues(
         )
 
 
+def checkpoint_to_resume(wanted: Any, output_dir: str | os.PathLike[str]) -> Any:
+    """What the Trainer should resume for this `resume_from_checkpoint`; a `ValueError` where that was not written whole.
+
+    Of `True` the latest complete checkpoint. The Trainer itself would take an incomplete one, and fail.
+    """
+    if wanted is True:
+        return last_complete_checkpoint(output_dir) or True
+    if isinstance(wanted, str | os.PathLike) and (folder := Path(wanted)).is_dir() and not _is_complete(folder):
+        complete = _checkpoints(folder)[0] or _checkpoints(folder.absolute().parent)[0]
+        fix = f"resume_from_checkpoint={os.fspath(complete)!r}, the latest complete one" if complete else (
+            "start the run anew, without resume_from_checkpoint: none beside it is complete"
+        )  # fmt: skip
+        raise ValueError(
+            f"The checkpoint {folder} is not complete: it has no readable {TRAINER_STATE}, which is written last. "
+            f"Likely cause: its writing was interrupted, or it is no checkpoint. Fix: {fix}."
+        )
+    return wanted
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The complete checkpoint with the highest number, which "the latest" means; `None` without any checkpoint.
 
@@ -140,6 +159,23 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     `trainer_state.json` last, so a checkpoint without it is not complete. If none is, that is a `ValueError`.
     """
     folder = Path(output_dir)
+    complete, incomplete = _checkpoints(folder)
+    if incomplete and complete is None:
+        raise ValueError(
+            f"No checkpoint in {folder} is complete: {', '.join(incomplete)} without a readable {TRAINER_STATE}, "
+            "because writing the first one was interrupted. Start the run anew, without resume_from_checkpoint."
+        )
+    if incomplete and complete is not None:
+        is_one = len(incomplete) == 1
+        logger.warning(
+            "SPICE: %s in %s %s not complete, %s writing was interrupted. The run continues from %s.",
+            ", ".join(incomplete), folder, "is" if is_one else "are", "its" if is_one else "their", complete.name,
+        )  # fmt: skip
+    return None if complete is None else os.fspath(complete)
+
+
+def _checkpoints(folder: Path) -> tuple[Path | None, list[str]]:
+    """The latest complete checkpoint in a folder, and the names of later ones that are not."""
     found = [
         (int(match[1]), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -148,20 +184,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     incomplete: list[str] = []
     for _, path in sorted(found, reverse=True):
         if _is_complete(path):
-            if incomplete:
-                is_one = len(incomplete) == 1
-                logger.warning(
-                    "SPICE: %s in %s %s not complete, %s writing was interrupted. The run continues from %s.",
-                    ", ".join(incomplete), folder, "is" if is_one else "are", "its" if is_one else "their", path.name,
-                )  # fmt: skip
-            return os.fspath(path)
+            return path, incomplete
         incomplete.append(path.name)
-    if incomplete:
-        raise ValueError(
-            f"No checkpoint in {folder} is complete: {', '.join(incomplete)} without a readable {TRAINER_STATE}, "
-            "because writing the first one was interrupted. Start the run anew, without resume_from_checkpoint."
-        )
-    return None
+    return None, incomplete
 
 
 def mark_incomplete(checkpoint: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """What SPICE adds to one Trainer: six methods bound on the instance, each calling the original.
 
-    train                  where it resumes from the latest checkpoint, takes the latest that is complete
+    train                  resumes no checkpoint whose writing was interrupted
     _inner_training_loop   learns which checkpoint is resumed and where the run writes, before the loader is built
     get_train_dataloader   the trainer's own dataset and collator, with the rows SPICE picks
     get_batch_samples      a step without label tokens must not divide by zero
@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids, token_id_limits
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.distributed import Processes, check_agreement
-from spice_trainer.recording.checkpoint import last_complete_checkpoint, mark_incomplete
+from spice_trainer.recording.checkpoint import checkpoint_to_resume, mark_incomplete
 from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
@@ -178,11 +178,12 @@ class SpiceHooks:
     # The hooked methods
 
     def on_train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Asked for the latest checkpoint, the trainer would take one whose writing was interrupted."""
-        if args and args[0] is True:
-            args = (last_complete_checkpoint(self.trainer.args.output_dir) or True, *args[1:])
-        elif kwargs.get("resume_from_checkpoint") is True:
-            kwargs["resume_from_checkpoint"] = last_complete_checkpoint(self.trainer.args.output_dir) or True
+        """The trainer would resume a checkpoint whose writing was interrupted."""
+        output_dir = self.trainer.args.output_dir
+        if args:
+            args = (checkpoint_to_resume(args[0], output_dir), *args[1:])
+        elif "resume_from_checkpoint" in kwargs:
+            kwargs["resume_from_checkpoint"] = checkpoint_to_resume(kwargs["resume_from_checkpoint"], output_dir)
         return original(*args, **kwargs)
 
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -252,9 +253,10 @@ class SpiceHooks:
         is_checkpoint = (
             self.trainer.is_in_train
             and self.trainer.args.should_save
-            and os.path.basename(output_dir).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+            and os.path.basename(output_dir) == f"{PREFIX_CHECKPOINT_DIR}-{self.trainer.state.global_step}"
         )
-        if is_checkpoint:
+        # A folder that the user saves to loses nothing.
+        if is_checkpoint and kwargs.get("_internal_call", args[1] if len(args) > 1 else False):
             mark_incomplete(output_dir)
         result = original(*args, **kwargs)
         if is_checkpoint:

@@ -114,6 +114,14 @@ ROWS = (
         _latest(lambda folder: (folder / "checkpoint-6" / "trainer_state.json").unlink()),
     ),
     BadInput(
+        "named_cut_checkpoint",
+        "`resume_from_checkpoint` of one that was not written whole",
+        STARTING,
+        ValueError,
+        ("checkpoint-4 is not complete", "its writing was interrupted", "checkpoint-6', the latest complete one"),
+        _resume(lambda checkpoint: (checkpoint / "trainer_state.json").unlink()),
+    ),
+    BadInput(
         "run_without_spice",
         "a checkpoint of a run without SPICE",
         STARTING,

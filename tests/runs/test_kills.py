@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from spice_trainer.recording.checkpoint import last_complete_checkpoint
 from tests.support.trainers import make_trainer, read_records, same_weights, trainable_weights, trained_indices
@@ -87,6 +90,45 @@ def test_resuming_past_an_incomplete_checkpoint(positional: bool, tmp_path: Path
         second.train(resume_from_checkpoint=True)
     assert same_weights(trainable_weights(second.model), expected[0])
     assert read_records(tmp_path, "selections") == expected[1]
+
+
+class SavesBest(TrainerCallback):
+    """Saves the model where a checkpoint is kept, as scripts do for their best one."""
+
+    trainer: Any
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name in ("checkpoint-best", "checkpoint-1", f"checkpoint-{state.global_step}"):
+            self.trainer.save_model(os.path.join(args.output_dir, "mine", name))
+
+
+def test_a_users_folder_loses_nothing(tmp_path: Path) -> None:
+    callback = SavesBest()
+    names = ("checkpoint-best", "checkpoint-1", "checkpoint-2")
+    for name in names:
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "trainer_state.json").write_text('{"mine": 1}')
+    callback.trainer = make_trainer(tmp_path, spice={}, max_steps=2, callbacks=[callback])
+    callback.trainer.train()
+    for name in names:
+        assert (tmp_path / "mine" / name / "trainer_state.json").read_text() == '{"mine": 1}', name
+        assert (tmp_path / "mine" / name / "adapter_model.safetensors").exists()
+
+
+def test_an_incomplete_checkpoint_that_is_named(tmp_path: Path) -> None:
+    """As `resume_from_checkpoint=get_last_checkpoint(output_dir)` does: the complete one before it is named."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(tmp_path, spice={}, **options).train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    latest = get_last_checkpoint(os.fspath(tmp_path))
+    fix = f"checkpoint-2 is not complete: .*Fix: resume_from_checkpoint='{tmp_path / 'checkpoint-1'}', the latest"
+    with pytest.raises(ValueError, match=fix):
+        make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=latest)
+    with pytest.raises(ValueError, match=f"The checkpoint {tmp_path} is not complete: .*checkpoint-1', the latest"):
+        make_trainer(tmp_path, spice={}, **options).train(os.fspath(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="Fix: start the run anew, without resume_from_checkpoint: none beside it"):
+        make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=latest)
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
