@@ -134,7 +134,7 @@ def _check_continues(
 
 
 def checkpoint_to_resume(wanted: Any, output_dir: str | os.PathLike[str]) -> Any:
-    """What the Trainer should resume for this `resume_from_checkpoint`; a `ValueError` where that was not written whole.
+    """What the Trainer should resume for this `resume_from_checkpoint`; a `ValueError` if it is not whole.
 
     Of `True` the latest complete checkpoint. The Trainer itself would take an incomplete one, and fail.
     """
