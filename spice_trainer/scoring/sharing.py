@@ -16,8 +16,12 @@ Axes: N candidates, W processes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
 
 from spice_trainer.data.rows import CandidateRow, RowShape
 from spice_trainer.distributed import Processes
@@ -115,56 +119,87 @@ def split_by_pool(
         yield pool, from_shapes(pool, candidates, shapes[positions.start : positions.stop]), positions
 
 
+_ENDLESS = 2**62
+
+
+class _Plan:
+    """Rows sorted once, longest first: a budget's micro-batches then take as many steps as there are of them."""
+
+    def __init__(self, shapes: Sequence[RowShape]) -> None:
+        self.num_tokens = [shape.num_tokens for shape in shapes]
+        # Rows with different inputs never share a micro-batch, and some share with none, as if they were endless.
+        kinds = [shape.keys if shape.can_be_padded else None for shape in shapes]
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        kind_of = np.array([numbers[kind] for kind in kinds])
+        order = np.argsort(-np.array(self.num_tokens, dtype=np.int64), kind="stable")
+        self._parts: list[tuple[list[int], list[int]]] = []
+        for kind, number in numbers.items():
+            part: list[int] = order[kind_of[order] == number].tolist()
+            sizes = [_ENDLESS] * len(part) if kind is None else [self.num_tokens[position] or 1 for position in part]
+            self._parts.append((part, sizes))
+
+    def count(self, tokens_per_batch: int) -> int:
+        """How many micro-batches a budget makes."""
+        number = 0
+        for _, sizes in self._parts:
+            start, stop = 0, len(sizes)
+            while start < stop:
+                start += tokens_per_batch // sizes[start] or 1
+                number += 1
+        return number
+
+    def batches(self, tokens_per_batch: int) -> list[list[int]]:
+        """The micro-batches of a budget, those of the longest rows first."""
+        found = []
+        for part, sizes in self._parts:
+            start = 0
+            while start < len(part):
+                rows = part[start : start + (tokens_per_batch // sizes[start] or 1)]
+                found.append(rows)
+                start += len(rows)
+        return sorted(found, key=lambda rows: (-self.num_tokens[rows[0]], rows[0]))
+
+    def padded_tokens(self, batch: Sequence[int]) -> int:
+        """Rows × the longest, which is the first."""
+        return len(batch) * self.num_tokens[batch[0]]
+
+    def smallest_budget(self, high: int, most: int) -> int:
+        """The smallest budget that makes at most so many micro-batches, as `high` does."""
+        # More budget never makes more of them, so bisection serves. It begins where Σ min(tokens, budget), which takes
+        # a moment, already says that less makes too many.
+        tokens, budgets = np.array(self.num_tokens, dtype=np.int64), range(high)
+        low = bisect_left(
+            budgets, True, lo=1, key=lambda budget: bool(np.minimum(tokens, budget).sum() <= budget * most)
+        )
+        return bisect_left(budgets, True, lo=low, key=lambda budget: self.count(budget) <= most)
+
+
 def plan_micro_batches(shapes: Sequence[RowShape], tokens_per_batch: int) -> list[list[int]]:
     """Groups rows into micro-batches of at most `tokens_per_batch` tokens, rows × longest row; positions in `shapes`.
 
     The longest come first, so that a lack of memory shows at once; one beyond the budget is alone. Rows with different
     inputs never share a micro-batch.
     """
-    order = sorted(range(len(shapes)), key=lambda position: (-shapes[position].num_tokens, position))
-    batches: list[list[int]] = []
-    open_batches: dict[tuple[str, ...], list[int]] = {}
-    for position in order:
-        shape = shapes[position]
-        if not shape.can_be_padded:
-            batches.append([position])
-            continue
-        batch = open_batches.get(shape.keys)
-        if batch is None or (len(batch) + 1) * shapes[batch[0]].num_tokens > tokens_per_batch:
-            batch = open_batches[shape.keys] = []
-            batches.append(batch)
-        batch.append(position)
-    return batches
+    return _Plan(shapes).batches(tokens_per_batch)
 
 
 def share_micro_batches(
     shapes: Sequence[RowShape], tokens_per_batch: int, *, num_shares: int = 1
 ) -> list[list[list[int]]]:
     """Deals micro-batches to processes by tokens: for each its own, those of most tokens first, maybe none."""
-    batches = plan_micro_batches(shapes, tokens_per_batch)
-    most = -(-len(batches) // num_shares)
-    # Even micro-batches: with the full budget the last would be nearly empty, and its process idle. More budget never
-    # makes more of them, so bisection finds the smallest that serves.
-    low, high = 1, tokens_per_batch
-    while low < high:
-        middle = (low + high) // 2
-        tried = plan_micro_batches(shapes, middle)
-        if len(tried) <= most * num_shares:
-            batches, high = tried, middle
-        else:
-            low = middle + 1
+    plan = _Plan(shapes)
+    most = -(-plan.count(tokens_per_batch) // num_shares)
+    # Even micro-batches: with the full budget the last would be nearly empty, and its process idle.
+    budget = plan.smallest_budget(tokens_per_batch, most * num_shares)
     shares: list[list[list[int]]] = [[] for _ in range(num_shares)]
-    loads = [0] * num_shares
     # The heaviest goes to whoever has least, which leaves loads apart by at most one micro-batch.
-    for batch in sorted(batches, key=lambda batch: -_num_padded_tokens(shapes, batch)):
-        share = min((s for s in range(num_shares) if len(shares[s]) < most), key=lambda s: (loads[s], s))
+    loads = [(0, share) for share in range(num_shares)]
+    for batch in sorted(plan.batches(budget), key=plan.padded_tokens, reverse=True):
+        load, share = heappop(loads)
         shares[share].append(batch)
-        loads[share] += _num_padded_tokens(shapes, batch)
+        if len(shares[share]) < most:
+            heappush(loads, (load + plan.padded_tokens(batch), share))
     return shares
-
-
-def _num_padded_tokens(shapes: Sequence[RowShape], batch: Sequence[int]) -> int:
-    return len(batch) * max(shapes[position].num_tokens for position in batch)
 
 
 def _interleave(shares: Sequence[Sequence[RowShape]]) -> list[RowShape]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -85,3 +87,47 @@ def test_the_shares_of_a_paper_sized_step_are_even_within_five_percent(num_share
     assert max(loads) < 1.05 * mean
     # Hardly any padding.
     assert sum(loads) < 1.05 * sum(shape.num_tokens for shape in shapes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=LENGTHS, budget=st.integers(1, 120), num_shares=st.integers(1, 7))
+def test_shares_equal_those_of_the_plan_written_out(rows: list[tuple[int, str]], budget: int, num_shares: int) -> None:
+    """The smallest budget found by trying all of them, row by row, and the least loaded process by looking at all."""
+    shapes = [_shape(*row) for row in rows]
+
+    def plan(budget: int) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for position in sorted(range(len(shapes)), key=lambda position: -shapes[position].num_tokens):
+            same = [batch for batch in batches if shapes[batch[0]].keys == shapes[position].keys]
+            same = [batch for batch in same if shapes[batch[0]].can_be_padded and shapes[position].can_be_padded]
+            if same and (len(same[-1]) + 1) * shapes[same[-1][0]].num_tokens <= budget:
+                same[-1].append(position)
+            else:
+                batches.append([position])
+        return batches
+
+    most = -(-len(plan(budget)) // num_shares)
+    smallest = next(tried for tried in range(1, budget + 1) if len(plan(tried)) <= most * num_shares)
+    expected: list[list[list[int]]] = [[] for _ in range(num_shares)]
+    for batch in sorted(plan(smallest), key=lambda batch: -_cost(shapes, batch)):
+        loads = [(sum(_cost(shapes, mine) for mine in share), rank) for rank, share in enumerate(expected)]
+        expected[min(load for load in loads if len(expected[load[1]]) < most)[1]].append(batch)
+    assert plan_micro_batches(shapes, budget) == plan(budget)
+    assert share_micro_batches(shapes, budget, num_shares=num_shares) == expected
+
+
+def test_planning_a_hundred_pools_takes_about_as_long_as_sorting_them() -> None:
+    """Every process plans each step anew, while nothing else runs."""
+    generator = random.Random(0)
+    shapes = [_shape(min(2048, int(generator.lognormvariate(5.5, 0.8)) + 1)) for _ in range(12_000)]
+
+    def seconds(work: Callable[[], object]) -> float:
+        def once() -> float:
+            started = time.process_time()
+            work()
+            return time.process_time() - started
+
+        return min(once() for _ in range(5))
+
+    sorting = seconds(lambda: sorted(shapes, key=lambda shape: (-shape.num_tokens, shape.keys)))
+    assert seconds(lambda: share_micro_batches(shapes, 4096, num_shares=8)) < 12 * sorting
