@@ -5,12 +5,14 @@ Under `selection_epochs=m` epochs 0 to m−1 select and later ones replay epoch 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from spice_trainer.sampling.schedule import PoolSchedule, replay_epoch
+from spice_trainer.sampling.schedule import EpochReplay, PoolSchedule
 from spice_trainer.selection.pool import too_few_picks
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.utils.saved import saved_whole_number
@@ -21,8 +23,9 @@ class PickReplay:
 
     def __init__(self, selection_epochs: int | None) -> None:
         self._selection_epochs = selection_epochs
-        self._picks: list[int] = []
+        self._picks = array("q")
         self._epoch = -1
+        self._dealt: tuple[int, EpochReplay] | None = None
 
     def replays(self, epoch: int) -> bool:
         """Whether an epoch replays earlier picks."""
@@ -32,22 +35,24 @@ class PickReplay:
         """Takes a step's picks."""
         # An epoch begins anew when a run is resumed with `ignore_data_skip`; its earlier picks don't count then.
         if self._epoch != epoch or step_in_epoch == 0:
-            self._epoch, self._picks = epoch, []
+            self._epoch, self._picks, self._dealt = epoch, array("q"), None
         if self._selection_epochs is not None and epoch == self._selection_epochs - 1:
             self._picks.extend(indices)
 
     def step(self, schedule: PoolSchedule, epoch: int, step_in_epoch: int, *, global_step: int) -> StepSelection:
         """A step of a replayed epoch; a `RuntimeError` if micro-batches must be equal and there are too few picks."""
         shape = schedule.shape
-        steps = replay_epoch(
-            self._picks,
-            num_steps=schedule.steps_per_epoch,
-            seed=schedule.seed,
-            epoch=epoch,
-            num_slots=shape.num_slots,
-            equal_slots=shape.equal_slots,
-        )
-        indices = steps[step_in_epoch]
+        if self._dealt is None or self._dealt[0] != epoch:
+            dealt = EpochReplay(
+                self.tensors()["picks_of_epoch"],
+                num_steps=schedule.steps_per_epoch,
+                seed=schedule.seed,
+                epoch=epoch,
+                num_slots=shape.num_slots,
+                equal_slots=shape.equal_slots,
+            )
+            self._dealt = epoch, dealt
+        indices = self._dealt[1].step(step_in_epoch)
         if not indices and shape.equal_slots:
             raise too_few_picks(global_step, shape.num_slots)
         num_fillers = max(0, shape.num_slots - len(indices))
@@ -59,12 +64,17 @@ class PickReplay:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The remembered picks."""
-        return {"picks_of_epoch": torch.tensor(self._picks, dtype=torch.int64)}
+        # Through numpy, which copies an array as a whole.
+        return {"picks_of_epoch": torch.from_numpy(np.array(self._picks, dtype=np.int64))}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, num_rows: int) -> None:
         """Restores [`PickReplay.state_dict`] and [`PickReplay.tensors`]."""
         self._epoch = saved_whole_number(state["epoch"])
-        picks = [saved_whole_number(row) for row in tensors["picks_of_epoch"].tolist()]
-        if any(not 0 <= row < num_rows for row in picks):
+        picks = tensors["picks_of_epoch"]
+        if picks.dtype != torch.int64 or picks.dim() != 1:
+            raise TypeError(
+                f"replayed picks are {picks.dtype} of shape {tuple(picks.shape)}, no whole numbers in a row"
+            )
+        if picks.numel() and not 0 <= int(picks.min()) <= int(picks.max()) < num_rows:
             raise IndexError(f"a replayed pick is none of the {num_rows} rows")
-        self._picks = picks
+        self._picks, self._dealt = array("q", picks.numpy().tobytes()), None

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
@@ -203,7 +204,7 @@ class PoolSchedule:
         self.steps_per_epoch = num_full_steps + bool(self._last_budgets)
         self.samples_per_epoch = num_full_steps * sum(shape.budgets) + sum(self._last_budgets)
         self._num_full_steps = num_full_steps
-        self._cached_order: tuple[int, Tensor] | None = None
+        self._orders: dict[int, Tensor] = {}
 
         if self.steps_per_epoch == 0 and drop_last:
             raise ValueError(
@@ -230,12 +231,14 @@ class PoolSchedule:
                 f"step_in_epoch={step_in_epoch} is outside this epoch of {self.steps_per_epoch} steps, 0 to "
                 f"{self.steps_per_epoch - 1}. Later steps belong to the next epoch."
             )
-        if self._cached_order is None or self._cached_order[0] != epoch:
-            self._cached_order = (epoch, _seeded_permutation("pools", self.seed, epoch, self.num_rows))
+        if epoch not in self._orders:
+            # Two, since the first pools of the next epoch may be asked for beside this one's.
+            self._orders = dict(list(self._orders.items())[-1:])
+            self._orders[epoch] = _seeded_permutation("pools", self.seed, epoch, self.num_rows)
         is_full = step_in_epoch < self._num_full_steps
         budgets = self.shape.budgets if is_full else self._last_budgets
         start = step_in_epoch * self.shape.pools_per_step * self.pool_size
-        rows: list[int] = self._cached_order[1][start : start + len(budgets) * self.pool_size].tolist()
+        rows: list[int] = self._orders[epoch][start : start + len(budgets) * self.pool_size].tolist()
         pools = tuple(tuple(rows[i : i + self.pool_size]) for i in range(0, len(rows), self.pool_size))
         return StepPools(epoch=epoch, step_in_epoch=step_in_epoch, pools=pools, budgets=budgets)
 
@@ -289,23 +292,32 @@ def build_schedule(
     return PoolSchedule(num_rows, shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
 
 
-def replay_epoch(
-    indices: Sequence[int], *, num_steps: int, seed: int, epoch: int, num_slots: int, equal_slots: bool
-) -> tuple[tuple[int, ...], ...]:
-    """Deals the picks of the last selecting epoch anew over the steps of a later epoch, permuted by (seed, epoch).
+class EpochReplay:
+    """The picks of the last selecting epoch, permuted by (seed, epoch) and dealt anew over the steps of a later epoch.
 
     Each step gets evenly many, earlier ones one more. With `equal_slots` each gets a multiple of `num_slots`: the last
     few of the permuted picks are then left out, other ones each epoch. Steps are empty only if there are fewer picks
     (or multiples) than steps.
     """
-    for name, value in (("num_steps", num_steps), ("num_slots", num_slots)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    order: list[int] = _seeded_permutation("replay", seed, epoch, len(indices)).tolist()
-    shuffled = [indices[position] for position in order]
-    unit = num_slots if equal_slots else 1
-    sizes = tuple(unit * size for size in spread(len(indices) // unit, num_steps))
-    return cut(shuffled, sizes)
+
+    def __init__(
+        self, indices: Int64[Tensor, " P"], *, num_steps: int, seed: int, epoch: int, num_slots: int, equal_slots: bool
+    ) -> None:
+        for name, value in (("num_steps", num_steps), ("num_slots", num_slots)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        self.num_steps = num_steps
+        self._unit = num_slots if equal_slots else 1
+        self._size, self._num_longer = divmod(len(indices) // self._unit, num_steps)
+        self._dealt = indices[_seeded_permutation("replay", seed, epoch, len(indices))]
+
+    def step(self, step_in_epoch: int) -> tuple[int, ...]:
+        """The rows of a step."""
+        start, stop = (
+            self._unit * (step * self._size + min(step, self._num_longer))
+            for step in (step_in_epoch, step_in_epoch + 1)
+        )
+        return tuple(self._dealt[start:stop].tolist())
 
 
 def cut(items: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spice_trainer.sampling.loader import deal, slot_index
-from spice_trainer.sampling.schedule import PoolSchedule, StepShape, plan_step, replay_epoch
+from spice_trainer.sampling.schedule import EpochReplay, PoolSchedule, StepShape, plan_step
 
 booleans = st.booleans()
 many = settings(max_examples=300, deadline=None)
@@ -51,6 +51,12 @@ def schedule_or_none(num_rows, plan, **options):
     except ValueError as error:
         assert "no step remains" in str(error)
         return None
+
+
+def replay_epoch(indices, *, num_steps, **options):
+    """All steps of a replayed epoch."""
+    replay = EpochReplay(torch.tensor(list(indices), dtype=torch.int64), num_steps=num_steps, **options)
+    return tuple(replay.step(step) for step in range(num_steps))
 
 
 def all_steps(schedule, epoch=0):
@@ -427,6 +433,10 @@ def test_an_epoch_is_permuted_once(monkeypatch):
     all_steps(schedule, 0)
     all_steps(schedule, 1)
     assert len(calls) == 2
+    # Neither by someone who looks ahead into the next epoch at every step.
+    for step in range(schedule.steps_per_epoch):
+        schedule.pools(1, step), schedule.pools(2, 0)
+    assert len(calls) == 3
 
 
 def schedule_error(num_rows, **changes):
