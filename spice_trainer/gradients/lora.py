@@ -13,7 +13,7 @@ Gradients of the last layers need no backward below them, and gradients of fewer
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -123,6 +123,29 @@ def _refuse_layer(model: nn.Module, name: str) -> str | None:
         return "the LoRA variant DoRA (`use_dora`); use plain LoRA"
     if getattr(parent, "merged", False):
         return "a merged LoRA adapter; call `model.unmerge_adapter()`"
+    return None
+
+
+def why_switched_off(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Why an adapter with one of these LoRA matrices does not act in a forward, and the fix; `None` if all do."""
+    wanted = set(map(id, modules))
+    for parent in model.modules():
+        adapters = {
+            adapter
+            for matrices in (getattr(parent, "lora_A", None), getattr(parent, "lora_B", None))
+            if isinstance(matrices, nn.ModuleDict)
+            for adapter, matrix in matrices.items()
+            if id(matrix) in wanted
+        }
+        if not adapters:
+            continue
+        if getattr(parent, "merged", False):
+            return "The adapter is merged into the base model: unmerge the adapter, `model.unmerge_adapter()`."
+        if getattr(parent, "disable_adapters", False):
+            return "The adapter is disabled: `model.base_model.enable_adapter_layers()`."
+        inactive = sorted(adapters - set(getattr(parent, "active_adapters", adapters)))
+        if inactive:
+            return f"The adapter {inactive[0]!r} is not the active one: `model.set_adapter({inactive[0]!r})`."
     return None
 
 

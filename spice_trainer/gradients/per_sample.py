@@ -40,7 +40,9 @@ from torch import Tensor, nn
 
 from spice_trainer.gradients.backends import needs_whole_graph, scoring_mode
 from spice_trainer.gradients.forward import ForwardLosses, input_embedding
+from spice_trainer.gradients.graph import LossGraph
 from spice_trainer.gradients.layers.registry import scored_layers
+from spice_trainer.gradients.lora import why_switched_off
 
 # A power of two, so that multiplying the losses and dividing the gradients rounds nothing.
 FLOAT16_LOSS_SCALE = 2.0**10
@@ -122,7 +124,8 @@ class SampleGradients:
         # The samples of a batch that is run again; `None` is all of them.
         self._chosen: Tensor | None = None
         self._is_backward = False
-        self._num_waiting: dict[int, int] = {}
+        # By layer, the `grad_fn` of each call whose gradient has not come yet, and the sum of those that have.
+        self._waiting: dict[int, dict[int, Any]] = {}
         self._partial: dict[int, Tensor] = {}
 
     def __enter__(self) -> SampleGradients:
@@ -141,15 +144,15 @@ class SampleGradients:
 
     def _forget(self) -> None:
         self._leaves, self._sink = [], None
-        self._num_waiting, self._partial = {}, {}
+        self._waiting, self._partial = {}, {}
 
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, "N"]:
         """Runs one forward and one backward, and hands each layer's sample gradients to `sink`.
 
         Inputs come without labels; labels are unshifted, −100 where no loss is taken, as the Trainer's collators make
         them. Returns the mean negative log-likelihood of each sample's label tokens in float32, 0 for a sample
-        without any. Raises a RuntimeError if a layer was not called, got no gradient, or was fed something that
-        cannot be told apart by sample.
+        without any. A layer that the samples do not use has gradient 0. Raises a RuntimeError if the loss depends on
+        a layer in a way that hooks do not see, or one was fed something that cannot be told apart by sample.
         """
         self._num_samples, self._sink = labels.shape[0], sink
         try:
@@ -175,7 +178,7 @@ class SampleGradients:
     def _run(
         self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], chosen: Int[Tensor, "M"] | None
     ) -> Float[Tensor, "N"]:
-        self._chosen, self._leaves = chosen, []
+        self._chosen, self._leaves, self._waiting, self._partial = chosen, [], {}, {}
         with torch.enable_grad():
             losses, logits = self.forward.compute(inputs, labels)
             self._loss_scale.start(logits, repeats=chosen is not None)
@@ -186,7 +189,7 @@ class SampleGradients:
                     torch.autograd.backward(total * self._loss_scale.value, inputs=self._leaves)
             finally:
                 self._is_backward = False
-        self._check_all_received()
+        self._complete(total)
         return losses.detach()
 
     def _attach(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -219,13 +222,15 @@ class SampleGradients:
                 output = output.detach().requires_grad_(True)
                 self._leaves.append(output)
             # A module may be called more than once in a forward (shared layers); its gradient is the sum.
-            self._num_waiting[index] = self._num_waiting.get(index, 0) + 1
-            output.register_hook(lambda gradient: self._receive(index, inputs, gradient))
+            calls = self._waiting.setdefault(index, {})
+            call = len(calls)
+            calls[call] = output.grad_fn
+            output.register_hook(lambda gradient: self._receive(index, call, inputs, gradient))
             return output
 
         return keep_input
 
-    def _receive(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
+    def _receive(self, index: int, call: int, inputs: Tensor, output_gradient: Tensor) -> None:
         if self._chosen is not None:
             where = self._chosen.to(inputs.device)
             inputs, output_gradient = inputs[where], output_gradient[where]
@@ -235,22 +240,47 @@ class SampleGradients:
             gradients /= self._loss_scale.value
         if index in self._partial:
             gradients += self._partial.pop(index)
-        self._num_waiting[index] -= 1
-        if self._num_waiting[index] > 0:
+        calls = self._waiting[index]
+        del calls[call]
+        if calls:
             self._partial[index] = gradients
         elif self._sink is not None:
             self._sink.add(index, gradients)
 
-    def _check_all_received(self) -> None:
-        missing = [layer.name for index, layer in enumerate(self._layers) if self._num_waiting.get(index) != 0]
-        if missing:
-            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise RuntimeError(
-                f"{len(missing)} of {len(self._layers)} LoRA layers got no gradient while scoring: {listed}. Either "
-                "the forward bypasses these modules (fused LoRA kernels such as Unsloth's, merged adapters) or the "
-                "loss does not depend on the text through them. Switch the fused kernels off, unmerge the adapter, or "
-                "leave these layers out of `target_modules`."
-            )
+    def _complete(self, total: Tensor) -> None:
+        """Gives the sink what is left: layers that the loss does not depend on, or not through every call."""
+        missing = [index for index in range(len(self._layers)) if self._waiting.get(index, True)]
+        if not missing or self._sink is None:
+            return
+        self._check_unused(missing, LossGraph(total))
+        num_samples = self._num_samples if self._chosen is None else len(self._chosen)
+        for index in missing:
+            zeros = torch.zeros(num_samples, self._layers[index].num_coordinates, device=total.device)
+            self._sink.add(index, self._partial.pop(index, zeros))
+
+    def _check_unused(self, missing: Sequence[int], graph: LossGraph) -> None:
+        """Refuses layers that the loss does depend on, and adapters that were switched off."""
+        bypassed = [
+            self._layers[index]
+            for index in missing
+            if any(map(graph.has_node, self._waiting.get(index, {}).values()))
+            or (index not in self._partial and any(map(graph.has_weight, self._layers[index].parameters)))
+        ]
+        reason = (
+            "The forward uses their weights and bypasses the modules (fused LoRA kernels such as Unsloth's), or in a "
+            "way that no gradient reaches them. Switch the fused kernels off, or leave these layers out of "
+            "`target_modules`."
+        )
+        if not bypassed:
+            found = why_switched_off(self.model, [self._layers[index].module for index in missing])
+            if found is None:
+                return
+            bypassed, reason = [self._layers[index] for index in missing], found
+        listed = ", ".join(layer.name for layer in bypassed[:5])
+        raise RuntimeError(
+            f"{len(bypassed)} of {len(self._layers)} LoRA layers got no gradient while scoring: {listed}"
+            f"{f' and {len(bypassed) - 5} more' if len(bypassed) > 5 else ''}. {reason}"
+        )
 
 
 def _detach_below(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

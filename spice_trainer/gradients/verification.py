@@ -54,7 +54,8 @@ def verify_gradients(
     """Compares batched sample gradients of some labelled rows (two are enough) with autograd, one row at a time.
 
     Returns the largest relative error over layers and rows. Raises a GradientMismatchError that names a layer whose
-    gradient is off, a RuntimeError if one is bypassed, and a ValueError if no row has a finite gradient.
+    gradient is off, a RuntimeError if one is bypassed, and a ValueError if no row has a finite gradient or none
+    has one that is not zero.
     """
     layers = scored_layers(modules)
     with preserved_random_state(device), _without_zero_weights(layers):
@@ -131,17 +132,19 @@ def _batched_gradients(
     device: torch.device,
     autocast: _Autocast,
 ) -> list[list[Tensor]]:
-    """Sample gradients as scoring takes them, rows in one micro-batch where they can be: for each row its layers'."""
-    can_share = all(row.can_be_padded for row in rows) and not rows_influence_each_other(model)
-    groups = [list(rows)] if can_share else [[row] for row in rows]
-    gradients: list[list[Tensor]] = []
+    """Sample gradients as scoring takes them, like rows in one micro-batch where they can be: for each its layers'."""
+    is_alone = rows_influence_each_other(model)
+    groups: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(row.shape.keys if row.can_be_padded and not is_alone else place, []).append(place)
+    gradients: dict[int, list[Tensor]] = {}
     with SampleGradients(model, modules) as sample_gradients:
-        for group in groups:
+        for places in groups.values():
             collected = _Collected()
             with autocast():
-                sample_gradients.compute(*_make_batch(group, device), collected)
-            gradients += map(collected.of_row, range(len(group)))
-    return gradients
+                sample_gradients.compute(*_make_batch([rows[place] for place in places], device), collected)
+            gradients |= {place: collected.of_row(number) for number, place in enumerate(places)}
+    return [gradients[place] for place in range(len(rows))]
 
 
 def _autograd(
@@ -152,6 +155,8 @@ def _autograd(
     with scoring_mode(model), torch.enable_grad(), autocast():
         loss = _label_loss(model(**inputs, **without_cache(model)), labels)
         trained = [parameter for layer in layers for parameter in layer.parameters]
+        # A row that uses no scored layer has a loss without a graph.
+        loss = loss + 0.0 * trained[0].sum()
         gradients = iter(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True))
     return [torch.cat([next(gradients).flatten() for _ in layer.shapes]).double().to(device) for layer in layers]
 
@@ -205,6 +210,13 @@ def _largest_error(
     tolerance: float,
 ) -> float:
     """Largest error of a layer, relative to its row's norm over all layers; refuses one above the tolerance."""
+    if all(not gradient.any() for of_row in theirs for gradient in of_row):
+        raise ValueError(
+            f"No LoRA layer gets a gradient from rows {', '.join(str(row.index) for row in rows)} of the training "
+            "dataset, also by plain autograd: these rows would train nothing. Likely cause: `target_modules` names "
+            "only a part of the model that they don't use, such as a vision tower for rows without an image. Fix: "
+            "name layers that every row uses, too."
+        )
     largest = 0.0
     for row, of_row, expected_of_row in zip(rows, ours, theirs, strict=True):
         together = torch.cat(list(expected_of_row))

@@ -184,9 +184,13 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
     """Compares sample gradients with autograd's, now and, where that tells too little, when training begins.
 
     Returned is what to call then, on every process: where weights are partitioned or not on their device yet, or the
-    trainer replaces layers as it begins. Of the rows the two shortest with labels are used.
+    trainer replaces layers as it begins. Of each kind of rows (with an image, without) the two shortest with labels
+    are used.
     """
-    shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]
+    kinds: dict[tuple[str, ...], list[CandidateRow]] = {}
+    for row in sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens):
+        kinds.setdefault(row.shape.keys, []).append(row)
+    shortest = [row for of_kind in kinds.values() for row in of_kind[:2]]
     model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
     is_target = model is trainer.model
 

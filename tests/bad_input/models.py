@@ -13,6 +13,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenc
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.multimodal import tiny_multimodal_model
 from tests.support.versions import before
 
 
@@ -137,7 +138,7 @@ ROWS = (
         "training another adapter than the active one",
         ATTACHING,
         RuntimeError,
-        ("28 of 28 LoRA layers got no gradient", "q_proj.lora_A.default"),
+        ("28 of 28 LoRA layers got no gradient", "q_proj.lora_A.default", "`model.set_adapter('default')`"),
         _model(_inactive),
     ),
     BadInput(
@@ -200,6 +201,14 @@ ROWS = (
         RuntimeError,
         ("2 of 28 LoRA layers got no gradient", "layers.1.mlp.up_proj.lora_A.default", "Switch the fused kernels off"),
         _no_forward,
+    ),
+    BadInput(
+        "vision_alone",
+        "LoRA on a vision tower alone, and rows without images",
+        ATTACHING,
+        ValueError,
+        ("No LoRA layer gets a gradient from rows", "`target_modules` names only a part of the model"),
+        _model(lambda: add_lora(tiny_multimodal_model("llava"), target_modules=r".*vision_tower.*q_proj")),
     ),
     BadInput(
         "flattened",

@@ -30,19 +30,15 @@ def test_a_bypassed_layer_is_refused() -> None:
         _score(model)
 
 
-def test_a_detached_layer_is_refused() -> None:
-    model = tiny_lora_model()
-    mlp = model.base_model.model.model.layers[0].mlp
-    mlp.register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(RuntimeError, match=r"6 of 28 LoRA layers got no gradient"):
-        _score(model)
-
-
 def test_a_merged_or_disabled_adapter_is_refused_while_scoring() -> None:
     model = tiny_lora_model()
     modules = find_lora_modules(model)
     model.merge_adapter()
     with pytest.raises(RuntimeError, match=r"28 of 28 LoRA layers got no gradient.*and 23 more.*unmerge the adapter"):
+        batched_gradients(model, example_rows(), modules=modules)
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(RuntimeError, match=r"28 of 28 LoRA layers got no gradient.*enable_adapter_layers"):
         batched_gradients(model, example_rows(), modules=modules)
 
 

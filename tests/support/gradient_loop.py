@@ -80,7 +80,9 @@ def batched_gradients(
     return losses, sink.by_module()
 
 
-def looped_gradients(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, list[Tensor]]:
+def looped_gradients(
+    model: nn.Module, rows: Sequence[Row], *, allow_unused: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """The same by one forward and one `torch.autograd.grad` a row, unpadded."""
     modules = find_lora_modules(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -99,7 +101,8 @@ def looped_gradients(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, lis
             [module.weight] + ([module.bias] if module.bias is not None and module.bias.requires_grad else [])
             for module in modules.values()
         ]
-        flat = iter(torch.autograd.grad(loss, [parameter for group in parameters for parameter in group]))
+        weights = [parameter for group in parameters for parameter in group]
+        flat = iter(torch.autograd.grad(loss, weights, allow_unused=allow_unused, materialize_grads=allow_unused))
         gradients.append([torch.cat([next(flat).flatten() for _ in group]) for group in parameters])
         losses.append(loss.detach())
     for module, training in modes:

@@ -1,0 +1,143 @@
+"""Layers that a row does not use have gradient 0, as autograd says; those that a kernel bypasses are still refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from spice_trainer.data.rows import CandidateRow, pad_rows
+from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.per_sample import SampleGradients
+from spice_trainer.gradients.verification import verify_gradients
+from tests.support.gradient_loop import (
+    CollectingSink,
+    batched_gradients,
+    example_rows,
+    looped_gradients,
+    relative_error,
+)
+from tests.support.models import add_lora, tiny_lora_model
+from tests.support.multimodal import (
+    autograd_gradients,
+    collated,
+    collator,
+    multimodal_rows,
+    tiny_multimodal_model,
+)
+from tests.support.trainers import attach, make_trainer, trained_indices
+
+TOLERANCE = 1e-5
+CPU = torch.device("cpu")
+
+
+def score(model: nn.Module, row: CandidateRow) -> list[Tensor]:
+    """One row's gradients by layer, as scoring takes them."""
+    sink = CollectingSink()
+    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+        sample_gradients.compute(*pad_rows([row]), sink)
+    return [gradients[0] for gradients in sink.by_module()]
+
+
+def _skip(layer: Any) -> None:
+    """As an early exit does: what goes in comes out."""
+    layer.forward = lambda hidden, *args, **kwargs: hidden
+
+
+def _detach(layer: Any) -> None:
+    layer.mlp.register_forward_hook(lambda module, args, output: output.detach())
+
+
+def _without_graph(layer: Any) -> None:
+    layer.mlp.forward = torch.no_grad()(layer.mlp.forward)
+
+
+def _discard_a_call(layer: Any) -> None:
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: forward(hidden) + 0.1 * forward(hidden.flip(2)).detach()
+
+
+def _discard_all_calls(layer: Any) -> None:
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: hidden.tanh() if forward(hidden) is not None else hidden
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("change", "num_zero"),
+    [(_skip, 14), (_detach, 6), (_without_graph, 6), (_discard_a_call, 0), (_discard_all_calls, 6)],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_that_the_loss_does_not_depend_on_has_gradient_0(
+    change: Any, num_zero: int, number: int, precision: torch.dtype
+) -> None:
+    model, rows = tiny_lora_model(), example_rows()
+    change(model.base_model.model.model.layers[number])
+    expected = looped_gradients(model, rows, allow_unused=True)[1]
+    with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        found = batched_gradients(model, rows)[1]
+    assert sum(not gradients.any() for gradients in expected) == num_zero
+    assert all(bool(ours.any()) == bool(oracle.any()) for ours, oracle in zip(found, expected, strict=True))
+    assert relative_error(found, expected) < (TOLERANCE if precision == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "images"),
+    [
+        ("llava", "all-linear", [0, 1]),
+        ("llava", r".*language_model.*\.(q_proj|v_proj)", [0, 1]),
+        ("mllama", r".*language_model.*\.(q_proj|v_proj|down_proj)", [0, 1]),
+    ],
+)
+def test_rows_with_and_without_images_equal_autograd(architecture: str, targets: str, images: list[int]) -> None:
+    model = add_lora(tiny_multimodal_model(architecture), target_modules=targets)
+    rows = collated(architecture, images)
+    used = []
+    for row in rows:
+        found, expected = score(model, row), autograd_gradients(model, row)
+        used.append(sum(bool(gradient.any()) for gradient in expected))
+        assert relative_error([part[None] for part in found], [part[None] for part in expected]) < TOLERANCE
+    if "q_proj" not in targets or architecture == "mllama":
+        assert used[0] < used[1] == max(used), "a row without an image must leave something unused"
+    assert verify_gradients(model, find_lora_modules(model), rows, device=CPU) < TOLERANCE
+
+
+def test_a_row_that_uses_no_scored_layer_has_gradient_0_everywhere() -> None:
+    model = add_lora(tiny_multimodal_model("llava"), target_modules=r".*vision_tower.*q_proj")
+    text, image = collated("llava", [0, 1])
+    assert not any(gradient.any() for gradient in score(model, text))
+    assert all(gradient.any() for gradient in score(model, image))
+    assert verify_gradients(model, find_lora_modules(model), [text, image], device=CPU) < TOLERANCE
+    with pytest.raises(ValueError, match=r"No LoRA layer gets a gradient from rows 0 of the training dataset"):
+        verify_gradients(model, find_lora_modules(model), [text], device=CPU)
+
+
+def test_a_bypass_shows_also_where_other_layers_are_unused() -> None:
+    model = add_lora(tiny_multimodal_model("llava"))
+    layer = model.get_submodule("base_model.model.model.language_model.layers.0.mlp.up_proj")
+    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    layer.forward = lambda hidden: layer.base_layer(hidden) + hidden @ weights[0].T @ weights[1].T
+    for row in collated("llava", [0, 1]):
+        with pytest.raises(RuntimeError, match=r"2 of \d+ LoRA layers got no gradient.*0\.mlp\.up_proj.*fused"):
+            score(model, row)
+
+
+def test_a_kind_of_rows_that_attaching_never_saw_does_not_end_the_run(tmp_path: Path) -> None:
+    rows = multimodal_rows([1] * 48)
+    for number in (40, 41):  # Attaching looks at 32 of 48 rows, spread; these two are not among them.
+        rows[number] = multimodal_rows([0])[0]
+    model = add_lora(tiny_multimodal_model("llava"), randomize=False)
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator("llava"),
+        remove_unused_columns=False,
+    )
+    attach(trainer, {"pool_size": 12, "num_selected": 4}, verify=True)
+    trainer.train()
+    assert [len(step) for step in trained_indices(tmp_path)] == [4] * 4

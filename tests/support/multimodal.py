@@ -1,0 +1,175 @@
+"""Small models that read images, built in memory, and rows with one image, several or none.
+
+An image stands in the text as `IMAGE` tokens; its pixels are drawn from its number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
+
+from spice_trainer.data.rows import CandidateRow, collate_row
+from spice_trainer.gradients.layers.registry import scored_layers
+from spice_trainer.gradients.lora import find_lora_modules
+
+IMAGE = 60
+_TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _llava() -> nn.Module:
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**_TEXT),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def _mllama() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    text = _TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_scaling": rope}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Closed gates would hide whatever is behind them.
+            if "gate" in name and "proj" not in name:
+                parameter.fill_(0.7)
+    return model
+
+
+_MODELS: dict[str, Callable[[], nn.Module]] = {"llava": _llava, "mllama": _mllama}
+
+
+def tiny_multimodal_model(architecture: str, *, seed: int = 0) -> nn.Module:
+    """A model of two to three layers that reads images, weights large enough that every layer matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _MODELS[architecture]().float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def multimodal_rows(num_images: Sequence[int], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with so many images each, of 4 tokens an image, with a masked prompt."""
+    generator = random.Random(seed)
+    rows, image = [], 0
+    for number in num_images:
+        head = [61, *[IMAGE] * 4, 62] * number
+        prompt, answer = ([generator.randint(7, 50) for _ in range(generator.randint(2, 6))] for _ in range(2))
+        images = list(range(image, image + number))
+        image += number
+        labels = [-100] * len(head + prompt) + answer
+        rows.append({"input_ids": head + prompt + answer, "labels": labels, "images": images})
+    return rows
+
+
+def collator(architecture: str) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+    """Right-pads rows and adds their images' pixels as the architecture reads them."""
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            key: torch.tensor([list(row[key]) + [value] * (length - len(row[key])) for row in rows])
+            for key, value in (("input_ids", 0), ("labels", -100))
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(length)[None] < lengths[:, None]).long()
+        pixels = [
+            torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(image))
+            for row in rows
+            for image in row["images"]
+        ]
+        return batch | (_IMAGES[architecture](batch, rows, pixels) if pixels else {})
+
+    return collate
+
+
+def _llava_images(batch: Mapping[str, Tensor], rows: Sequence[Any], pixels: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack(list(pixels))}
+
+
+def _mllama_images(batch: Mapping[str, Tensor], rows: Sequence[Any], pixels: Sequence[Tensor]) -> dict[str, Tensor]:
+    most = max(len(row["images"]) for row in rows)
+    values, remaining = torch.zeros(len(rows), most, 1, 3, 8, 8), list(pixels)
+    mask = torch.zeros(len(rows), batch["input_ids"].shape[1], most, 1, dtype=torch.long)
+    for number, row in enumerate(rows):
+        for place in range(len(row["images"])):
+            values[number, place, 0] = remaining.pop(0)
+            mask[number, 1 + 6 * place :, place] = 1
+    ratios = torch.ones(len(rows), most, dtype=torch.long)
+    return {
+        "pixel_values": values,
+        "aspect_ratio_ids": ratios,
+        "aspect_ratio_mask": ratios[..., None],
+        "cross_attention_mask": mask,
+    }
+
+
+_IMAGES: dict[str, Callable[..., dict[str, Tensor]]] = {"llava": _llava_images, "mllama": _mllama_images}
+
+
+def collated(architecture: str, num_images: Sequence[int]) -> list[CandidateRow]:
+    """[`multimodal_rows`], each collated alone."""
+    rows = multimodal_rows(num_images)
+    return [collate_row(number, row, collator(architecture)) for number, row in enumerate(rows)]
+
+
+def autograd_gradients(model: nn.Module, row: CandidateRow) -> list[Tensor]:
+    """Gradients of one row's mean loss by layer, by one forward of the model and plain autograd."""
+    layers = scored_layers(find_lora_modules(model))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    logits = model(**row.inputs).logits[0, :-1]
+    targets = row.labels[0, 1:]
+    loss = nn.functional.cross_entropy(logits, targets)
+    for module, training in modes:
+        module.training = training
+    weights = [weight for layer in layers for weight in layer.parameters]
+    found = iter(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
+    return [torch.cat([next(found).flatten() for _ in layer.parameters]) for layer in layers]
