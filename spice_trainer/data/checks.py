@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.data.rows import MAX_LISTED, CandidateRow, DataCollator, name_of
+from spice_trainer.data.rows import MAX_LISTED, CandidateRow, DataCollator, name_of, spread_positions
+from spice_trainer.data.sample import RowSample
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
@@ -146,29 +147,27 @@ def _check_ids(row: CandidateRow, key: str, values: Tensor, size: int | None) ->
 
 
 def check_collator(
-    dataset: Any,
+    sample: RowSample,
     collate: DataCollator,
     rows: Sequence[CandidateRow],
     sizes: tuple[int | None, int | None],
     *,
     num_rows: int,
-    device: torch.device,
 ) -> None:
     """Tries the collator on rows together, as training will, and warns if a row comes out differently each time.
 
-    `rows` are some of the dataset, of which the shortest and the longest are padded to each other where a step has
-    more than one; sizes by [`token_id_limits`].
+    `rows` are those of the sample as they are scored, of which the shortest and the longest are padded to each other
+    where a step has more than one; sizes by [`token_id_limits`].
     """
     by_length = sorted(rows, key=lambda row: row.num_tokens)
     unlike = list(dict.fromkeys(row.index for row in (by_length[0], by_length[-1]))) if by_length else []
-    number = min(num_rows, MAX_LISTED, len(dataset))
-    spread = [position * len(dataset) // number for position in range(number)]
+    number = min(num_rows, MAX_LISTED, len(sample.indices))
+    spread = [sample.indices[place] for place in spread_positions(len(sample.indices), number)]
     # Two unlike rows and a third are needed to see the padding, also where a micro-batch has two.
     indices = sorted(list(dict.fromkeys([spread[0], *unlike, *spread]))[: max(number, 3) if number > 1 else 1])
-    with preserved_random_state(device):
+    with preserved_random_state(sample.device):
         try:
-            together = [dataset[index] for index in indices]
-            batch = collate(together)
+            batch = collate(sample.copies(indices))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -178,8 +177,9 @@ def check_collator(
                 "it does not pad rows to the same length. Fix: use one that does, such as "
                 "`DataCollatorForSeq2Seq(tokenizer)`, or per_device_train_batch_size=1."
             ) from error
-        _check_padding(batch, together, collate, sizes)
-        once, again = (dict(collate([dataset[indices[0]]])) for _ in range(2))
+        _check_padding(batch, sample.copies(indices), collate, sizes)
+        read = (sample.copies(indices[:1]), sample.read_again(indices[:1]))
+        once, again = (dict(collate(list(rows))) for rows in read)
     if any(not _same(value, again.get(key)) for key, value in once.items()):
         logger.warning(
             "SPICE: the dataset or the data collator (%s) gives row %d differently each time (random masking or "

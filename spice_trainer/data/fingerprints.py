@@ -7,18 +7,21 @@ names, cache locations, transform histories or object identities.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from spice_trainer.data.checks import check_is_rows
 from spice_trainer.data.json_values import canonical_line
-from spice_trainer.data.rows import fetch_rows
+from spice_trainer.data.rows import fetch_rows, spread_positions
+from spice_trainer.data.sample import RowSample
 from spice_trainer.utils.random import preserved_random_state
 
 MAX_ROWS = 2_000
 """Rows of a dataset that its fingerprint reads, at most."""
+
+MAX_STORED_ROWS = 256
+"""The same where rows hold images or audio, which are large."""
 
 _ROWS_PER_READ = 100
 
@@ -68,25 +71,64 @@ def fingerprint_dataset(dataset: Any, *, max_rows: int = MAX_ROWS) -> str:
     return hashlib.sha256(canonical_line(header, "the column names") + lines.digest()).hexdigest()
 
 
-def fingerprint_rows(dataset: Any, *, device: torch.device) -> str | None:
+def fingerprint_rows(sample: RowSample, earlier: Sequence[str | None] | None = None) -> str | None:
     """Fingerprint of training rows, whatever kind of dataset they come from, without touching any random state.
 
-    Those of a `datasets.Dataset` are read as [`fingerprint_dataset`] does; of any other, which may tokenise each row
-    as it is read, only 256. `None` where rows are not made of JSON-like values or change from one reading to the next.
+    A `datasets.Dataset` is read as [`fingerprint_dataset`] does, with images and audio as they are stored. Any other,
+    which may make each row as it is asked for, counts by its number of rows and those of the sample. `None` where rows
+    are not made of JSON-like values, or change from one reading to the next: from that of `earlier`, the digests of
+    another sample of the same dataset, if there was one.
     """
-    is_stored = hasattr(dataset, "with_format")
-    found = set()
-    for _ in range(1 if is_stored else 2):
-        with preserved_random_state(device):
+    dataset = sample.dataset
+    if hasattr(dataset, "with_format"):
+        is_decoded = any(map(_is_decoded, (getattr(dataset, "features", None) or {}).values()))
+        rows, maximum = (_StoredRows(dataset), MAX_STORED_ROWS) if is_decoded else (dataset, MAX_ROWS)
+        with preserved_random_state(sample.device):
             try:
-                found.add(fingerprint_dataset(dataset, max_rows=MAX_ROWS if is_stored else 256))
+                return fingerprint_dataset(rows, max_rows=maximum)
             except TypeError:
                 return None
-    return found.pop() if len(found) == 1 else None
+    if None in sample.digests:
+        return None
+    pairs = zip(sample.digests, earlier or [None] * len(sample.digests), strict=False)
+    other = [place for place, (found, before) in enumerate(pairs) if found != before]
+    # Also where none differs: rows that are drawn at random are drawn alike from the same state.
+    if not sample.comes_out_the_same(other or range(len(sample.rows))):
+        return None
+    header = {"kind": "rows", "num_rows": len(dataset), "rows": sample.digests}
+    return hashlib.sha256(canonical_line(header, "the rows")).hexdigest()
 
 
-def spread_positions(length: int, maximum: int) -> list[int]:
-    """At most `maximum` evenly spread positions, the first and the last among them."""
-    if length <= maximum:
-        return list(range(length))
-    return [position * (length - 1) // max(maximum - 1, 1) for position in range(maximum)]
+class _StoredRows:
+    """A `datasets.Dataset` whose images, audio and the like stay the bytes, or the file's name, that are stored."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._tables = dataset.with_format("arrow")
+        self.column_names = dataset.column_names
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [_without_folders(row) for row in self._tables[indices].to_pylist()]
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Whether reading a value of this kind decodes it, as for `Image`, `Audio` and lists of them."""
+    if isinstance(feature, Mapping | list | tuple):
+        return any(map(_is_decoded, feature.values() if isinstance(feature, Mapping) else feature))
+    return bool(getattr(feature, "decode", False)) or _is_decoded(getattr(feature, "feature", ()))
+
+
+def _without_folders(value: Any) -> Any:
+    """Files lie elsewhere on another machine; their names stay."""
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"bytes", "path"} and isinstance(value["path"], str):
+        return {**value, "path": os.path.basename(value["path"])}
+    return {key: _without_folders(item) for key, item in value.items()}

@@ -8,7 +8,8 @@ Axes: N samples, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spice_trainer.utils.random import preserved_random_state
-
 DataCollator = Callable[[list[Any]], Mapping[str, Any]]
-
-# Looked at before a run starts.
-SAMPLE_ROWS = 32
 
 TRAINING = "training dataset"
 VALIDATION = "validation dataset"
@@ -89,12 +85,64 @@ class TargetRows:
     vocab_size: int | None = None
 
 
-def fetch_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
-    """Rows of a dataset, in one call where it can (`datasets.Dataset` reads a batch much faster than row by row)."""
-    if hasattr(dataset, "__getitems__"):
-        rows: list[Any] = dataset.__getitems__(list(indices))
+def fetch_rows(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> list[Any]:
+    """Rows of a dataset by the calls that torch's own loader makes; `source` is what they are of, for messages."""
+    indices = list(indices)
+    # As torch's `_MapDatasetFetcher`: a class may have the name and no method behind it.
+    if hasattr(dataset, "__getitems__") and dataset.__getitems__:
+        with naming_unreadable(dataset, indices, source=source):
+            rows: list[Any] = dataset.__getitems__(indices)
         return rows
-    return [dataset[index] for index in indices]
+    rows = []
+    for index in indices:
+        with naming_unreadable(dataset, [index], source=source):
+            rows.append(dataset[index])
+    return rows
+
+
+@contextmanager
+def naming_unreadable(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> Iterator[None]:
+    """Adds to an error of a dataset in the block which row it is about; it keeps its type, text and cause."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(_READING) for note in getattr(error, "__notes__", ())):
+            # What it asks of the dataset may fail too; the error itself is what matters.
+            with suppress(Exception):
+                error.add_note(_describe_unreadable(dataset, indices, source))
+        raise
+
+
+_READING = "SPICE was reading"
+
+
+def _describe_unreadable(dataset: Any, indices: Sequence[int], source: str) -> str:
+    named = f"the {source} ({type(dataset).__name__})"
+    length = len(dataset)
+    if max(indices, default=-1) >= length:
+        return (
+            f"{_READING} row {max(indices)} of {named}, which has {length} rows now. Likely cause: it shrank while it "
+            "was being used. Fix: leave a dataset as it is until the run has ended, or give the trainer a copy."
+        )
+    failing = [index for index in indices if len(indices) == 1 or _cannot_be_read(dataset, index)]
+    # Where each can be read alone the error is of all together.
+    listed = ", ".join(map(str, (failing or indices)[:MAX_LISTED]))
+    return f"{_READING} row(s) {listed} of {named}. Fix: correct what it reads there, or leave the row(s) out."
+
+
+def _cannot_be_read(dataset: Any, index: int) -> bool:
+    try:
+        dataset.__getitems__([index])
+    except Exception:
+        return True
+    return False
+
+
+def spread_positions(length: int, maximum: int) -> list[int]:
+    """At most `maximum` evenly spread positions, the first and the last among them."""
+    if length <= maximum:
+        return list(range(length))
+    return [position * (length - 1) // max(maximum - 1, 1) for position in range(maximum)]
 
 
 def collate_row(index: int, row: Any, collate: DataCollator, *, source: str = TRAINING) -> CandidateRow:
@@ -155,14 +203,6 @@ def collate_alone(row: Any, collate: DataCollator, *, where: str) -> dict[str, A
         batch |= {key: value.long() for key, value in batch.items() if isinstance(value, Tensor)}
     _check_shapes(batch, name_of(collate), where)
     return batch
-
-
-def sample_rows(dataset: Any, collate: DataCollator, *, device: torch.device) -> list[CandidateRow]:
-    """At most `SAMPLE_ROWS` rows spread over a dataset, collated without touching any random state."""
-    number = min(SAMPLE_ROWS, len(dataset))
-    indices = [position * len(dataset) // number for position in range(number)]
-    with preserved_random_state(device):
-        return [collate_row(index, dataset[index], collate) for index in indices]
 
 
 def keep_first_labels(row: CandidateRow, num_label_tokens: int) -> CandidateRow:

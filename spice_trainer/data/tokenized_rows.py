@@ -97,9 +97,9 @@ class TokenizedRows:
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} is unknown. Fix: set it to 'keep_start' or 'keep_end'."
             )
+        first = fetch_rows(self.dataset, [0])[0] if len(self.dataset) else None
         columns = getattr(self.dataset, "column_names", None)
         if columns is None:
-            first = self.dataset[0] if len(self.dataset) else None
             columns = list(first) if isinstance(first, Mapping) else []
         raw_format = find_raw_format(columns, dataset_text_field=self.dataset_text_field)
         if raw_format is None:
@@ -113,7 +113,7 @@ class TokenizedRows:
         if self.assistant_only and tokenizer.chat_template is not None:
             object.__setattr__(self, "chat_template", find_training_template(tokenizer))
         if len(self.dataset):
-            self[0]
+            self._tokenize_row(0, first)
 
     def __len__(self) -> int:
         return len(self.dataset)

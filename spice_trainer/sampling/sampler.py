@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import configured_vocabulary_size
+from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import DataCollator, TargetRows
-from spice_trainer.distributed import Processes, without_wrapper
+from spice_trainer.data.sample import RowSample
+from spice_trainer.distributed import Processes, check_agreement, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow
@@ -176,6 +178,11 @@ class SpiceSampler(Sampler[int]):
             proxy=self.proxy,
             validation=None if validation_dataset is None else replace(rows, dataset=validation_dataset),
         )
+        if processes.world_size > 1:
+            with processes.failing_together("reading some rows"):
+                fingerprint = fingerprint_rows(RowSample.read(dataset, device=device))
+            seen = {"the number of rows": len(dataset), "the fingerprint of the rows' content": fingerprint}
+            check_agreement(processes, seen | {"the settings": self.config, "the seed": schedule.seed})
         self.prepare(schedule, selector)
         slots = Slots(processes.rank, processes.world_size, gradient_accumulation_steps)
         return build_dataloader(self, dataset, collate=data_collator, device=device, slots=slots)

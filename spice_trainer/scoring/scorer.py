@@ -71,6 +71,7 @@ class GradientScorer:
         self.get_model = runtime.get_model
         self.processes = runtime.processes
         self.rows = rows
+        self._num_rows = len(rows.dataset)
         self.config = config
         self.validation = validation
         self.modules = choose_modules(
@@ -164,6 +165,13 @@ class GradientScorer:
 
     def collate_rows(self, indices: Sequence[int]) -> list[CandidateRow]:
         """Fetches and collates rows, each alone, and keeps what of them is scored."""
+        length = len(self.rows.dataset)
+        if length < self._num_rows:
+            raise ValueError(
+                f"The training dataset ({type(self.rows.dataset).__name__}) has {length:,} rows now, and had "
+                f"{self._num_rows:,} when the run began: row numbers may mean other rows. Fix: leave it as it is "
+                "until the run has ended, or give the trainer a copy."
+            )
         rows = fetch_rows(self.rows.dataset, indices)
         return self._scored_part(
             [collate_row(index, row, self.rows.collate) for index, row in zip(indices, rows, strict=True)]

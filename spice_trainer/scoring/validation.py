@@ -48,7 +48,7 @@ class ValidationRows:
 
     def collate(self, indices: Sequence[int]) -> list[CandidateRow]:
         """Fetches and collates some of the rows, each alone."""
-        fetched = fetch_rows(self.rows.dataset, indices)
+        fetched = fetch_rows(self.rows.dataset, indices, source=VALIDATION)
         return [
             collate_row(index, row, self.rows.collate, source=VALIDATION)
             for index, row in zip(indices, fetched, strict=True)

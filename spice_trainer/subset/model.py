@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.data.fingerprints import spread_positions
 from spice_trainer.data.json_values import canonical_line
+from spice_trainer.data.rows import spread_positions
 from spice_trainer.distributed import without_wrapper
 from spice_trainer.gradients.backends import num_values
 

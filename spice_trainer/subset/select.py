@@ -26,7 +26,8 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, check_is_labelled, check_token_ids, embedding_size
 from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.raw_rows import find_raw_format
-from spice_trainer.data.rows import TargetRows, sample_rows
+from spice_trainer.data.rows import TargetRows
+from spice_trainer.data.sample import RowSample
 from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.gradients.verification import verify_gradients
@@ -204,9 +205,9 @@ def select_subset(
             identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
             if config.takes_validation:
                 identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
-        check_agreement(
-            processes, {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed}
-        )
+        seen = {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed}
+        seen["the fingerprint of the rows' content"] = identity["dataset_fingerprint"]
+        check_agreement(processes, seen)
         sampler = SpiceSampler(config, proxy)
         sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
         described = processes.broadcast(describe_model(proxy.model) if processes.is_main else {})
@@ -323,7 +324,7 @@ def check_selection(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Looks at some rows, the memory and two gradients before anything is selected."""
-    rows = sample_rows(scorer.rows.dataset, scorer.rows.collate, device=scorer.device)
+    rows = RowSample.read(scorer.rows.dataset, device=scorer.device).collate(scorer.rows.collate)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spice_trainer.distributed import Processes
+from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.proxy.transfer import TransferTotals, describe_transfer
 from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
 from spice_trainer.recording.ledger import CostLedger
@@ -60,6 +60,7 @@ class SpiceCallback(TrainerCallback):
         self.resume_from: str | None = None
         self.run_dir: str | None = None
         self.dataset_fingerprint: str | None = None
+        self.seen: dict[str, Any] = {}
         self._num_verifications = 0
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
@@ -99,6 +100,8 @@ class SpiceCallback(TrainerCallback):
         """Begins or resumes records, metrics and the sampler's position, and says what will happen."""
         if kwargs.get("model") is not None:
             check_adapter_is_saved(kwargs["model"], is_resumed=self.resume_from is not None)
+        # The dataset may be another than when SPICE was attached.
+        check_agreement(self.processes, self.seen)
         self._device = args.device
         self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
         self.transfers = TransferTotals()

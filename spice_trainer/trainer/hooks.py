@@ -33,7 +33,14 @@ from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
 from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
 from spice_trainer.trainer.handle import SpiceHandle
-from spice_trainer.trainer.inputs import RunInputs, build_inputs, own_sampling, plan_run
+from spice_trainer.trainer.inputs import (
+    EarlierSample,
+    RunInputs,
+    build_inputs,
+    describe_for_others,
+    own_sampling,
+    plan_run,
+)
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.utils.logging import logger
 
@@ -73,6 +80,7 @@ class SpiceHooks:
         self.sampler = sampler
         self._is_installed = False
         self._plan: RunPlan | None = None
+        self._earlier: EarlierSample | None = None
         self._verify_later: Callable[[], None] | None = None
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, HookedMethod] = {}
@@ -143,32 +151,23 @@ class SpiceHooks:
                 check_proxy(self.sampler.proxy, self.trainer.model, device=args.device, rows=candidates)
             check_token_ids(candidates, scorer.vocabulary)
             check_collator(
-                inputs.dataset,
+                inputs.sample,
                 inputs.collate,
                 candidates,
                 # A proxy that scores may have another vocabulary; the collator pads for the model that trains.
                 token_id_limits(self.trainer.model),
                 num_rows=args.train_batch_size,
-                device=args.device,
             )
+            fingerprint = fingerprint_rows(inputs.sample) if processes.world_size > 1 else None
             self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
+            self._earlier = EarlierSample.of(inputs)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(
                 "SPICE: %s keeps its dataset and collator, but the order of its rows is replaced by SPICE's picks.",
                 replaced,
             )
-        check_agreement(
-            processes,
-            {
-                "the number of rows": len(inputs.dataset),
-                "the number of tokens of some rows": [row.num_tokens for row in candidates],
-                "the SPICE configuration": self.sampler.config,
-                "the seed of the pools": inputs.schedule.seed,
-                "the number of optimizer steps of an epoch": inputs.schedule.steps_per_epoch,
-                "the number of LoRA layers": len(scorer.modules),
-            },
-        )
+        check_agreement(processes, describe_for_others(inputs, self.sampler.config, fingerprint))
         # Without a backward there is no gradient to verify.
         if verify and self.sampler.config.takes_gradients:
             self._verify_later = verify_run(self.trainer, scorer, candidates)
@@ -225,7 +224,10 @@ class SpiceHooks:
         self.callback.processes = processes
         self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
         self.callback.plan = plan
-        self.callback.dataset_fingerprint = fingerprint_rows(inputs.dataset, device=args.device)
+        fingerprint = fingerprint_rows(inputs.sample, self._earlier.digests if self._earlier is not None else None)
+        self.callback.dataset_fingerprint = fingerprint
+        self.callback.seen = describe_for_others(inputs, self.sampler.config, fingerprint)
+        self._earlier = EarlierSample.of(inputs)
         return loader
 
     def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -266,4 +268,6 @@ class SpiceHooks:
     # Parts
 
     def _build_inputs(self, get_loader: Callable[[], DataLoader[Any]]) -> RunInputs:
-        return build_inputs(self.trainer, self.sampler.config, get_loader, proxy=self.sampler.proxy)
+        return build_inputs(
+            self.trainer, self.sampler.config, get_loader, proxy=self.sampler.proxy, earlier=self._earlier
+        )

@@ -16,7 +16,8 @@ from transformers.training_args import OptimizerNames
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import configured_vocabulary_size
-from spice_trainer.data.rows import CandidateRow, TargetRows, sample_rows
+from spice_trainer.data.rows import CandidateRow, TargetRows
+from spice_trainer.data.sample import RowSample
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
 from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
@@ -38,23 +39,66 @@ class RunInputs:
     collate: Callable[..., Any]
     schedule: PoolSchedule
     selector: StepSelector
+    sample: RowSample
+    """Some rows of the dataset, read once for all checks."""
     rows: list[CandidateRow]
-    """Some rows as they are trained on."""
+    """The same as they are trained on."""
     candidates: list[CandidateRow]
-    """Some rows as they are scored: a proxy may have another tokenizer."""
+    """The same as they are scored: a proxy may have another tokenizer."""
+
+
+@dataclass(frozen=True)
+class EarlierSample:
+    """What is kept of the rows that were looked at before, so that they need not be read again."""
+
+    digests: tuple[str | None, ...]
+    candidates: list[CandidateRow]
+
+    @classmethod
+    def of(cls, inputs: RunInputs) -> EarlierSample:
+        """Only where a proxy reads another dataset are its rows kept."""
+        is_shared = inputs.selector.gradient_scorer.rows.dataset is inputs.dataset
+        return cls(inputs.sample.digests, [] if is_shared else inputs.candidates)
 
 
 def build_inputs(
-    trainer: Any, config: SpiceConfig, get_loader: Callable[[], DataLoader[Any]], *, proxy: ProxyModel | None
+    trainer: Any,
+    config: SpiceConfig,
+    get_loader: Callable[[], DataLoader[Any]],
+    *,
+    proxy: ProxyModel | None,
+    earlier: EarlierSample | None = None,
 ) -> RunInputs:
     """Takes the rows of the trainer's own loader, and builds the schedule and the selector for them."""
     dataset, collate = training_rows(trainer, get_loader)
     schedule = build_trainer_schedule(trainer, config, dataset)
     selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
-    device, scorer = trainer.args.device, selector.gradient_scorer
-    rows = sample_rows(dataset, collate, device=device)
-    candidates = rows if proxy is None else sample_rows(scorer.rows.dataset, scorer.rows.collate, device=device)
-    return RunInputs(dataset, collate, schedule, selector, rows, candidates)
+    sample = RowSample.read(dataset, device=trainer.args.device)
+    rows = sample.collate(collate)
+    candidates = rows if proxy is None else _read_candidates(selector.gradient_scorer.rows, sample, earlier)
+    return RunInputs(dataset, collate, schedule, selector, sample, rows, candidates)
+
+
+def _read_candidates(scored: TargetRows, sample: RowSample, earlier: EarlierSample | None) -> list[CandidateRow]:
+    """The sample as a proxy reads it."""
+    if scored.dataset is sample.dataset:
+        return sample.collate(scored.collate)
+    if earlier is not None and earlier.candidates and earlier.digests == sample.digests:
+        return earlier.candidates
+    return RowSample.read(scored.dataset, device=sample.device).collate(scored.collate)
+
+
+def describe_for_others(inputs: RunInputs, config: SpiceConfig, fingerprint: str | None) -> dict[str, Any]:
+    """What all processes of a run must see alike, by name."""
+    return {
+        "the number of rows": len(inputs.dataset),
+        "the number of tokens of some rows": [row.num_tokens for row in inputs.candidates],
+        "the fingerprint of the rows' content": fingerprint,
+        "the SPICE configuration": config,
+        "the seed of the pools": inputs.schedule.seed,
+        "the number of optimizer steps of an epoch": inputs.schedule.steps_per_epoch,
+        "the number of LoRA layers": len(inputs.selector.gradient_scorer.modules),
+    }
 
 
 def training_rows(

@@ -168,7 +168,7 @@ ROWS = (
         ATTACHING,
         ValueError,
         (
-            "(default_data_collator) takes rows 0, 13, 27, 42",
+            "(default_data_collator) takes rows 0, 6, 15, 54",
             "failed on them together",
             "does not pad",
             "Fix: use one",

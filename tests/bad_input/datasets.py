@@ -11,7 +11,7 @@ from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import tiny_dataset, tiny_rows
 
-# Row 7 is none of the 32 that are looked at before a run; 0 is.
+# Row 7 is none of those that are looked at before a run; 0 is.
 UNSEEN, SEEN = 7, 0
 
 
@@ -71,6 +71,19 @@ def _masked() -> Dataset:
 
 def _texts() -> Dataset:
     return Dataset.from_list([{"text": "w3 w4 w5"}] * 20)
+
+
+class UnreadableRow(list[Any]):
+    """Rows of which one cannot be read."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__(tiny_rows())
+        self.which = which
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.which:
+            raise FileNotFoundError(2, "No such file or directory", f"{index}.json")
+        return super().__getitem__(index)
 
 
 def _changing() -> Any:
@@ -153,7 +166,7 @@ ROWS = (
         "all labels −100",
         ATTACHING,
         ValueError,
-        ("None of 32 rows looked at has a label token", "prompt masking and at `max_length`"),
+        ("None of 18 rows looked at has a label token", "prompt masking and at `max_length`"),
         _dataset(_masked),
     ),
     BadInput(
@@ -240,6 +253,22 @@ ROWS = (
         None,
         ("(collate) gives row 0 differently each time", "Make it a function of the row alone"),
         _dataset(_changing),
+    ),
+    BadInput(
+        "unreadable_row",
+        "a dataset that raises on a row, one of those looked at",
+        ATTACHING,
+        FileNotFoundError,
+        ("No such file or directory: '0.json'", "SPICE was reading row(s) 0 of the training dataset (UnreadableRow)"),
+        _dataset(lambda: UnreadableRow(SEEN)),
+    ),
+    BadInput(
+        "unreadable_row_later",
+        "the same of another row",
+        TRAINING,
+        FileNotFoundError,
+        ("No such file or directory: '7.json'", "SPICE was reading row(s) 7 of the training dataset", "or leave"),
+        lambda scene: scene.train(train_dataset=UnreadableRow(UNSEEN)),
     ),
     BadInput(
         "removed_later",

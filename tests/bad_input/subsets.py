@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from tests.bad_input.datasets import UnreadableRow
 from tests.bad_input.scene import CALLING, BadInput, Scene
 from tests.support.subsets import PROMPTS, export
 from tests.support.trainers import tiny_dataset, tiny_tokenizer
@@ -50,6 +51,14 @@ ROWS = (
         TypeError,
         ("config must be a SpiceConfig, got dict",),
         _select(config={"pool_size": 10}),
+    ),
+    BadInput(
+        "subset_unreadable_row",
+        "a dataset that raises on a row",
+        CALLING,
+        FileNotFoundError,
+        ("No such file or directory: '7.json'", "SPICE was reading row(s) 7 of the training dataset (UnreadableRow)"),
+        _select(dataset=lambda: UnreadableRow(7)),
     ),
     BadInput(
         "subset_splits",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spice_trainer.data.sample import SAMPLE_ROWS
 from tests.bad_input import (
     arguments,
     collators,
@@ -40,8 +41,8 @@ _PREAMBLE = """\
 
 Mistakes are noticed as early as they can be, most of them when SPICE is attached. The error says what is wrong, in
 which row, layer or setting, the likely cause and the fix, and an attempt that fails alters nothing of the trainer, the
-model, the dataset and the files. What only some row can show (32 rows of a dataset are looked at before training) ends
-the run at that row, by name.
+model, the dataset and the files. What only some row can show ({sample_rows} rows of a dataset are looked at before
+training) ends the run at that row, by name.
 
 Nothing that is read is executed: checkpoints are JSON and safetensors, never pickle, and no path in one is followed.
 Chat templates are rendered by the tokenizer, in its sandbox. `trust_remote_code` is what you say, and off otherwise.
@@ -52,7 +53,7 @@ Below are {num_rows} mistakes: when each is noticed, what is raised, and what th
 
 def as_markdown() -> str:
     """All of docs/errors.md."""
-    lines = [_PREAMBLE.format(num_rows=len(TABLE))]
+    lines = [_PREAMBLE.format(num_rows=len(TABLE), sample_rows=SAMPLE_ROWS)]
     for topic, rows in TOPICS.items():
         lines += [f"## {topic}", "", "| what is wrong | noticed | what happens |", "|---|---|---|"]
         lines += [*(f"| {row.wrong} | {row.when} | {_outcome(row)} |" for row in rows), ""]

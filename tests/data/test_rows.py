@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from transformers import DataCollatorForSeq2Seq
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from spice_trainer.data.rows import collate_row, pad_rows
+from spice_trainer.data.rows import collate_row, fetch_rows, pad_rows
 from tests.support.trainers import collate, tiny_rows, tiny_tokenizer
 
 ROW = {"input_ids": [5, 6, 7, 8, 9], "attention_mask": [1] * 5, "labels": [-100, -100, 7, 8, 9]}
@@ -119,3 +120,75 @@ def test_pad_rows_pads_on_the_right_and_masks() -> None:
     del rows[0].inputs["attention_mask"]
     again, _ = pad_rows(rows)
     assert torch.equal(again["attention_mask"], expected["attention_mask"])
+
+
+class Calls:
+    """A dataset that notes how it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        self.calls.append(index)
+        return {"row": index}
+
+
+class BatchCalls(Calls):
+    def __getitems__(self, indices: list[int]) -> list[dict[str, int]]:
+        self.calls.append(list(indices))
+        return [{"row": index} for index in indices]
+
+
+class NoBatches(Calls):
+    __getitems__ = None
+
+
+@pytest.mark.parametrize("make", [Calls, BatchCalls, NoBatches, lambda: torch.utils.data.Subset(Calls(), range(9))])
+def test_rows_are_asked_for_as_torchs_loader_asks(make: Any) -> None:
+    def note(rows: Any) -> Any:
+        return rows
+
+    ours, theirs = make(), make()
+    fetcher = _MapDatasetFetcher(theirs, auto_collation=True, collate_fn=note, drop_last=False)
+    assert fetch_rows(ours, (5, 2, 7)) == fetcher.fetch([5, 2, 7]) == [{"row": 5}, {"row": 2}, {"row": 7}]
+    calls = [getattr(some, "calls", None) or some.dataset.calls for some in (ours, theirs)]
+    assert calls[0] == calls[1]
+
+
+class Broken(Calls):
+    def __getitem__(self, index: int) -> dict[str, int]:
+        if index in (7, 8):
+            raise FileNotFoundError(2, "no such file", f"{index}.json")
+        return super().__getitem__(index)
+
+
+class BrokenBatches(Broken):
+    def __getitems__(self, indices: list[int]) -> list[dict[str, int]]:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize(("make", "named"), [(Broken, "7"), (BrokenBatches, "7, 8")])
+def test_a_row_that_cannot_be_read_is_named_and_the_error_stays(make: Any, named: str) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch_rows(make(), [3, 7, 8, 9])
+    assert caught.value.filename == "7.json"
+    (note,) = caught.value.__notes__
+    assert f"SPICE was reading row(s) {named} of the training dataset ({make.__name__})" in note
+
+
+def test_a_dataset_that_shrank_is_named() -> None:
+    with pytest.raises(IndexError) as caught:
+        fetch_rows([{"row": 0}], [0, 3])
+    assert "row 3 of the training dataset (list), which has 1 rows now" in caught.value.__notes__[0]
+
+
+def test_an_error_that_cannot_be_described_stays() -> None:
+    class Hopeless(Broken):
+        def __len__(self) -> int:
+            raise RuntimeError("no length either")
+
+    with pytest.raises(FileNotFoundError):
+        fetch_rows(Hopeless(), [7])

@@ -207,6 +207,39 @@ class Worker:
         trainer.train()
         return {"steps": trainer.state.global_step}
 
+    def see_other_rows(self) -> dict[str, Any]:
+        """Rows of the same lengths as the other processes', whose content differs on the last one."""
+        when, same = self.options["when"], setting.dataset()
+        other = same.map(lambda row: {"input_ids": row["input_ids"][::-1]}) if self.rank else same
+        if "map_style" in self.options:
+            same, other = list(same), list(other)
+        rows = same if when == "starting" else other
+        setting.dataset = lambda: rows
+        accelerator, model = Accelerator(cpu=True), Path(self.options["model"])
+        config, trained = SpiceConfig(**setting.SETTINGS), 0
+        error = ""
+        try:
+            if when == "binding":
+                SpiceSampler(config).bind(
+                    setting.load_model(model),
+                    rows,
+                    data_collator=collate,
+                    per_device_train_batch_size=2,
+                    accelerator=accelerator,
+                )
+            elif when == "selecting":
+                select_subset(
+                    setting.load_model(model), rows, config, output_dir=self.folder / "subset", accelerator=accelerator
+                )
+            else:
+                trainer, _ = self.build("other")
+                trainer.train_dataset = other
+                trainer.train()
+                trained = trainer.state.global_step
+        except ValueError as caught:
+            error = str(caught)
+        return {"error": error, "trained": trained}
+
     def die(self, *args: Any, **kwargs: Any) -> Any:
         """Fails in the way asked for, and notes when."""
         (self.folder / "failed_at").write_text(str(time.time()))
@@ -244,6 +277,7 @@ TASKS = {
     "train": Worker.train_and_listen,
     "select": Worker.select,
     "fail": Worker.fail,
+    "other_rows": Worker.see_other_rows,
 }
 
 

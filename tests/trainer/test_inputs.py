@@ -1,0 +1,101 @@
+"""How often a dataset is read before the first step: rows may be decoded, or come over a network, one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from spice_trainer import ProxyModel, SpiceConfig, attach_spice
+from tests.support.models import tiny_lora_model
+from tests.support.trainers import BATCH_SIZE, POOL_SIZE, SETTINGS, make_trainer, tiny_rows
+
+pytestmark = pytest.mark.oldest
+
+MOST_READS = 64
+NUM_ROWS = 3000
+
+
+class MapStyle(torch.utils.data.Dataset[Any]):
+    """Counts the rows it is asked for, alone or together."""
+
+    def __init__(self) -> None:
+        self.rows = tiny_rows(60)
+        self.num_reads = 0
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.num_reads += 1
+        return dict(self.rows[index % len(self.rows)])
+
+
+class InBatches(MapStyle):
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
+class Transformed:
+    """A `datasets.Dataset` whose transform counts the rows it makes."""
+
+    def __init__(self) -> None:
+        self.num_reads = 0
+        self.dataset = Dataset.from_list(tiny_rows(NUM_ROWS)).with_transform(self.transform)
+
+    def transform(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        self.num_reads += len(batch["input_ids"])
+        return batch
+
+
+class ReadsBeforeTheFirstStep(TrainerCallback):
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.num_reads: int | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.num_reads is None:
+            self.num_reads = self.source.num_reads
+
+
+@pytest.mark.parametrize("make", [MapStyle, InBatches, Transformed])
+@pytest.mark.parametrize("with_proxy", [False, True], ids=["alone", "proxy"])
+def test_few_rows_are_read_before_the_first_step(with_proxy: bool, make: Any, tmp_path: Path) -> None:
+    """The step's own: its candidates when they are scored, and its picks when they are trained on."""
+
+    def run(**resume: Any) -> int:
+        source = make()
+        watch = ReadsBeforeTheFirstStep(source)
+        trainer = make_trainer(
+            tmp_path, train_dataset=getattr(source, "dataset", source), callbacks=[watch], max_steps=2, **saving
+        )
+        proxy = ProxyModel(tiny_lora_model(seed=1)) if with_proxy else None
+        attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
+        trainer.train(**resume)
+        assert watch.num_reads is not None
+        return watch.num_reads - POOL_SIZE - BATCH_SIZE
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    assert run() <= MOST_READS
+    assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-1")) <= MOST_READS
+
+
+class Shrinking(TrainerCallback):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.pop(0)
+
+
+def test_a_dataset_that_shrinks_in_mid_run_is_refused(tmp_path: Path) -> None:
+    """Every later row number means another row, also where it is still there."""
+    rows = tiny_rows()
+    trainer = make_trainer(tmp_path, spice={}, train_dataset=rows, callbacks=[Shrinking(rows)])
+    with pytest.raises(ValueError, match=r"\(list\) has 54 rows now, and had 55 when the run began"):
+        trainer.train()
+    assert trainer.state.global_step == 1
