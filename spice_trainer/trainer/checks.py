@@ -79,6 +79,29 @@ def check_objective(trainer: Any) -> None:
         )
 
 
+def warn_of_objective(trainer: Any) -> None:
+    """Says by name what of the trained loss is not in the scores, which are of the plain likelihood."""
+    args, config = trainer.args, getattr(trainer.model, "config", None)
+    config = getattr(config, "text_config", config)
+    loss_type = getattr(args, "loss_type", "nll")
+    theirs = [
+        f"loss_type={loss_type!r}" if loss_type not in ("nll", "chunked_nll") else None,
+        f"label_smoothing_factor={args.label_smoothing_factor}" if args.label_smoothing_factor > 0 else None,
+        # SFTTrainer sets one of its own for its other losses.
+        "a compute_loss_func" if trainer.compute_loss_func is not None and loss_type == "nll" else None,
+        "an auxiliary loss of the router (output_router_logits)"
+        if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)
+        else None,
+    ]
+    named = " and ".join(name for name in theirs if name is not None)
+    if named:
+        logger.warning(
+            "SPICE: the trainer trains by %s, and samples are scored by the plain cross-entropy of their labels. Where "
+            "the two differ, picks are those for the plain one.",
+            named,
+        )
+
+
 def warn_of_arguments(args: TrainingArguments) -> None:
     """Warns of data loading arguments that have no effect with SPICE, and of a launch that fell apart."""
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -31,7 +31,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_proxy, check_run, verify_run
+from spice_trainer.trainer.checks import check_proxy, check_run, verify_run, warn_of_objective
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.inputs import (
     EarlierSample,
@@ -161,6 +161,7 @@ class SpiceHooks:
             fingerprint = fingerprint_rows(inputs.sample) if processes.world_size > 1 else None
             self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
             self._earlier = EarlierSample.of(inputs)
+        warn_of_objective(self.trainer)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(
