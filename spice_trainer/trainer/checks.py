@@ -96,8 +96,8 @@ def warn_of_objective(trainer: Any) -> None:
     named = " and ".join(name for name in theirs if name is not None)
     if named:
         logger.warning(
-            "SPICE: the trainer trains by %s, and samples are scored by the plain cross-entropy of their labels. Where "
-            "the two differ, picks are those for the plain one.",
+            "SPICE: the trainer trains by %s, and samples are scored by the plain cross-entropy of their labels. "
+            "Where the two differ, picks are those for the plain one.",
             named,
         )
 
