@@ -7,9 +7,10 @@ from typing import Any
 from transformers import Trainer
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.distributed import wait_for_all
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.sampler import SpiceSampler
-from spice_trainer.trainer.checks import check_trainer
+from spice_trainer.trainer.checks import check_trainer, is_training
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.hooks import NOT_ATTACHED, SpiceHooks
 from spice_trainer.utils.logging import logger, show_messages
@@ -45,6 +46,7 @@ def attach_spice(
     Raises:
         TypeError: If the trainer or the settings are of another type.
         ValueError: If something rules SPICE out; the message says what and how to fix it.
+        RuntimeError: If the trainer trains already, or not every process attaches.
         GradientMismatchError: If `verify` finds that gradients would be wrong on this model.
 
     Example:
@@ -71,6 +73,12 @@ def attach_spice(
     if isinstance(attached, SpiceHooks):
         _check_same(attached.sampler, config_or_sampler, proxy)
         return attached.handle
+    if is_training(trainer):
+        raise RuntimeError(
+            "attach_spice was called while the trainer trains, such as in a callback's on_train_begin: its loader is "
+            "made already, and would go on without SPICE. Fix: attach after building the trainer, before `train()`."
+        )
+    wait_for_all(trainer.accelerator)
     sampler = config_or_sampler
     if isinstance(sampler, SpiceConfig):
         sampler = SpiceSampler(sampler, proxy)
@@ -115,6 +123,7 @@ def detach_spice(trainer: Any) -> None:
 
     Raises:
         ValueError: If SPICE is not attached.
+        RuntimeError: If the trainer trains.
     """
     hooks = getattr(trainer, "_spice", None)
     if not isinstance(hooks, SpiceHooks):

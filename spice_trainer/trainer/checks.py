@@ -5,6 +5,7 @@ What cannot be right is refused with what, why and the fix; what fits badly is w
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -58,6 +59,19 @@ def check_trainer(trainer: Any) -> None:
         )
     if getattr(trainer, "hp_search_backend", None) is not None:
         raise ValueError("SPICE cannot be attached during a hyperparameter search. Attach it to a single run.")
+
+
+def is_training(trainer: Any) -> bool:
+    """Whether this is called from within the trainer's `train()`.
+
+    Its own `is_in_train` stays set after a run that was interrupted, and is reset before the last callbacks.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_inner_training_loop" and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_objective(trainer: Any) -> None:
@@ -218,6 +232,7 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
     is_target = model is trainer.model
 
     def verify_when_wrapped() -> None:
+        scorer.follow(is_told=False)
         error = verify_directions(
             scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=accelerator.autocast
         )

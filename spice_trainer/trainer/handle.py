@@ -53,5 +53,6 @@ class SpiceHandle:
 
         Raises:
             ValueError: If it was detached before.
+            RuntimeError: If the trainer trains.
         """
         self._remove()

@@ -31,7 +31,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_proxy, check_run, verify_run, warn_of_objective
+from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run, warn_of_objective
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.inputs import (
     EarlierSample,
@@ -115,6 +115,11 @@ class SpiceHooks:
         """Puts everything back."""
         if not self._is_installed:
             raise ValueError(NOT_ATTACHED)
+        if is_training(self.trainer):
+            raise RuntimeError(
+                "SPICE cannot be detached while the trainer trains: its loader deals out SPICE's picks until the run "
+                "ends. Fix: detach after `train()`; to end it early, set `control.should_training_stop = True`."
+            )
         self._is_installed = False
         for name, value in self._replaced.items():
             if vars(self.trainer).get(name) is not self._bound[name]:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice, detach_spice
-from tests.bad_input.scene import ATTACHING, CALLING, CREATING, SETTINGS, STARTING, BadInput, Scene
+from tests.bad_input.scene import ATTACHING, CALLING, CREATING, SETTINGS, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import tiny_lora_model
 
 ADAPTIVE = {"stop_ratio": 0.5, "pools_per_step": 1}
@@ -68,6 +68,26 @@ def _attach_a_used_sampler(scene: Scene) -> Callable[[], Any]:
 def _detach(scene: Scene) -> Callable[[], Any]:
     trainer = scene.make()
     return lambda: detach_spice(trainer)
+
+
+class _OnTrainBegin(TrainerCallback):
+    def __init__(self, do: Callable[[], Any]) -> None:
+        self.do = do
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.do()
+
+
+def _attach_in_a_run(scene: Scene) -> Callable[[], Any]:
+    trainer = scene.make()
+    trainer.add_callback(_OnTrainBegin(lambda: attach_spice(trainer, SpiceConfig(**SETTINGS))))
+    return trainer.train
+
+
+def _detach_in_a_run(scene: Scene) -> Callable[[], Any]:
+    train = scene.train()
+    scene.trainer.add_callback(_OnTrainBegin(lambda: detach_spice(scene.trainer)))
+    return train
 
 
 def _bound_loss(scene: Scene) -> Callable[[], Any]:
@@ -206,6 +226,22 @@ ROWS = (
         ValueError,
         ("attached to this trainer already", "fisher_alpha is 1.0 and would be 2.0", "Call detach_spice(trainer)"),
         _attach_twice,
+    ),
+    BadInput(
+        "attached_in_a_run",
+        "attaching while the trainer trains",
+        STARTING,
+        RuntimeError,
+        ("attach_spice was called while the trainer trains", "on_train_begin", "before `train()`"),
+        _attach_in_a_run,
+    ),
+    BadInput(
+        "detached_in_a_run",
+        "detaching while the trainer trains",
+        TRAINING,
+        RuntimeError,
+        ("cannot be detached while the trainer trains", "`control.should_training_stop = True`"),
+        _detach_in_a_run,
     ),
     BadInput(
         "sampler_of_another",

@@ -78,6 +78,16 @@ def pick_hardest_of_the_long(scores: PoolScores, num_selected: int, options: Pic
 OWN_STRATEGY = Strategy("hardest", ("gradient_norms", "losses"), pick_hardest_of_the_long)
 
 
+class Freeze(TrainerCallback):
+    """Freezes the upper layer's adapter after the second step (gradual freezing)."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            for name, parameter in model.named_parameters():
+                if "layers.1." in name:
+                    parameter.requires_grad_(False)
+
+
 def load_model(folder: Path, *, quantized: bool = False) -> nn.Module:
     """Loads them, the base in 4 bits if asked, and under ZeRO-3 in shards, if the `TrainingArguments` exist."""
     options: dict[str, Any] = {"dtype": torch.float32}

@@ -80,3 +80,21 @@ def test_an_error_within_a_sharded_forward_ends_every_process(config: str, model
         pytest.importorskip("deepspeed")
     stderr = fail(config, tmp_path, place="forward", way="raise", model_folder=model_folder).stderr
     assert "ValueError: the user's own error" in stderr
+
+
+def test_attaching_on_one_process_ends_soon_and_says_where(model_folder: Path, tmp_path: Path) -> None:
+    launched = fork("multi_gpu", tmp_path, "attach_on_one", f"model={model_folder}", timeout=120)
+    assert launched.returncode != 0 and not launched.timed_out
+    assert "waiting for process 1 to attach too" in launched.stderr
+    assert (
+        "RuntimeError: attach_spice was called on process 0 of 2, and within 5 seconds not on process 1. Likely "
+        "cause: a condition such as `if trainer.is_world_process_zero():`" in launched.stderr
+    )
+
+
+def test_layers_frozen_on_one_process_end_the_run(model_folder: Path, tmp_path: Path) -> None:
+    launched = fork("multi_gpu", tmp_path, "freeze", "where=last", f"model={model_folder}", timeout=120)
+    assert launched.returncode != 0 and not launched.timed_out
+    assert "RuntimeError: Process 1 of 2 trains 14 LoRA layers, and process 0 trains 28. Likely cause: a callback" in (
+        launched.stderr
+    )

@@ -65,6 +65,17 @@ def test_adaptive_stopping(config: str, tmp_path: Path) -> None:
     assert trained_indices(tmp_path / "two" / "trained") == picks
 
 
+def test_layers_frozen_in_mid_run(tmp_path: Path) -> None:
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    single = setting.single_trainer(folder, tmp_path / "one")
+    single.add_callback(setting.Freeze())
+    single.train()
+    fork("multi_gpu", tmp_path / "two", "freeze", "where=everywhere", f"model={folder}").check()
+    found = [json.loads((tmp_path / "two" / f"freeze.{rank}.json").read_text()) for rank in range(2)]
+    assert [one["picks"] for one in found] == [trained_indices(tmp_path / "one")] * 2
+    assert [one["layers"] for one in found] == [14, 14]
+
+
 # What computes less than whole gradients: two forwards of different rows a step, and a backward that ends early.
 PARTIAL = {"scoring_layers": 1, "scoring_max_tokens": 3, "scoring_prefilter": 0.6}
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
-from spice_trainer import ProxyModel, SpiceConfig, select_subset
+import spice_trainer.distributed
+from spice_trainer import ProxyModel, SpiceConfig, attach_spice, detach_spice, select_subset
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
@@ -161,15 +162,20 @@ class Worker:
         spice, args = (json.loads(self.options.get(name, "{}")) for name in ("spice", "args"))
         proxy = setting.load_proxy(Path(self.options["proxy"]), seed=self.rank) if "proxy" in self.options else None
         trainer, _ = self.build("trained", spice=spice, proxy=proxy, **args)
-        heard: list[list[int]] = []
-        trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
-        trainer.train(resume_from_checkpoint=self.options.get("checkpoint"))
-        self.check_wrapper(trainer)
+        found = self.listen(trainer, resume_from_checkpoint=self.options.get("checkpoint"))
         learned = {}
         if proxy is not None:
             weights = {name: value for name, value in proxy.model.named_parameters() if value.requires_grad}
             learned = {name: sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in weights.items()}
-        return {"picks": heard, "losses": losses(trainer), "learned": learned}
+        return found | {"learned": learned}
+
+    def listen(self, trainer: Trainer, **options: Any) -> dict[str, Any]:
+        """Trains; picks and losses of every step."""
+        heard: list[list[int]] = []
+        trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
+        trainer.train(**options)
+        self.check_wrapper(trainer)
+        return {"picks": heard, "losses": losses(trainer)}
 
     def select(self) -> dict[str, Any]:
         """Selects a subset with no target training."""
@@ -240,6 +246,27 @@ class Worker:
             error = str(caught)
         return {"error": error, "trained": trained}
 
+    def freeze(self) -> dict[str, Any]:
+        """Trains, and freezes the upper layer's adapter on the way, on every process or on the last alone."""
+        ranks = range(self.world_size) if self.options["where"] == "everywhere" else [self.world_size - 1]
+        # What is frozen gets no gradient, which DDP must be told to expect.
+        trainer, _ = self.build("frozen", ddp_find_unused_parameters=True)
+        if self.rank in ranks:
+            trainer.add_callback(setting.Freeze())
+        return self.listen(trainer) | {"layers": len(trainer._spice.sampler.scorer.modules)}
+
+    def attach_on_one(self) -> dict[str, Any]:
+        """Attaches on process 0 alone, as under `if trainer.is_world_process_zero():`."""
+        spice_trainer.distributed.SECONDS_TO_NOTICE, spice_trainer.distributed.SECONDS_TO_ATTACH = 2.0, 3.0
+        trainer, _ = self.build("attached")
+        # Together they attach and detach as often as they like.
+        detach_spice(trainer)
+        attach_spice(trainer, SpiceConfig(**setting.SETTINGS)).detach()
+        if self.rank == 0:
+            attach_spice(trainer, SpiceConfig(**setting.SETTINGS))
+        trainer.train()
+        return {"steps": trainer.state.global_step}
+
     def die(self, *args: Any, **kwargs: Any) -> Any:
         """Fails in the way asked for, and notes when."""
         (self.folder / "failed_at").write_text(str(time.time()))
@@ -278,6 +305,8 @@ TASKS = {
     "select": Worker.select,
     "fail": Worker.fail,
     "other_rows": Worker.see_other_rows,
+    "freeze": Worker.freeze,
+    "attach_on_one": Worker.attach_on_one,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spice_trainer import (
     ProxyModel,
@@ -28,6 +28,7 @@ from spice_trainer.trainer.hooks import HOOKED_METHODS
 from tests.support.models import tiny_lora_model
 from tests.support.traces import trainer_state
 from tests.support.trainers import (
+    attach,
     collate,
     make_trainer,
     read_records,
@@ -195,6 +196,46 @@ def test_attaching_twice_with_the_same_settings_does_nothing(tmp_path: Path, cap
     assert "attached to this trainer already, with the same settings" in caplog.text
     trainer.train()
     assert len(read_records(tmp_path, "trained")) == 6
+
+
+class Interrupts(TrainerCallback):
+    """Ends the first run as Ctrl-C would, and tries to detach in the first and last of the next one's events."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.refused: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is None:
+            raise KeyboardInterrupt
+        self._detach()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        with pytest.raises(
+            RuntimeError, match="cannot be detached while the trainer trains: its loader deals"
+        ) as found:
+            self.trainer._spice.handle.detach()
+        self.refused.append(str(found.value))
+
+
+def test_an_interrupted_run_is_no_run(tmp_path: Path) -> None:
+    """The Trainer's own flag stays set then; in a notebook one attaches and detaches and goes on."""
+    callback = Interrupts()
+    trainer = make_trainer(tmp_path, callbacks=[callback])
+    for spice in (None, CONFIG):
+        with pytest.raises(KeyboardInterrupt):
+            attach(trainer, spice)
+            trainer.train()
+    assert trainer.is_in_train
+    detach_spice(trainer)
+    attach_spice(trainer, CONFIG, verify=False)
+    callback.trainer = trainer
+    trainer.train()
+    assert len(callback.refused) == 2 and len(trained_indices(tmp_path)) == 6
+    detach_spice(trainer)
 
 
 @pytest.mark.parametrize("wrong", ["paper", {"pool_size": 10}, SpiceConfig, 3])
