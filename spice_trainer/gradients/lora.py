@@ -13,9 +13,9 @@ Gradients of the last layers need no backward below them, and gradients of fewer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from spice_trainer.gradients.forward import base_model
 from spice_trainer.gradients.layers.registry import layer_kind
@@ -37,6 +37,7 @@ _OTHER_TASKS = tuple(
 )
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
+_LORA_LAYER = re.compile(r"(?:^|\.)lora_[AB]\.([^.]+)")
 # Names listed in an error.
 _MAX_LISTED = 8
 
@@ -45,23 +46,28 @@ class UnsupportedModelError(ValueError):
     """The model trains something whose sample gradients SPICE cannot compute."""
 
 
-def find_lora_modules(model: nn.Module) -> dict[str, nn.Module]:
+def find_lora_modules(
+    model: nn.Module,
+    named: Mapping[str, nn.Module] | None = None,
+    trains: Callable[[Tensor], bool] = lambda parameter: parameter.requires_grad,
+) -> dict[str, nn.Module]:
     """Trainable `lora_A`/`lora_B` layers by their full name, in the order of `model.named_modules()`.
 
-    Call it before the model is wrapped or sharded: `requires_grad` is read from the layers' own parameters. Raises an
+    A model that was wrapped or sharded comes with its modules as they were `named` before. Raises an
     UnsupportedModelError if nothing trains, if anything but plain LoRA layers of a known kind trains, or if a LoRA
     layer is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
     """
     _check_predicts_next_tokens(model)
+    named = dict(model.named_modules()) if named is None else named
     found: dict[str, nn.Module] = {}
     refused: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        trainable = [key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+    for name, module in named.items():
+        trainable = [key for key, parameter in module.named_parameters(recurse=False) if trains(parameter)]
         if not trainable:
             continue
         is_lora = ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
         if is_lora and layer_kind(module) is not None:
-            reason = _refuse_layer(model, name)
+            reason = _refuse_layer(named, name, trainable)
             if reason is None:
                 found[name] = module
             else:
@@ -105,11 +111,10 @@ def _check_predicts_next_tokens(model: nn.Module) -> None:
         )
 
 
-def _refuse_layer(model: nn.Module, name: str) -> str | None:
-    """Why a trainable LoRA linear layer cannot be scored, or `None`."""
-    marker = ".lora_A." if ".lora_A." in name else ".lora_B."
-    parent_name, adapter = name.rsplit(marker, 1)
-    parent = model.get_submodule(parent_name)
+def _refuse_layer(named: Mapping[str, nn.Module], name: str, trainable: Sequence[str]) -> str | None:
+    """Why a LoRA linear layer, of which these parameters train, cannot be scored, or `None`."""
+    parent_name, adapter = split_adapter(name)
+    parent = named[parent_name]
     kind = type(parent).__name__
     if kind == "ParamWrapper":
         return "LoRA on expert parameters (`target_parameters`); use `target_modules` only"
@@ -123,6 +128,8 @@ def _refuse_layer(model: nn.Module, name: str) -> str | None:
         return "the LoRA variant DoRA (`use_dora`); use plain LoRA"
     if getattr(parent, "merged", False):
         return "a merged LoRA adapter; call `model.unmerge_adapter()`"
+    if "weight" not in trainable:
+        return "a LoRA bias whose layer's weight is frozen (`lora_bias`); freeze both or neither"
     return None
 
 
@@ -155,13 +162,17 @@ def _refuse_parameter(name: str) -> str:
 
 
 def choose_modules(
-    modules: Mapping[str, nn.Module], *, layers: int | None = None, target_modules: Sequence[str] | None = None
+    modules: Mapping[str, nn.Module],
+    *,
+    layers: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    names: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """The LoRA layers that candidates are scored by, in the order of `modules`.
 
     `layers` keeps those of the last so many of the model's layers that train; `target_modules` those whose adapted
-    module has one of these names, or a name that ends with one of them. Raises a ValueError if a name fits none, names
-    and layers have none in common, or the layers have no numbers.
+    module has one of these names, or a name that ends with one of them. Raises a ValueError if a name fits none of
+    `names`, which may be frozen (by default those of `modules`), nothing is left, or the layers have no numbers.
     """
     chosen = dict(modules)
     if layers is not None:
@@ -177,18 +188,25 @@ def choose_modules(
         chosen = {name: module for name, module in chosen.items() if numbers[name] in last}
     if target_modules is not None:
         for target in target_modules:
-            if not any(_is_named(name, target) for name in modules):
+            if not any(_is_named(name, target) for name in names or modules):
                 raise ValueError(
                     f"SpiceConfig: scoring_target_modules has {target!r}, which is the name of none of the modules "
                     f"that LoRA adapts. Fix: use names among {_listed(modules)}."
                 )
         chosen = {name: m for name, m in chosen.items() if any(_is_named(name, target) for target in target_modules)}
         if not chosen:
+            where = "trains" if layers is None else "lies in these layers"
             raise ValueError(
                 f"SpiceConfig: scoring_target_modules={list(target_modules)} with scoring_layers={layers}: no module "
-                "of these names lies in these layers. Fix: raise scoring_layers, or name other modules."
+                f"of these names {where}. Fix: raise scoring_layers, or name other modules."
             )
     return chosen
+
+
+def split_adapter(name: str) -> tuple[str, str]:
+    """The layer of PEFT's that a LoRA layer belongs to, and its adapter; an empty one for any other layer."""
+    found = _LORA_LAYER.search(name)
+    return (name, "") if found is None else (name[: found.start()], found[1])
 
 
 def _adapted_module(name: str) -> str:

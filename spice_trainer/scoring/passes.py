@@ -38,12 +38,18 @@ _RunRows = Callable[[SampleGradients, list[CandidateRow], Sequence[int] | None],
 class ScoringPasses:
     """Runs the micro-batches that fell to this process, for the gradients of some layers or for losses alone."""
 
-    def __init__(self, runtime: Runtime, modules: Mapping[str, nn.Module], config: SpiceConfig) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        modules: Mapping[str, nn.Module],
+        config: SpiceConfig,
+        budget: TokenBudget | None = None,
+    ) -> None:
         self.get_model = runtime.get_model
         self.modules = dict(modules)
         self.processes = runtime.processes
         # What fits may be less; that is this process's own affair, the shared plan stays as it is.
-        self.budget = TokenBudget(config.scoring_tokens_per_batch)
+        self.budget = TokenBudget(config.scoring_tokens_per_batch) if budget is None else budget
         self._autocast = runtime.autocast
         self._moments: AdamMoments | None = None
         if config.gradient_preconditioning == "adam":

@@ -18,7 +18,7 @@ Axes: N candidates of a pool, T pools, m features kept per candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -32,6 +32,7 @@ from spice_trainer.data.checks import check_token_ids, token_id_limits
 from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
+from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.features import FeatureBuffer, send_to_owners
 from spice_trainer.scoring.measure import from_features, from_losses
 from spice_trainer.scoring.out_of_memory import TokenBudget
@@ -41,6 +42,7 @@ from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
 from spice_trainer.scoring.validation import ValidationRows, mean_gradient
 from spice_trainer.selection.scores import PoolScores
+from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
 # A process holds features of several pools together up to this size; one pool is always held.
@@ -74,18 +76,53 @@ class GradientScorer:
         self._num_rows = len(rows.dataset)
         self.config = config
         self.validation = validation
-        self.modules = choose_modules(
-            modules, layers=config.scoring_layers, target_modules=config.scoring_target_modules
-        )
         self.vocabulary = token_id_limits(self.get_model())
-        self.passes = ScoringPasses(runtime, self.modules, config)
-        self.dimension = self.passes.dimension
-        self.sketch_dim = self.passes.sketch_dim
-        self.num_features = self.passes.num_features
+        self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer)
+        self.passes = ScoringPasses(runtime, self._chosen(modules), config)
 
     def with_config(self, config: SpiceConfig) -> GradientScorer:
         """Scores the same rows with the same model under other settings, for a look beside a run."""
         return GradientScorer(self.runtime, self.modules, self.rows, config, self.validation)
+
+    def _chosen(self, modules: Mapping[str, nn.Module], names: Collection[str] = ()) -> dict[str, nn.Module]:
+        layers, targets = self.config.scoring_layers, self.config.scoring_target_modules
+        return choose_modules(modules, layers=layers, target_modules=targets, names=names)
+
+    def follow(self, *, is_told: bool = True) -> None:
+        """Scores by the layers that train now; the log says it, where it is to be told. A collective."""
+        before = self.trained.modules
+        if not self.trained.follow(self.processes):
+            return
+        now = self.trained.modules
+        # What was learned of the memory stays.
+        self.passes = ScoringPasses(self.runtime, self._chosen(now, self.trained.names), self.config, self.budget)
+        if is_told:
+            logger.info(
+                "SPICE: %d LoRA layers were frozen and %d unfrozen: candidates are scored by %d from here on, whose "
+                "gradients have %s numbers.",
+                len(before.keys() - now.keys()), len(now.keys() - before.keys()), len(self.modules),
+                f"{self.dimension:,}",
+            )  # fmt: skip
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The LoRA layers that candidates are scored by."""
+        return self.passes.modules
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of a sample gradient, D."""
+        return self.passes.dimension
+
+    @property
+    def sketch_dim(self) -> int:
+        """Numbers of its sketch; 0 when exact."""
+        return self.passes.sketch_dim
+
+    @property
+    def num_features(self) -> int:
+        """Numbers kept per candidate: `sketch_dim`, or D when exact."""
+        return self.passes.num_features
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +157,7 @@ class GradientScorer:
         """
         numbered = dict(enumerate(map(tuple, pools)))
         if self.config.takes_gradients:
+            self.follow()
             return self._score_gradients(numbered, progress)
         return self._score_losses(numbered, progress) if self.config.takes_model else self._read_lengths(numbered)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenceClassification
+from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenceClassification, TrainerCallback
 
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
@@ -26,6 +26,34 @@ def _later(change: Callable[[Any], Any]) -> Callable[[Scene], Callable[[], Any]]
         train = scene.train()
         change(scene.trainer)
         return train
+
+    return prepare
+
+
+class _AfterAStep(TrainerCallback):
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        self.change = change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.change(model)
+
+
+def _meanwhile(change: Callable[[Any], Any]) -> Callable[[Scene], Callable[[], Any]]:
+    """Changes the model while it trains, and takes back what the change did to its flags."""
+
+    def prepare(scene: Scene) -> Callable[[], Any]:
+        train = scene.train(callbacks=[_AfterAStep(change)])
+        flags = [(parameter, parameter.requires_grad) for parameter in scene.trainer.model.parameters()]
+
+        def attempt() -> None:
+            try:
+                train()
+            finally:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+
+        return attempt
 
     return prepare
 
@@ -273,6 +301,42 @@ ROWS = (
         UnsupportedModelError,
         ("a merged LoRA adapter",),
         _later(lambda trainer: trainer.model.merge_adapter()),
+    ),
+    BadInput(
+        "frozen_meanwhile",
+        "freezing the whole adapter in mid-run",
+        TRAINING,
+        RuntimeError,
+        (
+            "Every LoRA layer was frozen since the last step",
+            "a callback that freezes",
+            "`control.should_training_stop",
+        ),
+        _meanwhile(lambda model: model.requires_grad_(False)),
+    ),
+    BadInput(
+        "unfrozen_for_nothing",
+        "unfreezing layers that the Trainer's optimizer does not have",
+        TRAINING,
+        None,
+        ("1 layers require a gradient but are not in the optimizer", "on_train_begin", "optimizer.add_param_group"),
+        _meanwhile(lambda model: model.get_base_model().model.norm.requires_grad_(True)),
+    ),
+    BadInput(
+        "merged_meanwhile",
+        "merging the adapter in mid-run",
+        TRAINING,
+        RuntimeError,
+        ("The adapter 'default' was merged into the base weights in mid-run", "call `model.unmerge_adapter()` before"),
+        _meanwhile(lambda model: model.merge_adapter()),
+    ),
+    BadInput(
+        "switched_off_meanwhile",
+        "switching the adapter off in mid-run, or another one on",
+        TRAINING,
+        RuntimeError,
+        ("The adapter 'default' was switched off in mid-run", "call `model.enable_adapter_layers()` before"),
+        _meanwhile(lambda model: model.base_model.disable_adapter_layers()),
     ),
     BadInput(
         "replaced_later",
