@@ -1,6 +1,7 @@
-"""What SPICE adds to one Trainer: six methods bound on the instance, each calling the original.
+"""What SPICE adds to one Trainer: seven methods bound on the instance, each calling the original.
 
     train                  resumes no checkpoint whose writing was interrupted
+    _hp_search_setup       a trial's values of SPICE's settings are those of its run
     _inner_training_loop   learns which checkpoint is resumed and where the run writes, before the loader is built
     get_train_dataloader   the trainer's own dataset and collator, with the rows SPICE picks
     get_batch_samples      a step without label tokens must not divide by zero
@@ -13,7 +14,7 @@ Everything else of the trainer is as it was, and removal puts these back.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids, token_id_limits
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.distributed import Processes, check_agreement
@@ -42,10 +44,12 @@ from spice_trainer.trainer.inputs import (
     plan_run,
 )
 from spice_trainer.trainer.progress import ScoringProgress
+from spice_trainer.trainer.search import SEARCHABLE, searched_config, warn_of_settings_in_arguments
 from spice_trainer.utils.logging import logger
 
 HOOKED_METHODS = (
     "train",
+    "_hp_search_setup",
     "_inner_training_loop",
     "get_train_dataloader",
     "get_batch_samples",
@@ -85,6 +89,7 @@ class SpiceHooks:
         self._replaced: dict[str, Any] = {}
         self._bound: dict[str, HookedMethod] = {}
         self._proxy_weights: dict[str, Tensor] = {}
+        self._config_of_search: SpiceConfig | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_verify_later": None}
@@ -191,8 +196,34 @@ class SpiceHooks:
             kwargs["resume_from_checkpoint"] = checkpoint_to_resume(kwargs["resume_from_checkpoint"], output_dir)
         return original(*args, **kwargs)
 
+    def on_hp_search_setup(self, original: Callable[..., Any], trial: Any) -> Any:
+        """SPICE's settings of a trial are those of its run; the Trainer knows its own arguments alone.
+
+        A search begins from the settings that were attached, and leaves them behind.
+        """
+        if self._config_of_search is not None:
+            self.sampler.config, self._config_of_search = self._config_of_search, None
+        if self.trainer.hp_search_backend is None or trial is None:
+            return original(trial)
+        hp_space, ours = self.trainer.hp_space, dict[str, Any]()
+
+        def take(values: Mapping[str, Any]) -> dict[str, Any]:
+            ours.update({name: value for name, value in values.items() if name in SEARCHABLE})
+            return {name: value for name, value in values.items() if name not in ours}
+
+        # Ray and W&B hand values over, Optuna something to draw them from.
+        is_drawn = not isinstance(trial, Mapping)
+        self.trainer.hp_space = lambda trial: take(hp_space(trial))
+        try:
+            original(trial if is_drawn else take(trial))
+        finally:
+            self.trainer.hp_space, self.trainer._trial = hp_space, trial
+        self._config_of_search = self.sampler.config
+        self.sampler.config = searched_config(self.sampler.config, ours)
+
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tells the callback which checkpoint is resumed and where the run writes, before the loader is built."""
+        warn_of_settings_in_arguments(self.trainer.args, self.sampler.config)
         self.callback.resume_from = kwargs.get("resume_from_checkpoint")
         # A trial of a hyperparameter search has a directory of its own.
         self.callback.run_dir = self.trainer._get_output_dir(kwargs.get("trial"))

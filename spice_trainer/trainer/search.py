@@ -21,13 +21,12 @@ def searched_config(config: SpiceConfig, values: Mapping[str, Any]) -> SpiceConf
     fixed = [name for name in _OF_THE_PROXY if name in values]
     if fixed:
         raise ValueError(
-            f"The search varies {', '.join(fixed)}, and the proxy was made when SPICE was attached, so every trial would "
-            "have the same. Fix: leave this out of hp_space, and compare proxies in runs of their own."
+            f"The search varies {', '.join(fixed)}, and the proxy was made when SPICE was attached, so every trial "
+            "would have the same. Fix: leave this out of hp_space, and compare proxies in runs of their own."
         )
-    # Samplers draw NumPy's numbers.
-    return replace(
-        config, **{name: getattr(value, "item", lambda value=value: value)() for name, value in values.items()}
-    )
+    # Samplers draw NumPy's numbers too.
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    return replace(config, **plain)
 
 
 def warn_of_settings_in_arguments(args: TrainingArguments, config: SpiceConfig) -> None:
