@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,17 +18,10 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_trainer.utils.logging import logger
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-
-# How long a process waits for the others to attach before it says so, and after that before it gives up.
-SECONDS_TO_NOTICE, SECONDS_TO_ATTACH = 30.0, 300.0
-
-_NUM_ATTACHED = count()
 
 
 @dataclass(frozen=True)
@@ -120,36 +111,6 @@ class Processes:
                     f"SPICE: process {rank} of {self.world_size} failed while {doing}, so this one stops too. The "
                     f"error there, with its traceback in that process's output: {failure}"
                 )
-
-
-def wait_for_all(accelerator: Accelerator) -> None:
-    """Waits until every process attaches, for minutes at most; a RuntimeError names those that do not.
-
-    Through the process group's store: a collective would wait for a process that never comes until the group's own
-    time-out, and that one for this in a collective of the training.
-    """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    if world_size == 1 or not torch.distributed.is_initialized():
-        return
-    store = torch.distributed.distributed_c10d._get_default_store()
-    number = next(_NUM_ATTACHED)
-    keys = [f"spice_trainer/attach/{number}/{other}" for other in range(world_size)]
-    store.set(keys[rank], "")
-    missing: list[int] = []
-    for seconds in (SECONDS_TO_NOTICE, SECONDS_TO_ATTACH):
-        try:
-            store.wait(keys, timedelta(seconds=seconds))
-            return
-        except RuntimeError:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            logger.warning("SPICE: waiting for process %s to attach too.", ", ".join(map(str, missing)))
-    here = [other for other in range(world_size) if other not in missing]
-    raise RuntimeError(
-        f"attach_spice was called on process {', '.join(map(str, here))} of {world_size}, and within "
-        f"{SECONDS_TO_NOTICE + SECONDS_TO_ATTACH:.0f} seconds not on process {', '.join(map(str, missing))}. Likely "
-        "cause: a condition such as `if trainer.is_world_process_zero():` around it, or an error there, with its "
-        "traceback in that process's output. Fix: call attach_spice on every process."
-    )
 
 
 def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
-import spice_trainer.distributed
+import spice_trainer.trainer.attach
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice, detach_spice, select_subset
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.sampling.step_selector import StepSelector
@@ -257,7 +257,7 @@ class Worker:
 
     def attach_on_one(self) -> dict[str, Any]:
         """Attaches on process 0 alone, as under `if trainer.is_world_process_zero():`."""
-        spice_trainer.distributed.SECONDS_TO_NOTICE, spice_trainer.distributed.SECONDS_TO_ATTACH = 2.0, 3.0
+        spice_trainer.trainer.attach.SECONDS_TO_NOTICE, spice_trainer.trainer.attach.SECONDS_TO_ATTACH = 2.0, 3.0
         trainer, _ = self.build("attached")
         # Together they attach and detach as often as they like.
         detach_spice(trainer)
