@@ -13,8 +13,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -169,27 +167,6 @@ def warn_of_schedule(args: TrainingArguments, *, steps_per_epoch: int, num_rows:
 def count_steps(args: TrainingArguments, steps_per_epoch: int) -> int:
     """Optimizer steps of a run whose epochs have so many."""
     return int(args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch))
-
-
-def is_token_normalized(trainer: Any) -> bool:
-    """Whether the loss sums over a step's micro-batches and devices and divides by the step's label tokens.
-
-    Only then do micro-batches of unequal size train exactly like one batch. Known to be so: the Trainer's own loss
-    where the model takes `num_items_in_batch`, `compute_loss_func`, and SFTTrainer's. A `compute_loss` of the user's
-    own is not relied upon, unless the trainer's `loss_is_scaled_for_ga` says so.
-    """
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if scaled is not None:
-        return bool(scaled)
-    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
-    if "compute_loss" in vars(trainer) or owner.__module__.split(".")[0] not in ("transformers", "trl"):
-        return False
-    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
-        return False
-    # LabelSmoother takes num_items_in_batch since transformers 5.15; before, it is a mean per micro-batch.
-    if trainer.label_smoother is not None and Version(transformers.__version__) < Version("5.15.0"):
-        return False
-    return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
 
 
 def check_run(

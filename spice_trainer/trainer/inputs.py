@@ -5,7 +5,7 @@ trainer's own loader ─ dataset, collator ─ schedule of pools ─ selector (t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.runtime import Runtime
-from spice_trainer.trainer.checks import count_steps, is_token_normalized, num_parameters
+from spice_trainer.trainer.checks import count_steps, num_parameters
+from spice_trainer.trainer.normalization import is_token_normalized
 from spice_trainer.utils.random import preserved_random_state
 
 
@@ -71,10 +72,10 @@ def build_inputs(
 ) -> RunInputs:
     """Takes the rows of the trainer's own loader, and builds the schedule and the selector for them."""
     dataset, collate = training_rows(trainer, get_loader)
-    schedule = build_trainer_schedule(trainer, config, dataset)
-    selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
     sample = RowSample.read(dataset, device=trainer.args.device)
     rows = sample.collate(collate)
+    schedule = build_trainer_schedule(trainer, config, dataset, rows)
+    selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
     candidates = rows if proxy is None else _read_candidates(selector.gradient_scorer.rows, sample, earlier)
     return RunInputs(dataset, collate, schedule, selector, sample, rows, candidates)
 
@@ -137,15 +138,17 @@ def own_sampling(trainer: Any) -> str | None:
     return None
 
 
-def build_trainer_schedule(trainer: Any, config: SpiceConfig, dataset: Any) -> PoolSchedule:
-    """The schedule of pools under the trainer's batch size, processes and seeds."""
+def build_trainer_schedule(
+    trainer: Any, config: SpiceConfig, dataset: Any, rows: Sequence[CandidateRow] = ()
+) -> PoolSchedule:
+    """The schedule of pools under the trainer's batch size, processes and seeds; its loss is tried on a row."""
     args = trainer.args
     return build_schedule(
         config,
         len(dataset),
         per_device_train_batch_size=trainer._train_batch_size,
         num_slots=args.world_size * args.gradient_accumulation_steps,
-        token_normalized=is_token_normalized(trainer),
+        token_normalized=is_token_normalized(trainer, rows),
         drop_last=args.dataloader_drop_last,
         seed=args.data_seed if args.data_seed is not None else args.seed,
     )

@@ -17,10 +17,12 @@ ADAPTIVE = {"stop_ratio": 0.5, "pools_per_step": 1}
 
 
 class OwnLoss(Trainer):
-    """A trainer whose loss may be anything."""
+    """A trainer whose loss is a mean per micro-batch, whatever it is told to divide by."""
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return super().compute_loss(model, inputs, return_outputs)
 
 
 def mean_loss_model() -> nn.Module:
@@ -92,7 +94,8 @@ def _detach_in_a_run(scene: Scene) -> Callable[[], Any]:
 
 def _bound_loss(scene: Scene) -> Callable[[], Any]:
     attach = scene.attach(ADAPTIVE)
-    scene.trainer.compute_loss = scene.trainer.compute_loss
+    own = scene.trainer.compute_loss
+    scene.trainer.compute_loss = lambda model, inputs, num_items_in_batch=None: own(model, inputs)
     return attach
 
 
@@ -288,7 +291,7 @@ ROWS = (
     ),
     BadInput(
         "adaptive_own_loss",
-        "adaptive stopping with a `compute_loss` of a subclass",
+        "adaptive stopping with a `compute_loss` of a subclass that is a mean per micro-batch",
         ATTACHING,
         ValueError,
         ("Adaptive stopping", "cannot be used here"),
@@ -296,7 +299,7 @@ ROWS = (
     ),
     BadInput(
         "adaptive_bound_loss",
-        "adaptive stopping with a `compute_loss` set on the trainer",
+        "adaptive stopping with such a `compute_loss` set on the trainer",
         ATTACHING,
         ValueError,
         ("Adaptive stopping", "cannot be used here"),
