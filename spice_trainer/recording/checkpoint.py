@@ -1,7 +1,7 @@
 """SPICE's part of a checkpoint: `checkpoint-N/spice/`, never pickle.
 
     state.json, state.safetensors   replayed picks, a proxy's adapter and optimizer, the logging window, the totals
-    records/                        a copy of the record files
+    records/                        the record files up to it, in segments
 
 The schedule is a function of (rows, settings, seed, step), so the state is small. Nothing in it names a path.
 """
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.utils.logging import logger
-from spice_trainer.utils.saved import reading_saved
+from spice_trainer.utils.files import make_folder, read_regular, replace_file
+from spice_trainer.utils.logging import logger, printable
+from spice_trainer.utils.saved import parse_json, reading_saved
 
 STATE_FOLDER = "spice"
 RECORDS_COPY = f"{STATE_FOLDER}/records"
@@ -42,15 +43,27 @@ _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes SPICE's state, JSON values and tensors, into a checkpoint's folder."""
+    """Writes SPICE's state, JSON values and tensors, into a checkpoint's folder.
+
+    An error ends the run, as one of the Trainer's own files there does: it would count a checkpoint that cannot be
+    resumed as whole, and may remove the last good one for it. Without `trainer_state.json`, which comes later, this
+    one is passed over on resume.
+    """
     folder = Path(checkpoint) / STATE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), folder / "state.safetensors")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1, allow_nan=False)
-    # Last, and whole or not at all.
-    partial = folder / ".state.json.partial"
-    partial.write_text(text + "\n")
-    partial.replace(folder / "state.json")
+    try:
+        make_folder(folder)
+        replace_file(folder / "state.safetensors", save(dict(tensors)))
+        replace_file(folder / "state.json", text + "\n")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            printable(
+                f"SPICE's state cannot be written to {folder} ({error.strerror or error}), so that checkpoint is not "
+                "complete. Free space there or make it writable, then resume with resume_from_checkpoint=True: the "
+                "checkpoint before it is taken."
+            ),
+        ) from error
 
 
 def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None = None) -> dict[str, Any]:
@@ -76,20 +89,22 @@ def load_state(
     """
     folder = Path(checkpoint) / STATE_FOLDER
     path = folder / "state.json"
-    if not path.exists():
-        raise ValueError(
+    if not os.path.lexists(path):
+        raise _refusal(
             f"The checkpoint {checkpoint} has no {STATE_FOLDER}/state.json: it was written by a run without SPICE, "
             "whose steps are other steps. Detach SPICE to continue that run, or start a new run from its weights "
             "(`PeftModel.from_pretrained(model, checkpoint, is_trainable=True)`) instead of `resume_from_checkpoint`."
         )
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        tensors = load_file(folder / "state.safetensors")
-    except (ValueError, OSError, RecursionError, SafetensorError) as error:
-        raise ValueError(
-            f"SPICE's state in {folder} cannot be read ({error}): the checkpoint is damaged, or its writing was "
-            "interrupted. Resume from an earlier checkpoint."
-        ) from error
+        if folder.is_symlink():
+            raise OSError("the folder is a link, which is not followed")
+        state: dict[str, Any] = parse_json(read_regular(path))
+        tensors = load(read_regular(folder / "state.safetensors"))
+    except (ValueError, OSError, SafetensorError) as error:
+        why = "damaged, or its writing was interrupted. Resume from an earlier checkpoint."
+        if folder.is_symlink() or path.is_symlink():
+            why = "a tree of links, as the hub's cache is. Copy it: `snapshot_download(..., local_dir=...)`."
+        raise _refusal(f"SPICE's state in {folder} cannot be read ({error}): the checkpoint is {why}") from error
     with reading_saved(folder):
         _check_continues(state, path, checkpoint, schedule=schedule, config=config)
     return state, tensors
@@ -104,7 +119,7 @@ def _check_continues(
     config: Mapping[str, Any],
 ) -> None:
     if state.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
+        raise _refusal(
             f"{path} is of format version {state.get('format_version')}, this version of spice_trainer reads "
             f"{FORMAT_VERSION}. Resume with the version that wrote it."
         )
@@ -115,7 +130,7 @@ def _check_continues(
         and not (key == "dataset_fingerprint" and None in (state["schedule"].get(key), schedule.get(key)))
     ]
     if changed:
-        raise ValueError(
+        raise _refusal(
             f"The checkpoint {checkpoint} belongs to another selection schedule: {'; '.join(changed)}. The epoch's "
             "pools would not be the ones it was cut into. Resume with the dataset, batch size, seed and pool settings "
             "of the run that wrote it, or start a new run."
@@ -145,7 +160,7 @@ def checkpoint_to_resume(wanted: Any, output_dir: str | os.PathLike[str]) -> Any
         fix = f"resume_from_checkpoint={os.fspath(complete)!r}, the latest complete one" if complete else (
             "start the run anew, without resume_from_checkpoint: none beside it is complete"
         )  # fmt: skip
-        raise ValueError(
+        raise _refusal(
             f"The checkpoint {folder} is not complete: it has no readable {TRAINER_STATE}, which is written last. "
             f"Likely cause: its writing was interrupted, or it is no checkpoint. Fix: {fix}."
         )
@@ -161,7 +176,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     folder = Path(output_dir)
     complete, incomplete = _checkpoints(folder)
     if incomplete and complete is None:
-        raise ValueError(
+        raise _refusal(
             f"No checkpoint in {folder} is complete: {', '.join(incomplete)} without a readable {TRAINER_STATE}, "
             "because writing the first one was interrupted. Start the run anew, without resume_from_checkpoint."
         )
@@ -196,7 +211,13 @@ def mark_incomplete(checkpoint: str | os.PathLike[str]) -> None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE).read_text())
-    except (OSError, ValueError):
+        # The Trainer follows a link here too, and logs losses that are NaN.
+        json.loads(read_regular((checkpoint / TRAINER_STATE).resolve()))
+    except (OSError, ValueError, RuntimeError):
         return False
     return True
+
+
+def _refusal(text: str) -> ValueError:
+    """An error that quotes a checkpoint or the name of a folder."""
+    return ValueError(printable(text))

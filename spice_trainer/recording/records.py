@@ -4,33 +4,42 @@
     trained.jsonl      one line a step          costs.jsonl   one line a step: seconds and tokens
     transfer.jsonl     one line a pool that a proxy and the target both scored
     ledger.json        what the run cost, at its end
+    run.json           which run they belong to; resumed, it is the same one
 
 All open with `datasets.load_dataset("json")`; what the strategy does not compute is null. The first three hold no
-clock readings, so a resumed run's are the uninterrupted run's byte for byte. Every step's lines are flushed before the
-step trains. A checkpoint keeps its own copy of them, so that resuming does not depend on what became of the output
-directory.
+clock readings, so a resumed run's are the uninterrupted run's byte for byte. Every step's lines are written at once.
+A checkpoint holds all records up to it, so that resuming does not depend on what became of the output directory.
+Nothing that happens to the files while a run trains ends it: it warns once, and goes on as far as it can.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from spice_trainer.recording.lock import RunLock
+from spice_trainer.recording.record_file import RecordFile, read_segments
 from spice_trainer.selection.results import Pick, StepSelection
-from spice_trainer.utils.logging import logger
+from spice_trainer.utils.files import make_folder, read_regular, replace_file
+from spice_trainer.utils.logging import logger, printable
+from spice_trainer.utils.saved import parse_json, saved_whole_number
 
 RECORDS_FOLDER = "spice"
 RECORD_FILES = ("selections.jsonl", "pools.jsonl", "trained.jsonl", "costs.jsonl", "transfer.jsonl")
 LEDGER_FILE = "ledger.json"
-_ALL_FILES = (*RECORD_FILES, LEDGER_FILE)
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+MAX_UNWRITTEN_BYTES = 2**26
+_ALL_FILES = (*RECORD_FILES, LEDGER_FILE, RUN_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,100 +51,87 @@ class SelectedRow(Pick):
 
 
 class RecordWriter:
-    """Appends a run's records; keeps a copy of them in every checkpoint, and goes on behind that copy on resume.
+    """Appends a run's records; gives every checkpoint those so far, and goes on behind them on resume.
 
-    The directory is made when the first record is written.
+    One run writes to a directory at a time. Once it has begun, a record that cannot be written is a warning, unless
+    `is_result` says that the records are what the run is for.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, is_result: bool = False) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, FileIO] = {}
+        self.latest_copy: Path | None = None
+        """Where the latest checkpoint's records are, to which the next one links."""
+        self._is_result = is_result
+        self._lock = RunLock(self.directory / LOCK_FILE)
+        self._files: dict[str, RecordFile] = {}
+        self._run_id = ""
         self._is_new = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files cannot be copied or pickled; they are opened anew when something is written.
-        return vars(self) | {"_files": {}}
+        self._warned: set[str] = set()
 
     def start(self) -> None:
         """Begins a new run. Records of an earlier run in the same place are renamed, not overwritten."""
-        self.close()
-        self._check_writable()
-        self._is_new = True
-        earlier = [name for name in _ALL_FILES if (self.directory / name).exists()]
-        if not earlier:
-            return
-        number = 1
-        while any((self.directory / _numbered(name, number)).exists() for name in _ALL_FILES):
-            number += 1
-        for name in earlier:
-            (self.directory / name).rename(self.directory / _numbered(name, number))
-        logger.info(
-            "SPICE: the records of an earlier run in %s were renamed to %s and so on.",
-            self.directory,
-            _numbered(earlier[0], number),
-        )
+        self._open()
+        self._move_aside(_ALL_FILES)
+        self._begin(uuid.uuid4().hex, is_new=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Copies the records as they are now to a checkpoint's folder for them."""
+        """Gives a checkpoint's folder for them all records so far."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RECORD_FILES:
-            if (self.directory / name).exists():
-                shutil.copyfile(self.directory / name, folder / name)
-            else:
-                # The folder may be that of an earlier checkpoint of the same number.
-                (folder / name).unlink(missing_ok=True)
+        with self._going_on(f"writing the records to the checkpoint, {folder},"):
+            try:
+                # It may be that of an earlier checkpoint of the same number, whose files others link to.
+                _remove(folder)
+                make_folder(folder)
+                for file in self._files.values():
+                    file.save(folder, self.latest_copy)
+                files = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in self._files.items()}
+                replace_file(folder / RUN_FILE, json.dumps({"run_id": self._run_id, "files": files}, indent=1) + "\n")
+            except OSError:
+                _remove(folder)
+                raise
+            self.latest_copy = folder
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on behind a checkpoint's copy of the records, from [`RecordWriter.save`].
+        """Goes on behind a checkpoint's records, from [`RecordWriter.save`].
 
         Lines written after the checkpoint are cut off: the resumed run writes them anew. Where other records lie in
-        the way, those of another run or of none, they are renamed and the copy takes their place.
+        the way, those of another run or of none, they are renamed and the checkpoint's take their place.
         """
-        self.close()
-        self._check_writable()
-        self._is_new = False
-        if not Path(folder).is_dir():
-            self.start()
-            self._is_new = False
+        folder = Path(folder)
+        self._open()
+        try:
+            run_id, files = _read_run_file(folder)
+            with self._explained():
+                known = _run_id_of(self.directory)
+                is_own = known == run_id or (known is None and files)
+                if not (is_own and self._reopen(files)):
+                    self._rebuild(folder, files)
+        except ValueError as error:
+            self._close_files()
+            self._move_aside(_ALL_FILES)
+            self._begin(uuid.uuid4().hex, is_new=False)
             logger.warning(
-                "SPICE: the checkpoint's copy of the records, %s, is missing, so those of the resumed run begin here.",
+                "SPICE: the checkpoint's copy of the records, %s, is missing or damaged (%s), so those of the resumed "
+                "run begin here.",
                 folder,
+                error,
             )
             return
-        copies = {name: path for name in RECORD_FILES if (path := Path(folder) / name).exists()}
-        if all(_begins_with(self.directory / name, path) for name, path in copies.items()):
-            for name in RECORD_FILES:
-                if name in copies:
-                    os.truncate(self.directory / name, copies[name].stat().st_size)
-                else:
-                    # Begun after the checkpoint: the resumed run writes it anew.
-                    (self.directory / name).unlink(missing_ok=True)
-            return
-        self.start()
-        self._is_new = False
-        for name, path in copies.items():
-            # Whole or not at all, also when this process is killed.
-            partial = self.directory / f".{name}.partial"
-            shutil.copyfile(path, partial)
-            partial.replace(self.directory / name)
+        for file in self._files.values():
+            file.find_sealed(folder)
+        self.latest_copy = folder
+        self._begin(run_id, is_new=False)
 
     def discard(self) -> None:
         """Removes what was written since [`RecordWriter.start`]: an attempt that the trainer gives up and repeats."""
-        self.close()
+        self._close_files()
         if self._is_new:
             for name in _ALL_FILES:
                 (self.directory / name).unlink(missing_ok=True)
-
-    def _check_writable(self) -> None:
-        """Raises an `OSError`, before anything is trained, if no record could be written."""
-        with self._explained():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory) as file:
-                file.write(b"{}\n")
+        self._lock.release()
 
     def write_selection(self, selection: StepSelection) -> None:
-        """Appends one step's picks, pools and trained rows, and flushes them."""
+        """Appends one step's picks, pools and trained rows."""
         where = {"step": selection.step, "epoch": selection.epoch}
         self._write("selections.jsonl", ({**where, **vars(pick)} for pool in selection.pools for pick in pool.picks))
         self._write("pools.jsonl", _pool_lines(selection, where))
@@ -145,34 +141,133 @@ class RecordWriter:
             self._write("transfer.jsonl", lines)
 
     def write_costs(self, costs: Mapping[str, Any]) -> None:
-        """Appends one step's seconds and tokens, and flushes them."""
+        """Appends one step's seconds and tokens."""
         self._write("costs.jsonl", [costs])
 
     def write_ledger(self, ledger: Mapping[str, Any]) -> None:
         """Writes what the run cost so far, over what an earlier part of it wrote."""
-        text = json.dumps(ledger, indent=1, allow_nan=False) + "\n"
-        with self._explained():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            partial = self.directory / f".{LEDGER_FILE}.partial"
-            partial.write_text(text)
-            partial.replace(self.directory / LEDGER_FILE)
+        make_folder(self.directory)
+        replace_file(self.directory / LEDGER_FILE, json.dumps(ledger, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files, after a last look at what is missing."""
+        for name, file in self._files.items():
+            self._write(name, ())
+            if file.unwritten:
+                self._warn(f"{file.path} lacks its last {len(file.unwritten):,} bytes")
+        self._close_files()
+        self._lock.release()
+
+    def _open(self) -> None:
+        """Raises an error, before training, if another run writes here or no record could be written."""
+        self._close_files()
+        self._warned, self.latest_copy = set(), None
+        with self._explained():
+            make_folder(self.directory)
+            self._lock.acquire()
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.write(b"{}\n")
+
+    def _begin(self, run_id: str, *, is_new: bool) -> None:
+        self._run_id, self._is_new = run_id, is_new
+        with self._explained():
+            replace_file(self.directory / RUN_FILE, json.dumps({"run_id": run_id}) + "\n")
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
 
+    def _move_aside(self, names: Iterable[str]) -> None:
+        """Renames what lies in the way, whatever it is."""
+        earlier = [name for name in names if os.path.lexists(self.directory / name)]
+        if not earlier:
+            return
+        number = 1
+        while any(os.path.lexists(self.directory / _numbered(name, number)) for name in _ALL_FILES):
+            number += 1
+        for name in earlier:
+            (self.directory / name).rename(self.directory / _numbered(name, number))
+        logger.info(
+            "SPICE: the records of an earlier run in %s were renamed to %s and so on.",
+            self.directory,
+            _numbered(earlier[0], number),
+        )
+
+    def _reopen(self, files: Mapping[str, tuple[int, str]]) -> bool:
+        """Opens the directory's own records at a checkpoint's lengths, and whether they are the checkpoint's."""
+        for name, (size, sha256) in files.items():
+            file = RecordFile.reopen(self.directory / name, size, sha256)
+            if file is None:
+                self._close_files()
+                return False
+            self._files[name] = file
+        for name in RECORD_FILES:
+            if name in self._files:
+                self._files[name].cut(files[name][0])
+            else:
+                # Begun after the checkpoint: the resumed run writes it anew.
+                (self.directory / name).unlink(missing_ok=True)
+        return True
+
+    def _rebuild(self, folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+        """Puts a checkpoint's records in the place of those that lie there."""
+        self._move_aside(_ALL_FILES)
+        for name, (size, sha256) in files.items():
+            replace_file(self.directory / name, read_segments(folder, name, size, sha256))
+            file = RecordFile.reopen(self.directory / name, size, sha256)
+            if file is None:
+                raise OSError(errno.EIO, f"{name} was changed while it was written")
+            self._files[name] = file
+
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        with self._explained():
-            if name not in self._files:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                # Without a buffer, whose rest would raise again where the file is closed.
-                self._files[name] = (self.directory / name).open("ab", buffering=0)
-            rest = text.encode()
-            while rest:
-                rest = rest[self._files[name].write(rest) :]
+        with self._going_on(f"writing {self.directory / name}"):
+            content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+            file = self._files.get(name)
+            if file is None:
+                make_folder(self.directory)
+                self._move_aside([name])
+                file = self._files[name] = RecordFile.create(self.directory / name)
+            if len(file.unwritten) <= MAX_UNWRITTEN_BYTES:
+                file.append(content)
+            else:
+                file.flush()
+            if not file.is_in_place():
+                self._put_back(file)
+
+    def _put_back(self, file: RecordFile) -> None:
+        """Somebody deleted a file in mid-run, its folder perhaps, or put another in its place."""
+        is_taken = os.path.lexists(file.path)
+        self._warn(
+            f"{file.path} was {'replaced' if is_taken else 'deleted'} while this run writes it, and is written there "
+            "again, complete",
+            kind=f"taken {is_taken}",
+        )
+        make_folder(self.directory)
+        if is_taken:
+            self._move_aside([file.path.name])
+        file.put_back()
+        if not os.path.lexists(self._lock.path):
+            self._lock.acquire()
+            self._begin(self._run_id, is_new=self._is_new)
+
+    @contextmanager
+    def _going_on(self, doing: str) -> Iterator[None]:
+        """Makes an error a warning, once: training goes on, and what is missing is tried again at the next step."""
+        if self._is_result:
+            with self._explained():
+                yield
+            return
+        try:
+            yield
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._warn(f"{doing} failed ({reason}); the run goes on, and it is tried again", kind=f"{reason}")
+
+    def _warn(self, text: str, kind: str = "") -> None:
+        if not kind or kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("SPICE: %s.", text)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -182,10 +277,43 @@ class RecordWriter:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"SPICE cannot write its records to {self.directory} ({error.strerror or error}). Free space there, "
-                "make it writable, or choose another output_dir; then go on from the last checkpoint, whose copy of "
-                "the records is complete.",
+                printable(
+                    f"SPICE cannot write its records to {self.directory} ({error.strerror or error}). Free space "
+                    "there, make it writable, or choose another output_dir; then go on from the last checkpoint, "
+                    "whose copy of the records is complete."
+                ),
             ) from error
+
+
+def _read_run_file(folder: Path) -> tuple[str, dict[str, tuple[int, str]]]:
+    """The run that a checkpoint's records belong to, and the length and checksum of each file."""
+    try:
+        if folder.is_symlink():
+            raise ValueError("the folder is a link, which is not followed")
+        saved = parse_json(read_regular(folder / RUN_FILE))
+        files = {
+            name: (saved_whole_number(saved["files"][name]["bytes"]), str(saved["files"][name]["sha256"]))
+            for name in RECORD_FILES
+            if name in saved["files"]
+        }
+        return str(saved["run_id"]), files
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _run_id_of(directory: Path) -> str | None:
+    """The run that a directory's records belong to, if that is known."""
+    try:
+        return str(parse_json(read_regular(directory / RUN_FILE))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[dict[str, Any]]:
@@ -215,14 +343,3 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
 def _numbered(name: str, number: int) -> str:
     stem, suffix = name.split(".")
     return f"{stem}.{number}.{suffix}"
-
-
-def _begins_with(path: Path, copy: Path) -> bool:
-    """Whether a file is there and holds a copy's bytes, then anything."""
-    if not path.exists():
-        return False
-    with path.open("rb") as file, copy.open("rb") as start:
-        while block := start.read(2**20):
-            if file.read(len(block)) != block:
-                return False
-    return True

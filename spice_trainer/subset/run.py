@@ -28,10 +28,13 @@ from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
 from spice_trainer.subset.model import without_fingerprint
+from spice_trainer.utils.files import read_regular
 from spice_trainer.utils.logging import logger, warning_of_failure
 from spice_trainer.utils.saved import reading_saved
 
 _STATE_FOLDER = re.compile(r"selection-(\d+)")
+# Besides every `save_steps`: what an interruption may lose, unless a single step takes longer.
+SAVE_SECONDS = 60.0
 # What a step of a run that trains nothing cannot take.
 _UNTIMED = ("seconds_checking", "seconds_training")
 
@@ -52,7 +55,9 @@ class SubsetRun:
 
     def __post_init__(self) -> None:
         self.totals = RunTotals()
-        self._records = RecordWriter(self.output_dir / RECORDS_FOLDER) if self.processes.is_main else None
+        self._records = (
+            RecordWriter(self.output_dir / RECORDS_FOLDER, is_result=True) if self.processes.is_main else None
+        )
 
     def is_done(self) -> bool:
         """Whether `output_dir` holds the result of this very selection. Refuses to replace another one."""
@@ -80,12 +85,17 @@ class SubsetRun:
         first = self._resume()
         steps = range(first, self.sampler.schedule.steps_per_epoch)
         self.sampler.start_run(first)
-        is_hidden = not self.processes.is_main
+        is_hidden, saved = not self.processes.is_main, time.monotonic()
         try:
             for step in tqdm(steps, desc="Selecting", initial=first, total=first + len(steps), disable=is_hidden):
+                started = time.monotonic()
                 self._record(self.sampler.select_step(0, step))
-                if (step + 1) % self.save_steps == 0:
+                now = time.monotonic()
+                # Another such step would make it more than that.
+                is_due = now - saved + (now - started) > SAVE_SECONDS
+                if (step + 1) % self.save_steps == 0 or is_due:
                     self._save(step + 1)
+                    saved = time.monotonic()
         finally:
             self.sampler.close()
             if self._records is not None:
@@ -102,7 +112,7 @@ class SubsetRun:
 
     def manifest(self) -> SubsetManifest:
         """All picks from the records, in the order of picking, and what they came from. On process 0."""
-        text = (self.output_dir / RECORDS_FOLDER / "selections.jsonl").read_text()
+        text = read_regular(self.output_dir / RECORDS_FOLDER / "selections.jsonl").decode()
         return SubsetManifest(
             rows=tuple(SelectedRow(**json.loads(line)) for line in text.splitlines()),
             num_rows=self.sampler.schedule.num_rows,
@@ -159,6 +169,7 @@ class SubsetRun:
             self.sampler.tensors(),
         )
         partial.rename(self.output_dir / f"selection-{step}")
+        self._records.latest_copy = self.output_dir / f"selection-{step}" / RECORDS_COPY
         for _, folder in earlier:
             shutil.rmtree(folder)
         logger.debug("SPICE: the state after %d steps was written in %.1f s.", step, time.perf_counter() - started)
@@ -170,8 +181,9 @@ class SubsetRun:
             for _, folder in states:
                 shutil.rmtree(folder)
         if self.overwrite or not states:
-            if self._records is not None:
-                self._records.start()
+            with self.processes.failing_together("opening the records"):
+                if self._records is not None:
+                    self._records.start()
             return 0
         step, folder = states[0]
         state, tensors = load_state(
@@ -189,8 +201,9 @@ class SubsetRun:
             self.sampler.load_state_dict(state["sampler"], tensors)
             self.totals.load_state_dict(state["totals"])
             self.model = dict(state["model"])
-        if self._records is not None:
-            self._records.resume(folder / RECORDS_COPY)
+        with self.processes.failing_together("opening the records"):
+            if self._records is not None:
+                self._records.resume(folder / RECORDS_COPY)
         logger.info("SPICE: continuing the selection in %s after step %d.", self.output_dir, step)
         return step
 

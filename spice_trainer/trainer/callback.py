@@ -72,8 +72,8 @@ class SpiceCallback(TrainerCallback):
         sampler.add_listener(self.on_selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        # It holds the model's scorer; a copy of a trainer goes without it.
-        return vars(self) | {"verify": None}
+        # They hold the model's scorer and the run's open files; a copy of a trainer goes without them.
+        return vars(self) | {"verify": None, "_records": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -110,10 +110,11 @@ class SpiceCallback(TrainerCallback):
         run_dir = self.run_dir if self.run_dir is not None else args.output_dir
         if self.processes.is_main and run_dir is not None:
             self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER)
-        if self.resume_from is not None:
-            self._restore(self.resume_from)
-        elif self._records is not None:
-            self._records.start()
+        with self.processes.failing_together("opening the run's records"):
+            if self.resume_from is not None:
+                self._restore(self.resume_from)
+            elif self._records is not None:
+                self._records.start()
         # Without a batch the trainer's epochs would go round in vain.
         control.should_training_stop = control.should_training_stop or self.sampler.is_over
         self.num_trained_before = self.totals.num_trained

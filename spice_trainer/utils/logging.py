@@ -7,10 +7,27 @@ Python's default level, so when training starts the logger gets a handler if nob
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger("spice_trainer")
+
+# What a terminal obeys or draws out of order: all controls but tab and line feed, and those of direction.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped: names of folders and values of files may hold any."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+logger.addFilter(_escape)
 
 
 def show_messages(*, is_main: bool = True) -> None:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+from spice_trainer.utils.logging import printable
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Reads JSON; a `ValueError` for anything that is none, NaN and nesting without end included."""
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def saved_whole_number(value: Any) -> int:
@@ -39,6 +54,8 @@ def reading_saved(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(
-            f"SPICE's state in {os.fspath(folder)} has other values than this version writes ({type(error).__name__}: "
-            f"{error}): it is damaged, or was edited. Resume from another checkpoint."
+            printable(
+                f"SPICE's state in {os.fspath(folder)} has other values than this version writes "
+                f"({type(error).__name__}: {error}): it is damaged, or was edited. Resume from another checkpoint."
+            )
         ) from error

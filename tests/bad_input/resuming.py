@@ -247,7 +247,7 @@ ROWS = (
         "a checkpoint without its copy of the records",
         TRAINING,
         None,
-        ("the checkpoint's copy of the records", "is missing, so those of the resumed run begin here"),
+        ("the checkpoint's copy of the records", "is missing or damaged", "so those of the resumed run begin here"),
         _resume(lambda checkpoint: shutil.rmtree(checkpoint / "spice" / "records")),
     ),
 )
