@@ -55,6 +55,9 @@ class RunLock:
             # Where the system knows no locks, this tells that nobody writes here.
             with suppress(OSError):
                 os.ftruncate(file, 0)
+            with suppress(OSError):
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
 

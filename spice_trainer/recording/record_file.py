@@ -39,13 +39,13 @@ class Segment:
     name: str
     start: int
     size: int
-    inode: tuple[int, int]
+    identity: tuple[int, int, int]
 
     @classmethod
     def of(cls, path: Path, start: int) -> Segment:
         """The segment that a file holds."""
         found = path.lstat()
-        return cls(path.name, start, found.st_size, (found.st_dev, found.st_ino))
+        return cls(path.name, start, found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns))
 
     def link(self, earlier: Path | None, folder: Path) -> bool:
         """Links it from an earlier checkpoint's folder; whether that gave this very file."""

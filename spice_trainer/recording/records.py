@@ -151,12 +151,14 @@ class RecordWriter:
 
     def close(self) -> None:
         """Closes the files, after a last look at what is missing."""
-        for name, file in self._files.items():
-            self._write(name, ())
-            if file.unwritten:
-                self._warn(f"{file.path} lacks its last {len(file.unwritten):,} bytes")
-        self._close_files()
-        self._lock.release()
+        try:
+            for name, file in self._files.items():
+                self._write(name, ())
+                if file.unwritten:
+                    self._warn(f"{file.path} lacks its last {len(file.unwritten):,} bytes")
+        finally:
+            self._close_files()
+            self._lock.release()
 
     def _open(self) -> None:
         """Raises an error, before training, if another run writes here or no record could be written."""
