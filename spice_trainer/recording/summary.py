@@ -12,6 +12,7 @@ from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.scoring.memory import MemoryUse
+from spice_trainer.utils.logging import printable
 
 WARN_AFTER_POOLS = 5
 _ROWS_OF_TRAINING = ("Optimizer steps", "Samples trained", "Training")
@@ -266,7 +267,7 @@ def print_summary(
 
 def _encodable(text: str) -> str:
     """What stdout can write of a text: a folder's name, or the µ of µs, is in few encodings but UTF-8."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text, encoding = printable(text), getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

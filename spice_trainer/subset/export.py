@@ -26,7 +26,8 @@ from typing import Any
 from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.json_values import to_json_value, without_nonfinite
 from spice_trainer.subset.llama_factory import LlamaFactoryFormat, describe_format
-from spice_trainer.subset.manifest import MANIFEST_FILE, ROWS_FILE, SubsetManifest, rebuild_subset, replace_file
+from spice_trainer.subset.manifest import MANIFEST_FILE, ROWS_FILE, SubsetManifest, rebuild_subset
+from spice_trainer.utils.files import replace_file
 from spice_trainer.utils.logging import logger
 
 TOKEN_COLUMNS = frozenset(

@@ -12,8 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import uuid
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from spice_trainer.data.checks import check_is_rows
 from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.rows import fetch_rows
 from spice_trainer.recording.records import SelectedRow as SelectedRow
+from spice_trainer.utils.files import read_regular, replace_file
+from spice_trainer.utils.logging import printable
+from spice_trainer.utils.saved import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -70,17 +74,23 @@ class SubsetManifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Checks that every picked row is one of the dataset's."""
-        for name, kind in (("model", Mapping), ("config", Mapping), ("versions", Mapping), ("num_rows", int)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} is a {type(getattr(self, name)).__name__}, no {kind.__name__}")
+        """Checks every value: a manifest may come from anybody."""
         object.__setattr__(self, "rows", tuple(self.rows))
-        outside = [row.index for row in self.rows if not 0 <= row.index < self.num_rows]
+        _check_types(self, "the manifest")
+        for place, row in enumerate(self.rows):
+            _check_types(row, f"picked row {place}")
+        outside = [row.index for row in self.rows if not row.index < self.num_rows]
         if outside:
             raise ValueError(
                 f"The manifest picks row {outside[0]} of a dataset of {self.num_rows} rows. Likely cause: row numbers "
                 "of another dataset, or of a manifest.jsonl edited by hand. Fix: give the row numbers and num_rows of "
                 "the one dataset that was selected from."
+            )
+        repeated = [index for index, count in Counter(self.indices).items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"The manifest picks row {repeated[0]} more than once, which no selection does. Likely cause: "
+                "manifests put together, or edited by hand. Fix: give each row once."
             )
 
     @property
@@ -107,33 +117,41 @@ class SubsetManifest:
         for item in (path, rows_path):
             if not item.is_file():
                 raise FileNotFoundError(
-                    f"{item} is missing, so {folder} holds no whole subset. Likely cause: another folder, or a "
-                    "selection or export that was interrupted: manifest.json is written last. Fix: give the folder "
-                    "that holds manifest.json, or write it again."
+                    printable(
+                        f"{item} is missing, so {folder} holds no whole subset. Likely cause: another folder, or a "
+                        "selection or export that was interrupted: manifest.json is written last. Fix: give the "
+                        "folder that holds manifest.json, or write it again."
+                    )
                 )
-        content = rows_path.read_bytes()
         try:
-            metadata = json.loads(path.read_text(encoding="utf-8"))
-            if metadata.get("format_version") != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} is of format version {metadata.get('format_version')}, this version of spice_trainer "
-                    f"reads {FORMAT_VERSION}. Fix: read it with the version that wrote it, spice_trainer "
-                    f"{(metadata.get('versions') or {}).get('spice_trainer')}."
-                )
-            if metadata.pop("rows_sha256") != _sha256(content):
-                raise ValueError(
-                    f"{rows_path} is not the file that {path} was written with: its checksum differs. Likely cause: "
-                    "it was edited, or replaced by another selection that was interrupted. Fix: write both again."
-                )
-            del metadata["num_selected"]
-            rows = tuple(SelectedRow(**json.loads(line)) for line in content.decode().split("\n") if line)
-            return cls(rows=rows, **metadata)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            metadata, content = parse_json(read_regular(path)), read_regular(rows_path)
+            version = metadata.pop("format_version")
+            if version == FORMAT_VERSION and metadata.pop("rows_sha256") == _sha256(content):
+                rows = tuple(SelectedRow(**parse_json(line)) for line in content.split(b"\n") if line)
+                if metadata.pop("num_selected") != len(rows):
+                    raise ValueError(f"num_selected is not {len(rows)}, the number of its rows")
+                return cls(rows=rows, format_version=version, **metadata)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a manifest of spice_trainer ({type(error).__name__}: {error}). Likely cause: a file "
-                "of the same name that another program wrote, or one edited by hand. Fix: give the folder of an "
-                "exported subset."
+                printable(
+                    f"{path} is not a manifest of spice_trainer ({type(error).__name__}: {error}). Likely cause: a "
+                    "file of the same name that another program wrote, or one edited by hand. Fix: give the folder "
+                    "of an exported subset."
+                )
             ) from error
+        if version != FORMAT_VERSION:
+            versions = metadata.get("versions")
+            wrote = versions.get("spice_trainer") if isinstance(versions, dict) else None
+            text = (
+                f"{path} is of format version {version}, this version of spice_trainer reads {FORMAT_VERSION}. Fix: "
+                f"read it with the version that wrote it, spice_trainer {wrote}."
+            )
+        else:
+            text = (
+                f"{rows_path} is not the file that {path} was written with: its checksum differs. Likely cause: it "
+                "was edited, or replaced by another selection that was interrupted. Fix: write both again."
+            )
+        raise ValueError(printable(text))
 
 
 def rebuild_subset(manifest_or_folder: SubsetManifest | str | os.PathLike[str], dataset: Any) -> Any:
@@ -174,20 +192,6 @@ def rebuild_subset(manifest_or_folder: SubsetManifest | str | os.PathLike[str], 
     return fetch_rows(dataset, manifest.indices)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, also where the machine stops in between."""
-    # Not from `tempfile`, whose files only their owner may read.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _to_json(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
@@ -200,3 +204,39 @@ def _to_json(value: Mapping[str, Any], what: str, *, indent: int | None = None) 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+# What each annotation of the manifest and its rows admits: `True` is no number, and no number is NaN.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number from 0 on", lambda value: type(value) is int and value >= 0),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "str | None": ("a text or null", lambda value: value is None or isinstance(value, str)),
+    "float | None": ("a number or null", lambda value: value is None or _is_number(value)),
+    "dict[str, Any]": ("an object", lambda value: isinstance(value, dict)),
+    "dict[str, str | None]": (
+        "texts by name",
+        lambda value: (
+            isinstance(value, dict) and all(item is None or isinstance(item, str) for item in value.values())
+        ),
+    ),
+    "tuple[SelectedRow, ...]": (
+        "picked rows",
+        lambda value: isinstance(value, tuple) and all(isinstance(row, SelectedRow) for row in value),
+    ),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _check_types(record: Any, name: str) -> None:
+    for item in fields(record):
+        value = getattr(record, item.name)
+        kind, is_kind = _KINDS[str(item.type)]
+        if not is_kind(value):
+            shown = printable(repr(value))[:60]
+            raise ValueError(
+                f"{item.name} of {name} is {shown}, but has to be {kind}. Likely cause: a file edited by hand, or a "
+                "number that is not finite. Fix: give the values that the selection wrote."
+            )

@@ -29,7 +29,7 @@ from spice_trainer.selection.results import StepSelection
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
 from spice_trainer.subset.model import without_fingerprint
 from spice_trainer.utils.files import read_regular
-from spice_trainer.utils.logging import logger, warning_of_failure
+from spice_trainer.utils.logging import logger, printable, warning_of_failure
 from spice_trainer.utils.saved import reading_saved
 
 _STATE_FOLDER = re.compile(r"selection-(\d+)")
@@ -72,8 +72,10 @@ class SubsetRun:
         differing = [key for key, value in ours.items() if theirs[key] != value]
         if differing:
             raise FileExistsError(
-                f"{self.output_dir} holds a subset of another selection (other {', '.join(differing)}), which stays "
-                "as it is. Choose another output_dir, or pass overwrite=True to replace it."
+                printable(
+                    f"{self.output_dir} holds a subset of another selection (other {', '.join(differing)}), which "
+                    "stays as it is. Choose another output_dir, or pass overwrite=True to replace it."
+                )
             )
         logger.info(
             "SPICE: %s holds the finished subset of this selection already; nothing is selected anew.", self.output_dir
@@ -193,9 +195,11 @@ class SubsetRun:
             differing = self._differing(state["identity"])
         if differing:
             raise ValueError(
-                f"{self.output_dir} holds an unfinished selection of another kind: {'; '.join(differing)}. Continue "
-                "it with the same model, dataset and settings, choose another output_dir, or pass overwrite=True to "
-                "begin anew."
+                printable(
+                    f"{self.output_dir} holds an unfinished selection of another kind: {'; '.join(differing)}. "
+                    "Continue it with the same model, dataset and settings, choose another output_dir, or pass "
+                    "overwrite=True to begin anew."
+                )
             )
         with reading_saved(folder):
             self.sampler.load_state_dict(state["sampler"], tensors)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
 from dataclasses import asdict, replace
@@ -51,9 +53,8 @@ class TestManifest:
 
     def test_a_number_that_is_not_finite_is_refused_before_anything_is_written(self, tmp_path: Path) -> None:
         manifest = make_manifest(ROWS, INDICES)
-        broken = replace(manifest, rows=(replace(manifest.rows[0], gain=float("nan")),))
-        with pytest.raises(ValueError, match="Cannot write picked row 7 as JSON.*not finite.*Fix: "):
-            broken.save(tmp_path)
+        with pytest.raises(ValueError, match="gain of picked row 0 is nan, but has to be a number.*not finite.*Fix: "):
+            replace(manifest, rows=(replace(manifest.rows[0], gain=float("nan")),))
         with pytest.raises(ValueError, match="Cannot write the manifest's metadata as JSON.*tensor.*Fix: "):
             replace(manifest, model={"weight": torch.ones(1)}).save(tmp_path)
         assert os.listdir(tmp_path) == []
@@ -61,6 +62,8 @@ class TestManifest:
     def test_rows_outside_the_dataset_are_refused(self) -> None:
         with pytest.raises(ValueError, match="picks row 12 of a dataset of 12 rows. Likely cause: .*Fix: "):
             make_manifest(ROWS, (0, 12))
+        with pytest.raises(ValueError, match="picks row 3 more than once.*Fix: "):
+            make_manifest(ROWS, (3, 1, 3))
 
     def test_half_written_manifest_is_refused(self, tmp_path: Path) -> None:
         make_manifest(ROWS, INDICES).save(tmp_path)
@@ -80,6 +83,88 @@ class TestManifest:
             (tmp_path / "manifest.json").write_text(text)
             with pytest.raises(ValueError, match="is not a manifest of spice_trainer.*Fix: "):
                 SubsetManifest.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ('"index": 7', '"index": true'),
+            ('"index": 7', '"index": 7.0'),
+            ('"index": 7', '"index": -1'),
+            ('"index": 7', '"index": 0'),
+            ('"index": 7', f'"index": {"9" * 5000}'),
+            ('"gain": 0.1', '"gain": NaN'),
+            ('"gain": 0.1', '"gain": 1e999'),
+            ('"gain": 0.1', '"gain": "\x1b[31m"'),
+            ('"step": 0', '"step": null'),
+            ('"step": 0', '"stride": 0'),
+            ("{", "[" * 100_000),
+            ("{", "\udcff"),
+            ("{", "3 {"),
+        ],
+    )
+    @pytest.mark.parametrize("is_signed", [True, False])
+    def test_hostile_rows_are_refused(self, old: str, new: str, is_signed: bool, tmp_path: Path) -> None:
+        make_manifest(ROWS, INDICES).save(tmp_path)
+        rows, metadata = tmp_path / "manifest.jsonl", tmp_path / "manifest.json"
+        before = rows.read_bytes()
+        after = before.replace(old.encode(), new.encode("utf-8", "surrogateescape"), 1)
+        assert after != before
+        rows.write_bytes(after)
+        if is_signed:
+            digests = (hashlib.sha256(content).hexdigest() for content in (before, after))
+            metadata.write_text(metadata.read_text().replace(*digests))
+        with pytest.raises(
+            ValueError, match="is not a manifest of spice_trainer" if is_signed else "checksum"
+        ) as error:
+            SubsetManifest.load(tmp_path)
+        assert str(error.value).isprintable()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_rows": True},
+            {"num_rows": 3},
+            {"num_selected": 3},
+            {"samples_per_step": "2"},
+            {"seed": None},
+            {"dataset_fingerprint": 3},
+            {"validation_fingerprint": []},
+            {"versions": {"torch": 2}},
+            {"versions": []},
+            {"config": [1]},
+            {"model": None},
+            {"format_version": True},
+            {"format_version": {"\x1b[2J": 1}},
+            {"rows": []},
+            {"\x1b[2J": 1},
+        ],
+    )
+    def test_hostile_metadata_is_refused(self, change: dict[str, Any], tmp_path: Path) -> None:
+        make_manifest(ROWS, INDICES).save(tmp_path)
+        path = tmp_path / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=r"is not a manifest of spice_trainer|is of format version") as error:
+            SubsetManifest.load(tmp_path)
+        assert str(error.value).isprintable()
+
+    @pytest.mark.parametrize("content", [b"\xff{", b"[" * 100_000, b'{"format_version": NaN}', b'"x"', b"null", b""])
+    def test_hostile_files_are_refused(self, content: bytes, tmp_path: Path) -> None:
+        make_manifest(ROWS, INDICES).save(tmp_path)
+        (tmp_path / "manifest.json").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a manifest of spice_trainer"):
+            SubsetManifest.load(tmp_path)
+
+    @pytest.mark.parametrize("name", ["manifest.json", "manifest.jsonl"])
+    def test_links_and_fifos_are_not_read(self, name: str, tmp_path: Path) -> None:
+        make_manifest(ROWS, INDICES).save(tmp_path)
+        (tmp_path / name).rename(tmp_path / "real")
+        (tmp_path / name).symlink_to(tmp_path / "real")
+        with pytest.raises(ValueError, match="it is a link, which is not followed"):
+            SubsetManifest.load(tmp_path)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="is missing, so"):
+            SubsetManifest.load(tmp_path)
 
 
 class TestRebuild:
