@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from spice_trainer.recording.checkpoint import last_complete_checkpoint
+from spice_trainer.utils.files import replace_file
 from tests.support.trainers import make_trainer, read_records, same_weights, trainable_weights, trained_indices
 
 NUM_KILLS = 30
@@ -176,3 +178,68 @@ def test_a_run_resumed_at_its_last_step_trains_no_further(tmp_path: Path) -> Non
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 4 and len(trained_indices(tmp_path)) == 4
     assert same_weights(trainable_weights(first.model), trainable_weights(second.model))
+
+
+def test_a_state_that_cannot_be_written_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer would count it as whole and remove the one before for it, so the run ends as on its own files."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_total_limit": 1}
+
+    def fail(path: Path, content: Any) -> None:
+        if path.name == "state.json" and path.parts[-3] == "checkpoint-2":
+            raise OSError(28, "No space left on device")
+        replace_file(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spice_trainer.recording.checkpoint.replace_file", fail)
+        with pytest.raises(OSError, match=r"state cannot be written to .*checkpoint-2.*\(No space left on device\)"):
+            make_trainer(tmp_path, spice={}, **options).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=True)
+    assert len(trained_indices(tmp_path)) == 3
+
+
+def test_a_second_run_in_the_same_place_trains_nothing(tmp_path: Path) -> None:
+    class Second(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            second = make_trainer(tmp_path, spice={}, max_steps=1)
+            before = trainable_weights(second.model)
+            with pytest.raises(RuntimeError, match=f"Another run .process {os.getpid()} on .* writes to"):
+                second.train()
+            assert same_weights(trainable_weights(second.model), before)
+
+    make_trainer(tmp_path, spice={}, max_steps=2, callbacks=[Second()]).train()
+    assert [line["step"] for line in read_records(tmp_path, "trained")] == [0, 1]
+    assert not list((tmp_path / "spice").glob("trained.*.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder's link"])
+def test_a_state_that_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, spice={}, **options).train()
+    folder = tmp_path / "checkpoint-1" / "spice"
+    path = folder if kind == "folder's link" else folder / "state.json"
+    path.rename(tmp_path / "real")
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "real")
+    said = "it is no regular file" if kind == "fifo" else "link, which is not followed.*tree of links.*local_dir"
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=os.fspath(tmp_path / "checkpoint-1"))
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "checkpoint-1" / "trainer_state.json").unlink()
+    (tmp_path / "fifo").rename(tmp_path / "checkpoint-1" / "trainer_state.json")
+    with pytest.raises(ValueError, match="No checkpoint in .* is complete"):
+        last_complete_checkpoint(tmp_path)
+
+
+def test_what_a_state_says_is_escaped(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, spice={}, **options).train()
+    path = tmp_path / "checkpoint-1" / "spice" / "state.json"
+    state = json.loads(path.read_text())
+    for change in ({"format_version": "\x1b[2J"}, {"schedule": state["schedule"] | {"pool_seed": "\x1b]0;x\x07"}}):
+        path.write_text(json.dumps(state | change))
+        with pytest.raises(ValueError, match=r"\\x1b") as error:
+            make_trainer(tmp_path, spice={}, **options).train(resume_from_checkpoint=True)
+        assert "\x1b" not in str(error.value)
