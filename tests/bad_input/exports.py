@@ -101,7 +101,7 @@ ROWS = (
         CALLING,
         ValueError,
         (
-            "is not a manifest of spice_trainer (TypeError: model is a str",
+            "is not a manifest of spice_trainer (ValueError: model of the manifest is",
             "Fix: give the folder of an exported subset",
         ),
         _rebuild(_edit_manifest(model="../../etc/passwd")),
