@@ -14,7 +14,16 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args
 
-from spice_trainer.utils.fields import Check, OneOf, RealNumber, WholeNumber, model_name, name_list, truth_value
+from spice_trainer.utils.fields import (
+    Check,
+    OneOf,
+    RealNumber,
+    WholeNumber,
+    column_name,
+    model_name,
+    name_list,
+    truth_value,
+)
 
 AlphaScaling = Literal["fixed", "pool"]
 ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
@@ -140,6 +149,8 @@ _CHECKS: dict[str, Check] = {
     "proxy_update_every": WholeNumber(1, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": WholeNumber(0, "it counts pools"),
     "overlap_scoring": truth_value,
+    "record_id_column": column_name,
+    "record_text_length": WholeNumber(0, "it counts letters, and 0 records none"),
 }
 
 
@@ -263,6 +274,14 @@ class SpiceConfig:
             target's is logged.
         overlap_scoring (`bool`, *optional*, defaults to `False`):
             Whether the proxy scores the next step's pools while the target trains on this one's. Changes no pick.
+
+        > Parameters that control the records
+
+        record_id_column (`str`, *optional*):
+            Column of the training dataset whose values name the picked rows in the records. `None`: the first of `id`,
+            `_id`, `uuid`, `idx`, `row_id`, `sample_id` and `example_id` that it has, or none.
+        record_text_length (`int`, *optional*, defaults to `0`):
+            Number of letters that the records hold of the text that a picked row trains.
     """
 
     pool_size: int = field(default=120, metadata={"help": "Number of candidates in a pool [N]."})
@@ -365,6 +384,14 @@ class SpiceConfig:
     overlap_scoring: bool = field(
         default=False,
         metadata={"help": "Let the proxy score the next step's pools while the target trains on this one's."},
+    )
+
+    record_id_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of ids that name picked rows in the records. None: id, uuid and alike."},
+    )
+    record_text_length: int = field(
+        default=0, metadata={"help": "Letters of a picked row's trained text that the records hold."}
     )
 
     def __post_init__(self) -> None:

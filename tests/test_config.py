@@ -55,6 +55,8 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "proxy_update_every": ([1, 5, 50], {}),
     "proxy_check_pools": ([0, 3], {}),
     "overlap_scoring": ([True, False], {}),
+    "record_id_column": ([None, "id", "my key"], {}),
+    "record_text_length": ([0, 80], {}),
 }
 CASES = [
     pytest.param(name, value, extra, id=f"{name}={value}")
@@ -240,6 +242,8 @@ def test_defaults():
         "proxy_update_every": 1,
         "proxy_check_pools": 0,
         "overlap_scoring": False,
+        "record_id_column": None,
+        "record_text_length": 0,
     }
 
 
@@ -321,6 +325,7 @@ INTEGERS = {
     "validation_rows": (1, 0, "a mean gradient needs at least one row"),
     "proxy_update_every": (1, 0, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": (0, -1, "it counts pools"),
+    "record_text_length": (0, -1, "it counts letters, and 0 records none"),
 }
 REALS = {
     "fisher_alpha": ("above 0", "an alpha of 0 would make every gain 0", [0, 0.0, -1.0]),
@@ -335,7 +340,13 @@ REALS = {
     ),
     "proxy_learning_rate": ("at least 0", "a negative rate would unlearn the picks", [-1e-6, -1]),
 }
-OTHERS = {"proxy_model_name_or_path", "overlap_scoring", "scoring_target_modules", "gradient_centering"}
+OTHERS = {
+    "proxy_model_name_or_path",
+    "overlap_scoring",
+    "scoring_target_modules",
+    "gradient_centering",
+    "record_id_column",
+}
 
 
 def error_of(**values: object) -> str:

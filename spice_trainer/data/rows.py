@@ -33,6 +33,15 @@ MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
+class RowReference:
+    """A row's own id, the hash of its token ids, and the beginning of the text that it trains, as far as known."""
+
+    id: str | None = None
+    token_hash: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class RowShape:
     """What planning needs to know of a row, from its [`CandidateRow`]; small, as processes tell each other."""
 
@@ -41,6 +50,7 @@ class RowShape:
     can_be_padded: bool
     keys: tuple[str, ...]
     num_dropped_tokens: int = 0
+    reference: RowReference = RowReference()
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,20 @@ class CandidateRow:
     can_be_padded: bool
     num_dropped_tokens: int = 0
     source: str = TRAINING
+    reference: RowReference = RowReference()
 
     @property
     def shape(self) -> RowShape:
         """What planning needs to know of the row."""
         keys = tuple(sorted(key for key in self.inputs if key != "attention_mask"))
-        return RowShape(self.num_tokens, self.num_label_tokens, self.can_be_padded, keys, self.num_dropped_tokens)
+        return RowShape(
+            self.num_tokens,
+            self.num_label_tokens,
+            self.can_be_padded,
+            keys,
+            self.num_dropped_tokens,
+            self.reference,
+        )
 
 
 @dataclass(frozen=True)

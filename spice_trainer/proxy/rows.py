@@ -33,14 +33,16 @@ def rows_for_proxy(proxy: ProxyModel, target: TargetRows) -> TargetRows:
             )
         if proxy.data_collator is None:
             check_is_labelled(proxy.dataset, "The proxy's dataset", "ProxyModel(..., data_collator=...)")
-        return TargetRows(proxy.dataset, proxy.data_collator or _pad_right(proxy.processing_class))
+        collate = proxy.data_collator or _pad_right(proxy.processing_class)
+        return _as_read_by(proxy, target, proxy.dataset, collate)
     return shared_rows(proxy, target)
 
 
 def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
     """Rows of the target as a proxy reads them that has no copy of them; a `ValueError` if it has nothing to read."""
     if has_same_vocabulary(proxy, target):
-        return TargetRows(target.dataset, proxy.data_collator or target.collate)
+        tokenizer = proxy.processing_class or target.processing_class
+        return _as_read_by(proxy, target, target.dataset, proxy.data_collator or target.collate, tokenizer)
     if proxy.processing_class is None:
         raise ValueError(
             f"The proxy's vocabulary has {embedding_size(proxy.model):,} entries and the target's "
@@ -56,7 +58,15 @@ def shared_rows(proxy: ProxyModel, target: TargetRows) -> TargetRows:
             "or filtering), so the proxy cannot read it row by row. Fix: switch packing off, or pass "
             "`ProxyModel(..., dataset=...)` with the rows of the tokenised dataset tokenised for the proxy."
         )
-    return TargetRows(rows, proxy.data_collator or rows.collate)
+    return _as_read_by(proxy, target, rows, proxy.data_collator or rows.collate)
+
+
+def _as_read_by(
+    proxy: ProxyModel, target: TargetRows, dataset: Any, collate: DataCollator, tokenizer: Any = None
+) -> TargetRows:
+    """The same rows under the proxy's tokenizer; the raw dataset still has their ids."""
+    raw = target.raw_dataset if target.raw_dataset is not None else target.dataset
+    return TargetRows(dataset, collate, processing_class=tokenizer or proxy.processing_class, raw_dataset=raw)
 
 
 def has_same_vocabulary(proxy: ProxyModel, target: TargetRows) -> bool:

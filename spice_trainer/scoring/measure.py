@@ -46,6 +46,7 @@ def from_shapes(pool: int, candidates: Sequence[int], shapes: Sequence[RowShape]
         label_tokens=label_tokens,
         num_tokens=tuple(shape.num_tokens + shape.num_dropped_tokens for shape in shapes),
         num_dropped_tokens=sum(shape.num_dropped_tokens for shape in shapes),
+        references=tuple(shape.reference for shape in shapes),
     )
 
 

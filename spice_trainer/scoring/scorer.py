@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.checks import check_token_ids, token_id_limits
+from spice_trainer.data.references import RowReferences
 from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
@@ -74,6 +75,7 @@ class GradientScorer:
         self.processes = runtime.processes
         self.rows = rows
         self._num_rows = len(rows.dataset)
+        self.references = RowReferences(rows, config.record_id_column, config.record_text_length)
         self.config = config
         self.validation = validation
         self.vocabulary = token_id_limits(self.get_model())
@@ -211,8 +213,10 @@ class GradientScorer:
                 "until the run has ended, or give the trainer a copy."
             )
         rows = fetch_rows(self.rows.dataset, indices)
+        collated = [collate_row(index, row, self.rows.collate) for index, row in zip(indices, rows, strict=True)]
+        references = self.references.refer(indices, rows, collated)
         return self._scored_part(
-            [collate_row(index, row, self.rows.collate) for index, row in zip(indices, rows, strict=True)]
+            [replace(row, reference=reference) for row, reference in zip(collated, references, strict=True)]
         )
 
     def shorten(self, row: CandidateRow) -> CandidateRow:

@@ -98,6 +98,7 @@ def select_pool(
                 score=_known(selection.scores[place]),
                 gradient_norm=None if norms is None else float(norms[position]),
                 label_tokens=label_tokens[position],
+                **(vars(scores.references[position]) if scores.references else {}),
             )
             for place, position in enumerate(picked)
         ),

@@ -45,6 +45,9 @@ class Pick:
         score (`float`, *optional*): Gain less the weighted conflict.
         gradient_norm (`float`, *optional*): Norm of its raw gradient.
         label_tokens (`int`): Tokens that its loss counts.
+        id (`str`, *optional*): Its id, where the dataset has a column of them.
+        token_hash (`str`, *optional*): Hash of its token ids as the model that scores reads them.
+        text (`str`, *optional*): The beginning of the text that it trains, if records are to hold some.
     """
 
     pool: int
@@ -55,6 +58,9 @@ class Pick:
     score: float | None
     gradient_norm: float | None
     label_tokens: int
+    id: str | None = None
+    token_hash: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)

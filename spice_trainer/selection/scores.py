@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from spice_trainer.data.rows import RowReference
 from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
@@ -61,6 +62,7 @@ class PoolScores:
         candidates (`tuple[int, ...]`, *optional*): Dataset rows in pool order; by default 0 to N − 1.
         num_tokens (`tuple[int, ...]`, *optional*): Tokens per row, as it trains.
         num_dropped_tokens (`int`, *optional*, defaults to `0`): Tokens of all rows that were not scored.
+        references (`tuple[RowReference, ...]`, *optional*): What records say of each row beside its number.
         finite (`torch.Tensor` of shape `(N,)`, *optional*): Whether the row fitted into memory, and all that was
             computed of it is finite. By default `sound`.
         out_of_memory (`torch.Tensor` of shape `(N,)`, *optional*): Whether the row did not fit into memory, so that
@@ -90,6 +92,7 @@ class PoolScores:
     candidates: tuple[int, ...] = ()
     num_tokens: tuple[int, ...] = ()
     num_dropped_tokens: int = 0
+    references: tuple[RowReference, ...] = ()
     finite: Bool[Tensor, " N"] = None  # type: ignore[assignment]
     out_of_memory: Bool[Tensor, " N"] = None  # type: ignore[assignment]
     whole: PoolScores | None = None

@@ -299,7 +299,7 @@ def read_rows(
 ) -> TargetRows:
     """The dataset's rows as the selector reads them."""
     processing_class = proxy.processing_class if processing_class is None else processing_class
-    known = {"processing_class": processing_class, "vocab_size": embedding_size(proxy.model)}
+    known = {"processing_class": processing_class, "vocab_size": embedding_size(proxy.model), "raw_dataset": dataset}
     check_dataset(dataset)
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     is_raw = find_raw_format(columns) is not None

@@ -42,6 +42,7 @@ from spice_trainer.trainer.inputs import (
     describe_for_others,
     own_sampling,
     plan_run,
+    warn_of_preparation,
 )
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.trainer.search import SEARCHABLE, searched_config, warn_of_settings_in_arguments
@@ -172,6 +173,7 @@ class SpiceHooks:
             self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
             self._earlier = EarlierSample.of(inputs)
         warn_of_objective(self.trainer)
+        warn_of_preparation(self.trainer)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(

@@ -29,6 +29,7 @@ from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.trainer.checks import count_steps, num_parameters
 from spice_trainer.trainer.normalization import is_token_normalized
+from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
 
@@ -76,7 +77,10 @@ def build_inputs(
     rows = sample.collate(collate)
     schedule = build_trainer_schedule(trainer, config, dataset, rows)
     selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
-    candidates = rows if proxy is None else _read_candidates(selector.gradient_scorer.rows, sample, earlier)
+    scored = selector.gradient_scorer
+    if scored.rows.dataset is dataset:
+        scored.references.check(sample.rows[0])
+    candidates = rows if proxy is None else _read_candidates(scored.rows, sample, earlier)
     return RunInputs(dataset, collate, schedule, selector, sample, rows, candidates)
 
 
@@ -136,6 +140,31 @@ def own_sampling(trainer: Any) -> str | None:
         if owner is not None and owner.__module__.split(".")[0] not in ("transformers", "trl"):
             return f"{owner.__name__}.{name}"
     return None
+
+
+def warn_of_preparation(trainer: Any) -> None:
+    """Says what TRL did to the rows it was given, where that makes the records' row numbers others than the user's."""
+    args, dataset = trainer.args, trainer.train_dataset
+    is_prepared = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
+    if not is_prepared or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        return
+    # Its last step is a filter over a table that it has just written.
+    num_given = getattr(getattr(dataset, "data", None), "num_rows", len(dataset))
+    changes = []
+    if getattr(args, "packing", False):
+        changes.append("packed the rows")
+    elif getattr(args, "max_length", None) is not None and num_given > len(dataset):
+        dropped = f"{num_given - len(dataset):,} of {num_given:,} rows"
+        changes.append(f"left out {dropped}, of which max_length={args.max_length} leaves no label token")
+    if getattr(args, "shuffle_dataset", False):
+        changes.append("shuffled the rows")
+    if changes:
+        logger.warning(
+            "SPICE: the trainer %s, so that `index` in the records is the row of trainer.train_dataset, and not of "
+            "the dataset that it was given. Look picks up there, or by `id` and `token_hash`; record_text_length=80 adds "
+            "the beginning of each pick's text.",
+            " and ".join(changes),
+        )
 
 
 def build_trainer_schedule(

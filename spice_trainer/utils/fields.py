@@ -96,6 +96,15 @@ def model_name(owner: str, name: str, value: object) -> str | None:
     return value
 
 
+def column_name(owner: str, name: str, value: object) -> str | None:
+    """Checks the name of a column, or `None`, of which argument parsers make the text "None"."""
+    if value is None or value == "None":
+        return None
+    if not (isinstance(value, str) and value):
+        raise ValueError(f"{owner}: {name}={value!r} is no name. Fix: give a column of the dataset, or None.")
+    return value
+
+
 def name_list(owner: str, name: str, value: object) -> list[str] | None:
     """Checks some names, kept as a list, or `None`, of which argument parsers make a list of the text "None"."""
     if value is None or value == ["None"]:

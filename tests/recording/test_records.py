@@ -30,6 +30,7 @@ NAMES = ("selections", "pools", "trained", "costs")
 FIELDS = {
     "selections": [
         "step", "epoch", "pool", "order", "index", "gain", "conflict", "score", "gradient_norm", "label_tokens",
+        "id", "token_hash", "text",
     ],
     "pools": [
         "step", "epoch", "pool", "candidates", "num_selected", "gain_first", "gain_last", "information",

@@ -11,8 +11,17 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
+from spice_trainer.data.references import hash_tokens
 from tests.support.models import tiny_lora_model
-from tests.support.trainers import BATCH_SIZE, POOL_SIZE, SETTINGS, make_trainer, tiny_rows
+from tests.support.trainers import (
+    BATCH_SIZE,
+    POOL_SIZE,
+    SETTINGS,
+    make_sft_trainer,
+    make_trainer,
+    read_records,
+    tiny_rows,
+)
 
 pytestmark = pytest.mark.oldest
 
@@ -99,3 +108,44 @@ def test_a_dataset_that_shrinks_in_mid_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(list\) has 54 rows now, and had 55 when the run began"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+LABEL = "the trainer left out 3 of 40 rows, of which max_length=8 leaves no label token"
+
+
+def _prompts(num_rows: int = 40) -> list[dict[str, Any]]:
+    """Three rows have a prompt as long as all that is kept."""
+    return [
+        {"id": f"row-{place}", "prompt": "w5 " * (9 if place in (3, 10, 20) else 2), "completion": f"w{place + 6}"}
+        for place in range(num_rows)
+    ]
+
+
+def test_picks_of_a_dataset_that_trl_filtered_are_found_in_the_users_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = _prompts()
+    # A selection of a larger dataset is a dataset like any other.
+    dataset = Dataset.from_list(_prompts(50)).select(range(40))
+    settings = {"record_text_length": 20}
+    trainer = make_sft_trainer(tmp_path, spice=settings, train_dataset=dataset, max_length=8, max_steps=2)
+    said = [message for message in caplog.messages if "record_text_length" in message]
+    num_left_out = 40 - len(trainer.train_dataset)
+    assert len(said) == (num_left_out > 0) and all(LABEL in message for message in said)
+    trainer.train()
+    picks = read_records(tmp_path, "selections")
+    for pick in picks:
+        (row,) = (row for row in given if row["id"] == pick["id"])
+        assert pick["text"] == row["completion"]
+        assert pick["token_hash"] == hash_tokens(trainer.train_dataset[pick["index"]]["input_ids"])
+    if num_left_out:
+        assert any(given[pick["index"]]["id"] != pick["id"] for pick in picks)
+
+
+def test_nothing_is_said_where_rows_are_as_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_list(_prompts(50)).select([0, 1, 2, *range(25, 50)])
+    make_sft_trainer(tmp_path / "sft", spice={}, train_dataset=rows, max_length=8)
+    make_trainer(tmp_path / "plain", spice={}, train_dataset=Dataset.from_list(tiny_rows(60)).select(range(55)))
+    assert not any("record_text_length" in message for message in caplog.messages)
+    make_sft_trainer(tmp_path / "shuffled", spice={}, train_dataset=rows, max_length=8, shuffle_dataset=True)
+    assert [message for message in caplog.messages if "the trainer shuffled the rows, so that `index`" in message]
