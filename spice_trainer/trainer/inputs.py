@@ -161,8 +161,8 @@ def warn_of_preparation(trainer: Any) -> None:
     if changes:
         logger.warning(
             "SPICE: the trainer %s, so that `index` in the records is the row of trainer.train_dataset, and not of "
-            "the dataset that it was given. Look picks up there, or by `id` and `token_hash`; record_text_length=80 adds "
-            "the beginning of each pick's text.",
+            "the dataset that it was given. Look picks up there, or by `id` and `token_hash`; record_text_length=80 "
+            "adds the beginning of each pick's text.",
             " and ".join(changes),
         )
 
