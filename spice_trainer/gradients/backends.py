@@ -16,10 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from spice_trainer.utils.logging import logger
 
@@ -90,6 +91,15 @@ def needs_whole_graph(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are partitioned over processes, so that it cannot run a forward by itself.
+
+    They are once FSDP wrapped the model, and as soon as a model is loaded under ZeRO-3. Only the main process asks
+    with meaning: FSDP's efficient loading leaves the others without weights until it wraps the model.
+    """
+    return needs_whole_graph(model) or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def rows_influence_each_other(model: nn.Module) -> bool:
     """Whether a row's gradient depends on its batch mates and padding, so that rows must be scored one at a time.
 
@@ -99,6 +109,27 @@ def rows_influence_each_other(model: nn.Module) -> bool:
     """
     layers: list[Any] = [module for module in model.modules() if _is_quantized(module, "Linear8bitLt")]
     return any(layer.state.threshold > 0 and layer.weight.device.type not in _EXACT_INT8_DEVICES for layer in layers)
+
+
+# Models of which some layer mixes the rows of a batch, as was found when they were first scored.
+_with_mixed_rows: WeakSet[nn.Module] = WeakSet()
+
+
+def must_score_alone(model: nn.Module) -> bool:
+    """Whether rows must be scored one at a time, as far as is known."""
+    return model in _with_mixed_rows or rows_influence_each_other(model)
+
+
+def score_alone(model: nn.Module, layer_name: str) -> None:
+    """From here on rows are scored one at a time; `layer_name` is a layer that needs it."""
+    if model not in _with_mixed_rows:
+        _with_mixed_rows.add(model)
+        logger.warning(
+            "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short: the LoRA layer %r "
+            "takes the tokens of all rows together. Leave it out of `target_modules`, or choose others by "
+            "SpiceConfig(scoring_target_modules=...), to score in batches.",
+            layer_name,
+        )
 
 
 def warn_of_quantization(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -35,3 +36,8 @@ class LossGraph:
     def has_weight(self, weight: Tensor) -> bool:
         """Whether the loss depends on this weight by autograd; of one that FSDP sharded nothing is known."""
         return id(weight) in self._leaves
+
+    def other_leaves(self, known: Iterable[Tensor]) -> list[Tensor]:
+        """Tensors, no weights, that were made to require a gradient by something else than what is known."""
+        known_ids = set(map(id, known))
+        return [leaf for key, leaf in self._leaves.items() if key not in known_ids and type(leaf) is Tensor]

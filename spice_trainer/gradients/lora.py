@@ -69,7 +69,12 @@ def find_lora_modules(
         if is_lora and layer_kind(module) is not None:
             reason = _refuse_layer(named, name, trainable)
             if reason is None:
-                found[name] = module
+                wrapper = named[split_adapter(name)[0]]
+                if layer_kind(wrapper) is None:
+                    found[name] = module
+                # The matrices of expert parameters are scored together, by the first one's name.
+                elif wrapper not in found.values():
+                    found[name] = wrapper
             else:
                 refused.setdefault(reason, []).append(name)
         else:
@@ -115,10 +120,7 @@ def _refuse_layer(named: Mapping[str, nn.Module], name: str, trainable: Sequence
     """Why a LoRA linear layer, of which these parameters train, cannot be scored, or `None`."""
     parent_name, adapter = split_adapter(name)
     parent = named[parent_name]
-    kind = type(parent).__name__
-    if kind == "ParamWrapper":
-        return "LoRA on expert parameters (`target_parameters`); use `target_modules` only"
-    if kind == "MultiheadAttention":
+    if type(parent).__name__ == "MultiheadAttention":
         return "LoRA on `torch.nn.MultiheadAttention`, which merges its weights instead of calling them"
     variants = getattr(parent, "lora_variant", {})
     if adapter in variants:
@@ -144,7 +146,7 @@ def why_switched_off(model: nn.Module, modules: Iterable[nn.Module]) -> str | No
             for adapter, matrix in matrices.items()
             if id(matrix) in wanted
         }
-        if not adapters:
+        if not adapters and id(parent) not in wanted:
             continue
         if getattr(parent, "merged", False):
             return "The adapter is merged into the base model: unmerge the adapter, `model.unmerge_adapter()`."
@@ -211,7 +213,11 @@ def split_adapter(name: str) -> tuple[str, str]:
 
 def _adapted_module(name: str) -> str:
     """The name of the module that a LoRA layer adapts."""
-    return _ADAPTER.split(name)[0]
+    adapted = _ADAPTER.split(name)[0]
+    while adapted.endswith(".base_layer"):
+        # Several parameters of a module have a wrapper each, one within the other.
+        adapted = adapted.removesuffix(".base_layer")
+    return adapted
 
 
 def _layer_number(name: str) -> int | None:

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.gradients.backends import needs_whole_graph, rows_influence_each_other, scoring_mode
+from spice_trainer.gradients.backends import must_score_alone, scoring_mode
 from spice_trainer.gradients.forward import input_embedding, logits_of, move_inputs, without_cache
 from spice_trainer.gradients.label_head import sample_losses
 from spice_trainer.gradients.layers.base import ScoredLayer
@@ -83,7 +82,9 @@ def verify_directions(
     The rows are the same on every process. Returns the largest error of a layer, relative to the row's gradient norm,
     and raises as above.
     """
-    layers = scored_layers(modules)
+    # What is autograd's own needs no check.
+    layers = [layer for layer in scored_layers(modules) if not layer.takes_autograd]
+    modules = {layer.name: layer.module for layer in layers}
     generator = torch.Generator().manual_seed(0)
     directions = [[torch.randn(shape, generator=generator).to(device) for shape in layer.shapes] for layer in layers]
     flat = [torch.cat([part.flatten() for part in direction]).double() for direction in directions]
@@ -98,31 +99,22 @@ def verify_directions(
     return _largest_error(layers, rows, ours, alone, tolerance=_rounding_tolerance(model, autocast, device))
 
 
-def has_whole_weights(model: nn.Module) -> bool:
-    """Whether the model can run a forward by itself: its weights are not partitioned over processes.
-
-    They are once FSDP wrapped the model, and as soon as a model is loaded under ZeRO-3. Only the main process asks
-    with meaning: FSDP's efficient loading leaves the others without weights until it wraps the model.
-    """
-    return not (needs_whole_graph(model) or any(isinstance(module, FSDPModule) for module in model.modules()))
-
-
 class _Collected:
-    def __init__(self) -> None:
-        self.gradients: dict[int, Tensor] = {}
-        self._rows: Sequence[int] | None = None
+    """Gradients of each row of a batch by layer, which may come row by row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._by_row: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
+        self._rows: Sequence[int] = range(num_rows)
 
     def add(self, module_index: int, gradients: Tensor) -> None:
-        if self._rows is None:
-            self.gradients[module_index] = gradients.double()
-        else:
-            self.gradients[module_index][self._rows] = gradients.double()
+        for row, gradient in zip(self._rows, gradients.double(), strict=True):
+            self._by_row[row][module_index] = gradient
 
     def restart(self, rows: Sequence[int]) -> None:
         self._rows = rows
 
     def of_row(self, row: int) -> list[Tensor]:
-        return [self.gradients[index][row] for index in range(len(self.gradients))]
+        return [self._by_row[row][index] for index in range(len(self._by_row[row]))]
 
 
 def _batched_gradients(
@@ -133,14 +125,14 @@ def _batched_gradients(
     autocast: _Autocast,
 ) -> list[list[Tensor]]:
     """Sample gradients as scoring takes them, like rows in one micro-batch where they can be: for each its layers'."""
-    is_alone = rows_influence_each_other(model)
+    is_alone = must_score_alone(model)
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault(row.shape.keys if row.can_be_padded and not is_alone else place, []).append(place)
     gradients: dict[int, list[Tensor]] = {}
     with SampleGradients(model, modules) as sample_gradients:
         for places in groups.values():
-            collected = _Collected()
+            collected = _Collected(len(places))
             with autocast():
                 sample_gradients.compute(*_make_batch([rows[place] for place in places], device), collected)
             gradients |= {place: collected.of_row(number) for number, place in enumerate(places)}

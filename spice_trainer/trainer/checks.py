@@ -21,8 +21,13 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, embedding_size
 from spice_trainer.data.rows import CandidateRow
 from spice_trainer.distributed import check_parallelism
-from spice_trainer.gradients.backends import changes_when_training_begins, num_values, warn_of_quantization
-from spice_trainer.gradients.verification import has_whole_weights, verify_directions, verify_gradients
+from spice_trainer.gradients.backends import (
+    changes_when_training_begins,
+    is_sharded,
+    num_values,
+    warn_of_quantization,
+)
+from spice_trainer.gradients.verification import verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.scoring.memory import check_memory
@@ -216,7 +221,7 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
         logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
 
     # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
-    is_ready = has_whole_weights(model) and (not is_target or input_device(model).type == accelerator.device.type)
+    is_ready = not is_sharded(model) and (not is_target or input_device(model).type == accelerator.device.type)
     is_ready = processes.broadcast(is_ready)
     if is_ready:
         with processes.failing_together("verifying the sample gradients"):

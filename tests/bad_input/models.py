@@ -14,7 +14,6 @@ from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
 from tests.support.multimodal import tiny_multimodal_model
-from tests.support.versions import before
 
 
 def _model(build: Callable[[], nn.Module], **options: Any) -> Callable[[Scene], Callable[[], Any]]:
@@ -210,19 +209,6 @@ ROWS = (
         _model(_norm),
     ),
     BadInput(
-        "experts",
-        "`target_parameters` of a mixture of experts",
-        ATTACHING,
-        UnsupportedModelError,
-        ("LoRA on expert parameters (`target_parameters`)", "mlp.experts.lora_A.default"),
-        _model(
-            lambda: add_lora(
-                tiny_model("mixtral"), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
-            )
-        ),
-        skip=before("transformers", "5"),
-    ),
-    BadInput(
         "bypassed",
         "fused LoRA kernels that don't call the layers",
         ATTACHING,
@@ -237,14 +223,6 @@ ROWS = (
         ValueError,
         ("No LoRA layer gets a gradient from rows", "`target_modules` names only a part of the model"),
         _model(lambda: add_lora(tiny_multimodal_model("llava"), target_modules=r".*vision_tower.*q_proj")),
-    ),
-    BadInput(
-        "flattened",
-        "LoRA on layers that flatten the batch (OPT, mixtures of experts)",
-        ATTACHING,
-        RuntimeError,
-        ("was fed a tensor of shape", "cannot be told apart by sample", "Leave this layer out of `target_modules`"),
-        _model(lambda: tiny_lora_model("opt", target_modules=["fc1"])),
     ),
     BadInput(
         "classifier",

@@ -8,7 +8,8 @@ import pytest
 from peft import IA3Config, PeftModel, get_peft_model
 from torch import nn
 
-from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.gradients.layers.registry import scored_layers
+from spice_trainer.gradients.lora import UnsupportedModelError, choose_modules, find_lora_modules
 from tests.support.models import ARCHITECTURES, ConvolutionModel, add_lora, tiny_lora_model, tiny_model
 from tests.support.versions import before
 
@@ -71,10 +72,6 @@ def _trainable_norm() -> PeftModel:
     return model
 
 
-def _expert_parameters() -> PeftModel:
-    return add_lora(tiny_model("mixtral"), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-
-
 def _merged() -> PeftModel:
     model = tiny_lora_model()
     model.merge_adapter()
@@ -105,10 +102,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "embedding_alone": (
         lambda: tiny_lora_model(target_modules=["embed_tokens"]),
         ["LoRA on an embedding", "embed_tokens.lora_embedding_B.default"],
-    ),
-    "target_parameters": (
-        _expert_parameters,
-        ["LoRA on expert parameters (`target_parameters`)", "layers.0.mlp.experts.lora_A.default"],
     ),
     "trainable_token_indices": (
         lambda: tiny_lora_model(trainable_token_indices=[1, 2]),
@@ -141,8 +134,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_what_cannot_be_scored_is_refused_by_name(kind: str) -> None:
     if kind == "alora" and before("peft", "0.18"):
         pytest.skip("aLoRA came with PEFT 0.18")
-    if kind == "target_parameters" and before("transformers", "5"):
-        pytest.skip("before transformers 5 the experts are modules, not parameters")
     build, phrases = REFUSED[kind]
     with pytest.raises(UnsupportedModelError) as caught:
         find_lora_modules(build())
@@ -186,3 +177,20 @@ def test_a_model_without_trainable_lora_is_told_how_to_get_it(kind: str) -> None
 
 def test_the_error_is_a_value_error() -> None:
     assert issubclass(UnsupportedModelError, ValueError)
+
+
+@pytest.mark.skipif(before("transformers", "5"), reason="the experts are modules, not parameters")
+def test_the_matrices_of_expert_parameters_are_one_layer_each() -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = add_lora(tiny_model("mixtral"), target_modules=["q_proj"], target_parameters=parameters)
+    modules = find_lora_modules(model)
+    layer = "base_model.model.model.layers.1"
+    assert [name for name in modules if ".1." in name] == [
+        f"{layer}.self_attn.q_proj.lora_A.default",
+        f"{layer}.self_attn.q_proj.lora_B.default",
+        f"{layer}.mlp.experts.base_layer.lora_A.default",
+        f"{layer}.mlp.experts.lora_A.default",
+    ]
+    assert list(choose_modules(modules, layers=1, target_modules=["experts"])) == list(modules)[-2:]
+    for layer_of in scored_layers(modules):
+        assert [weight.shape for weight in layer_of.parameters] == list(layer_of.shapes)

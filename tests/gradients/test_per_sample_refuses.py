@@ -42,23 +42,6 @@ def test_a_merged_or_disabled_adapter_is_refused_while_scoring() -> None:
         batched_gradients(model, example_rows(), modules=modules)
 
 
-def test_a_flattened_batch_is_refused() -> None:
-    model = tiny_lora_model()
-    mlp = model.base_model.model.model.layers[0].mlp
-    forward = mlp.forward
-    mlp.forward = lambda x: forward(x.flatten(0, 1)).view(x.shape)
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\..*shape \(70, 32\).*\(5 samples, .*mixture-of"):
-        _score(model)
-    mlp.forward = lambda x: forward(x.flatten(0, 1)[None]).view(x.shape)
-    with pytest.raises(RuntimeError, match=r"shape \(1, 70, 32\)"):
-        _score(model)
-
-
-def test_opts_flattened_feed_forward_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"layers\.0\.fc1.*target_modules"):
-        _score(tiny_lora_model("opt"))
-
-
 def test_inputs_embeds_are_refused() -> None:
     model = tiny_lora_model()
     inputs, labels = collate(example_rows())

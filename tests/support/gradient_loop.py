@@ -45,29 +45,33 @@ def collate(rows: Sequence[Row], *, extra_padding: int = 0) -> tuple[dict[str, T
 
 
 class CollectingSink:
-    """Keeps every module's gradients, and complains when one arrives twice."""
+    """Keeps every module's gradients by row, and complains when one arrives twice."""
 
     def __init__(self) -> None:
-        self.gradients: dict[int, Tensor] = {}
-        self.rows: list[int] | None = None
+        self.gradients: dict[int, dict[int, Tensor]] = {}
+        self.restarted: list[list[int]] = []
         self._again: set[int] = set()
+
+    @property
+    def rows(self) -> list[int] | None:
+        """Rows that came again."""
+        return self.restarted[-1] if self.restarted else None
 
     def add(self, module_index: int, gradients: Tensor) -> None:
         assert gradients.dtype == torch.float32
-        if self.rows is None:
-            assert module_index not in self.gradients
-            self.gradients[module_index] = gradients.clone()
-        else:
-            assert module_index not in self._again and len(gradients) == len(self.rows)
-            self._again.add(module_index)
-            self.gradients[module_index][self.rows] = gradients
+        assert module_index not in self._again
+        self._again.add(module_index)
+        rows = self.restarted[-1] if self.restarted else range(len(gradients))
+        self.gradients.setdefault(module_index, {}).update(zip(rows, gradients.clone(), strict=True))
 
     def restart(self, rows: Sequence[int]) -> None:
-        assert self.rows is None
-        self.rows = list(rows)
+        self.restarted.append(list(rows))
+        self._again = set()
 
     def by_module(self) -> list[Tensor]:
-        return [self.gradients[index] for index in range(len(self.gradients))]
+        """Gradients `(N, D_l)` of each module."""
+        found = [self.gradients[index] for index in range(len(self.gradients))]
+        return [torch.stack([by_row[row] for row in range(len(by_row))]) for by_row in found]
 
 
 def batched_gradients(
@@ -98,7 +102,10 @@ def looped_gradients(
         ]
         loss = -sum(predictions) / len(predictions)
         parameters = [
-            [module.weight] + ([module.bias] if module.bias is not None and module.bias.requires_grad else [])
+            # Of expert parameters those of its own matrices, not of what it wraps.
+            [module.lora_A["default"].weight, module.lora_B["default"].weight]
+            if hasattr(module, "lora_A")
+            else [weight for weight in module.parameters() if weight.requires_grad]
             for module in modules.values()
         ]
         weights = [parameter for group in parameters for parameter in group]

@@ -63,8 +63,36 @@ ARCHITECTURES = tuple(_CONFIGS)
 # Models that scale their logits behind the head.
 _CONFIGS["granite"] = _LLAMA_LIKE | {"logits_scaling": 4.0}
 _CONFIGS["cohere"] = _LLAMA_LIKE | {"logit_scale": 0.25}
-# A mixture of experts: its attention can be scored, its experts cannot.
+# Mixtures of experts, whose experts are fed tokens of all rows in an order of their own.
+_SMALL_EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _CONFIGS["mixtral"] = _LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 4}
+_CONFIGS["qwen2_moe"] = _LLAMA_LIKE | _SMALL_EXPERTS | {"shared_expert_intermediate_size": 24}
+_CONFIGS["qwen3_moe"] = _LLAMA_LIKE | _SMALL_EXPERTS
+_CONFIGS["olmoe"] = _LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+_CONFIGS["glm4_moe"] = _LLAMA_LIKE | {
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_CONFIGS["gpt_oss"] = _LLAMA_LIKE | {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_CONFIGS["jetmoe"] = {
+    **_LLAMA_LIKE,
+    "num_key_value_heads": 2,
+    "kv_channels": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "gpt_oss", "jetmoe")
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -16,8 +16,11 @@ class ScoredLayer(ABC):
     """A layer whose sample gradients are taken, and what of it trained when this was made.
 
     A sample's gradient has D_l coordinates: those of each trained parameter, row-major, one parameter after another.
-    The name is the module's full name in the model, for messages.
+    The name is the module's full name in the model, for messages. A kind whose calls do not tell a sample's gradient
+    `takes_autograd`: rows are scored one at a time, and its parameters' gradients are a row's. Others override all.
     """
+
+    takes_autograd = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -33,20 +36,23 @@ class ScoredLayer(ABC):
     def shapes(self) -> Sequence[tuple[int, ...]]:
         """Their whole shapes, known also where a wrapper has sharded them."""
 
-    @abstractmethod
-    def check_input(self, inputs: Tensor, num_samples: int) -> None:
-        """Raises a RuntimeError that names the layer if the samples' shares of this input cannot be told apart."""
+    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
+        """A call's input with axes of samples and positions in front, or `None` if it cannot be told apart.
 
-    @abstractmethod
+        The samples are padded to `num_tokens` tokens.
+        """
+        raise NotImplementedError
+
     def sample_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Float[Tensor, "N D_l"]:
-        """Sample gradients in float32, from one call's input and ∂(Σ_n ℓ_n)/∂output.
+        """Sample gradients in float32, from one call's input by sample and ∂(Σ_n ℓ_n)/∂output with the same axes.
 
         A sample that the call did not use has gradient 0. An autocast may be in force.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def output(self, inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The part of the output that these numbers in place of the trained parameters make; linear in them."""
+        raise NotImplementedError
 
     @property
     def num_coordinates(self) -> int:

@@ -7,6 +7,8 @@ Axes: N samples, S tokens, I/O input and output features, D_l = O·I, plus O whe
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from spice_trainer.gradients.layers.base import ScoredLayer, register_layer
 
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 # CUDA's product of 16-bit numbers with a result in float32, of newer torch.
 _HAS_WIDE_BMM = "dtype" in torch.ops.aten.bmm.overloads()
 
@@ -27,6 +30,8 @@ class LinearLayer(ScoredLayer):
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         super().__init__(name, module)
+        # `layers.0.experts.3.up_proj`, beside `layers.0.fc1`.
+        self._is_routed = len(_NUMBERS.findall(name)) > 1
         self._has_bias = module.bias is not None and module.bias.requires_grad
 
     @property
@@ -41,15 +46,16 @@ class LinearLayer(ScoredLayer):
         weight = (num_outputs, self.module.in_features)
         return [weight, (num_outputs,)] if self._has_bias else [weight]
 
-    def check_input(self, inputs: Tensor, num_samples: int) -> None:
-        """Takes (N, S, I) alone."""
-        if inputs.dim() != 3 or inputs.shape[0] != num_samples:
-            raise RuntimeError(
-                f"The LoRA layer {self.name!r} was fed a tensor of shape {tuple(inputs.shape)} where "
-                f"({num_samples} samples, tokens, features) was expected, so its gradient cannot be told "
-                "apart by sample. This happens in mixture-of-experts layers, which flatten the batch. Leave this "
-                "layer out of `target_modules`."
-            )
+    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
+        """(N, S, I): of any input where N is 1, of (N·S, I) but for one of several like layers."""
+        if len(inputs) == num_samples and inputs.dim() == 3:
+            return inputs
+        if num_samples == 1 or (len(inputs) == num_samples and inputs.dim() > 3):
+            # Not -1: an expert may get no token at all.
+            return inputs.reshape(num_samples, math.prod(inputs.shape[:-1]) // num_samples, inputs.shape[-1])
+        # An expert gets the tokens that are routed to it, in any order, which by chance may be as many as there are.
+        is_flat = inputs.dim() == 2 and len(inputs) == num_samples * num_tokens
+        return inputs.view(num_samples, num_tokens, -1) if is_flat and not self._is_routed else None
 
     def sample_gradients(
         self, inputs: Float[Tensor, "N S I"], output_gradients: Float[Tensor, "N S O"]

@@ -45,9 +45,8 @@ class TransposedLayer(ScoredLayer):
     def shapes(self) -> Sequence[tuple[int, ...]]:
         return [tuple(self.module.weight.shape), tuple(self.module.bias.shape)]
 
-    def check_input(self, inputs: Tensor, num_samples: int) -> None:
-        if len(inputs) != num_samples:
-            raise RuntimeError(f"{self.name} was fed {len(inputs)} samples")
+    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
+        return inputs if len(inputs) == num_samples else None
 
     def sample_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         weight = torch.einsum("nsi,nso->nio", inputs, output_gradients).flatten(1)
