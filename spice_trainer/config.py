@@ -57,6 +57,10 @@ class StrategyTraits(Protocol):
         """Whether it compares gradients with something, and not only their norms."""
 
     @property
+    def reads_whole_gram(self) -> bool:
+        """Whether it reads a Gram matrix as a whole."""
+
+    @property
     def maximizes_information(self) -> bool:
         """Whether its gains are of Fisher information."""
 
@@ -462,6 +466,11 @@ class SpiceConfig:
     def takes_gram(self) -> bool:
         """Whether the strategy needs the Gram matrix of a pool's gradients."""
         return "gram" in self.rule.needs
+
+    @property
+    def reads_gram_by_rows(self) -> bool:
+        """Whether picks need no more of a Gram matrix than what a greedy pass reads."""
+        return not (self.rule.reads_whole_gram or self.gradient_centering) and self.information == "exact"
 
     @property
     def takes_model(self) -> bool:

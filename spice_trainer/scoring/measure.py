@@ -22,13 +22,16 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import RowShape
 from spice_trainer.scoring.features import OwnedFeatures
 from spice_trainer.selection.gram import (
+    RowGeometry,
     centred_gram,
     cosines_with,
     float64_device,
     measure_rows,
     normalization_weights,
     normalized_gram,
+    scale_rows,
 )
+from spice_trainer.selection.large_pool import LARGE_POOL, GramRows
 from spice_trainer.selection.scores import PoolScores
 
 # Float64 numbers that are converted at a time.
@@ -107,17 +110,23 @@ def from_features(
 
 def _with_gram(known: PoolScores, found: OwnedFeatures, config: SpiceConfig) -> PoolScores:
     features, keeps_gradients = found.features, config.information != "exact"
-    geometry = measure_rows(features)
-    finite = known.finite & geometry.finite.cpu()
-    sound = known.sound & finite & geometry.nonzero.cpu()
+    unit = config.gradient_normalization == "unit"
     tokens = torch.tensor(known.label_tokens, dtype=torch.float64)
     weights = normalization_weights(found.lengths, tokens, config.gradient_normalization)
-    unit = config.gradient_normalization == "unit"
-    gram = normalized_gram(geometry.cosines.cpu(), found.lengths, weights, unit=unit)
-    if config.gradient_centering:
-        centred = centred_gram(gram, sound)
-        # A pool of which that leaves nothing stays as it is.
-        gram = centred if bool(centred.diagonal().any()) else gram
+    is_large = len(features) >= LARGE_POOL and features.device.type == "cpu" and config.reads_gram_by_rows
+    geometry = scale_rows(features) if is_large else measure_rows(features)
+    finite = known.finite & geometry.finite
+    sound = known.sound & finite & geometry.nonzero
+    gram: Tensor | GramRows
+    if not isinstance(geometry, RowGeometry):
+        lengths = torch.ones_like(weights) if unit else weights * found.lengths.cpu().double()
+        gram = GramRows(features, geometry, torch.where(sound, lengths, 0.0))
+    else:
+        gram = normalized_gram(geometry.cosines, found.lengths, weights, unit=unit)
+        if config.gradient_centering:
+            centred = centred_gram(gram, sound)
+            # A pool of which that leaves nothing stays as it is.
+            gram = centred if bool(centred.diagonal().any()) else gram
     return replace(
         known,
         finite=finite,

@@ -15,6 +15,9 @@ from torch import Tensor
 # Largest difference of K_ij and K_ji, relative to ‖g_i‖‖g_j‖, that rounding in a half-precision product can explain.
 _ASYMMETRY = 0.05
 
+# Rows of a Gram matrix that are compared at a time.
+_BLOCK = 256
+
 
 def check_matrix(matrix: Tensor, name: str) -> None:
     """Raises a `ValueError` unless `matrix` is a floating point matrix with at least one row and one column."""
@@ -44,15 +47,18 @@ def check_gram(gram: Float[Tensor, "N N"]) -> Float64[Tensor, "N N"]:
         )
     sound = sound_rows(gram)
     sizes = torch.where(sound, diagonal, 0.0).sqrt()
-    asymmetry = (gram - gram.T).abs() > _ASYMMETRY * torch.outer(sizes, sizes)
-    asymmetry &= sound[:, None] & sound
-    if bool(asymmetry.any()):
-        row, column = asymmetry.nonzero()[0].tolist()
-        raise ValueError(
-            f"gram must be symmetric, but gram[{row}, {column}] is {float(gram[row, column]):.6g} and "
-            f"gram[{column}, {row}] is {float(gram[column, row]):.6g}. "
-            "For a matrix with one gradient per row use select_from_gradients."
-        )
+    for start in range(0, len(gram), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        asymmetry = (gram[rows] - gram[:, rows].T).abs() > _ASYMMETRY * torch.outer(sizes[rows], sizes)
+        asymmetry &= sound[rows, None] & sound
+        if bool(asymmetry.any()):
+            row, column = asymmetry.nonzero()[0].tolist()
+            row += start
+            raise ValueError(
+                f"gram must be symmetric, but gram[{row}, {column}] is {float(gram[row, column]):.6g} and "
+                f"gram[{column}, {row}] is {float(gram[column, row]):.6g}. "
+                "For a matrix with one gradient per row use select_from_gradients."
+            )
     return gram
 
 
@@ -63,6 +69,9 @@ def sound_rows(gram: Float64[Tensor, "N N"]) -> Bool[Tensor, " N"]:
     """
     diagonal = gram.diagonal()
     sound = torch.isfinite(diagonal) & (diagonal > 0)
+    # A sum is cheap, and finite wherever all of it is and nothing is near the largest number.
+    if bool(sound.all()) and math.isfinite(float(gram.sum())):
+        return sound
     broken = ~torch.isfinite(gram)
     while bool((broken[sound][:, sound]).any()):
         counts = (broken & sound).sum(dim=1) * sound
@@ -79,10 +88,13 @@ def masked_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float6
             f"gram must have one row and one column for each of the {sound.shape[0]} candidates of sound, got shape "
             f"{tuple(gram.shape)}."
         )
-    mask = sound.to(gram.device)
-    gram = check_gram(torch.where(mask[:, None] & mask, gram.detach(), 0.0))
-    mask = sound_rows(gram)
-    return torch.where(mask[:, None] & mask, gram, 0.0)
+    gram = check_gram(masked(gram.detach(), sound.to(gram.device)))
+    return masked(gram, sound_rows(gram))
+
+
+def masked(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float[Tensor, "N N"]:
+    """Returns a Gram matrix with rows and columns of 0 for rows that are not sound: itself, where all are."""
+    return gram if bool(sound.all()) else torch.where(sound[:, None] & sound, gram, 0.0)
 
 
 def check_mask(sound: Bool[Tensor, " N"]) -> None:

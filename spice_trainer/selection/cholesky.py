@@ -27,6 +27,9 @@ from torch import Tensor
 # Above this α·max K_xx the cancellation in float64 could show in a gain.
 FLOAT64_LIMIT = 1e8
 
+# Columns of the factor for which there is room at first.
+_WIDTH = 1024
+
 # Digits kept beside those that cancel: 17 for a float64 result, the rest for accumulated rounding.
 _GUARD_DIGITS = 40
 
@@ -35,9 +38,12 @@ class Float64Cholesky:
     """The recurrence in float64 for a finite K, right while α·max K_xx <= 1e8."""
 
     def __init__(self, gram: Float64[Tensor, "N N"], alpha: float) -> None:
-        self._scaled = alpha * gram
-        self._residuals = self._scaled.diagonal().clone()
-        self._factor = torch.empty_like(self._scaled)
+        self._gram = gram
+        self._alpha = alpha
+        self._residuals = alpha * gram.diagonal()
+        # As wide as needed, but never by the number of picks that are asked for: BLAS may round otherwise for another
+        # width, and the first picks of more must be the same.
+        self._factor = torch.empty(len(gram), min(len(gram), _WIDTH), dtype=torch.float64)
         self._num_added = 0
 
     def gains(self) -> Float64[Tensor, " N"]:
@@ -46,9 +52,11 @@ class Float64Cholesky:
 
     def add(self, index: int) -> None:
         """Appends pick `index`."""
+        if self._num_added == self._factor.shape[1]:
+            self._factor = torch.cat([self._factor, torch.empty_like(self._factor)], dim=1)
         residual = self._residuals[index]
         previous = self._factor[:, : self._num_added]
-        column = self._scaled[:, index] - previous @ previous[index]
+        column = self._alpha * self._gram[:, index] - previous @ previous[index]
         bound = self._residuals.sqrt() * residual.sqrt()
         column = torch.minimum(torch.maximum(column, -bound), bound) / (1.0 + residual).sqrt()
         self._factor[:, self._num_added] = column

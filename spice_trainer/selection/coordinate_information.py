@@ -43,6 +43,8 @@ class _CoordinateInformation(ABC):
     The gradient of candidate i is `row_weights[i] * gradients[i]`; rows with a non-finite weight or entry have gain 0.
     """
 
+    block_size = 1
+
     def __init__(
         self,
         gradients: Float[Tensor, "N D"],

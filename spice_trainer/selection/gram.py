@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Real
 from torch import Tensor
 
 from spice_trainer.config import AlphaScaling, GradientNormalization
-from spice_trainer.selection.checks import check_choice, check_matrix, masked_gram
+from spice_trainer.selection.checks import check_choice, check_matrix, masked, masked_gram
 
 # Columns whose squares are summed in the rows' own precision.
 _NORM_BLOCK = 2**12
@@ -28,15 +30,20 @@ _NORM_BLOCK = 2**12
 # What float64 rounding leaves of a squared norm that is 0, relative to the terms that it is the difference of.
 _ROUNDING = 1e-13
 
+# Rows that are multiplied with those before them at a time.
+_PRODUCT_BLOCK = 2048
+
+# Rows of a matrix of cosines that are looked at at a time.
+_BLOCK = 256
+
 # Rows closer than this may be equal up to sign. Wide enough for the rounding of float32 products.
 _NEARLY_PARALLEL = 1.0 - 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class RowGeometry:
-    """Directions and lengths of N gradients, on the CPU."""
+class RowLengths:
+    """Lengths of N gradients, on the CPU."""
 
-    cosines: Float64[Tensor, "N N"]  # The diagonal is exactly 1 for sound rows; unsound rows and columns are 0.
     norms: Float64[Tensor, " N"]  # Euclidean, of the given rows; nan for non-finite rows.
     scales: Float64[Tensor, " N"]  # Largest magnitude of each given row; nan for non-finite rows.
     finite: Bool[Tensor, " N"]
@@ -48,74 +55,108 @@ class RowGeometry:
         return self.finite & self.nonzero
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowGeometry(RowLengths):
+    """Directions and lengths of N gradients, on the CPU."""
+
+    cosines: Float64[Tensor, "N N"]  # The diagonal is exactly 1 for sound rows; unsound rows and columns are 0.
+
+
 @torch.no_grad()
-def measure_rows(
+def scale_rows(
     features: Float[Tensor, "N D"], *, chunk_size: int = 2**18, product_dtype: torch.dtype | None = None
-) -> RowGeometry:
-    """Measures cosines and norms of the rows of `features`, and **overwrites `features`**.
+) -> RowLengths:
+    """Measures the rows of `features`, and **overwrites `features`**.
 
     Afterwards a sound row of `features` holds the given row divided by its largest magnitude (so the given row is
-    `scales[i] * features[i]`), and every other row is zero. No second copy of `features` is ever made: the columns are
-    processed in chunks, their products in `product_dtype` (by default float32 for features on the CPU below float64
-    while `torch.get_float32_matmul_precision()` is "highest", else float64), the sums over chunks in float64.
+    `scales[i] * features[i]`), and every other row is zero. Columns are processed in chunks.
     """
     check_matrix(features, "features")
     if chunk_size < 1:
         raise ValueError(
             f"chunk_size is the number of columns processed at a time and must be >= 1, got {chunk_size}."
         )
-    if product_dtype is None:
-        single = features.device.type == "cpu" and features.dtype != torch.float64
-        single = single and torch.get_float32_matmul_precision() == "highest"
-        product_dtype = torch.float32 if single else torch.float64
-    chunks = [features[:, start : start + chunk_size] for start in range(0, features.shape[1], chunk_size)]
-
+    chunks = _chunks(features, chunk_size)
     largest = torch.stack([torch.maximum(chunk.amax(dim=1), -chunk.amin(dim=1)) for chunk in chunks]).amax(dim=0)
     finite = torch.isfinite(largest)
     nonzero = largest != 0
     unsound = ~(finite & nonzero)
     any_unsound = bool(unsound.any())
     divisor = largest.masked_fill(unsound, 1)[:, None]
+    device, dtype = float64_device(features.device), product_dtype or default_product_dtype(features)
+    squared_norms = torch.zeros(features.shape[0], dtype=torch.float64, device=device)
+    for chunk in chunks:
+        if any_unsound:
+            chunk.masked_fill_(unsound[:, None], 0)
+        chunk.div_(divisor)
+        squared_norms += _squared_norms(chunk, device, dtype)
+    scales = largest.cpu().to(torch.float64).masked_fill(~finite.cpu(), math.nan)
+    norms = squared_norms.cpu().sqrt() * scales
+    return RowLengths(norms=norms, scales=scales, finite=finite.cpu(), nonzero=nonzero.cpu())
+
+
+@torch.no_grad()
+def measure_rows(
+    features: Float[Tensor, "N D"], *, chunk_size: int = 2**18, product_dtype: torch.dtype | None = None
+) -> RowGeometry:
+    """Measures cosines and norms of the rows of `features`, which it **overwrites** as [`scale_rows`] does.
+
+    No second copy of `features` is ever made: the columns are processed in chunks, their products in `product_dtype`
+    (see [`default_product_dtype`]), the sums over chunks in float64.
+    """
+    product_dtype = product_dtype or default_product_dtype(features)
+    found = scale_rows(features, chunk_size=chunk_size, product_dtype=product_dtype)
+    chunks = _chunks(features, chunk_size)
     device = float64_device(features.device)
     products = torch.zeros(features.shape[0], features.shape[0], dtype=torch.float64, device=device)
-    squared_norms = torch.zeros(features.shape[0], dtype=torch.float64, device=device)
     scratch = None
     if product_dtype != features.dtype or device != features.device:
         scratch = torch.empty_like(chunks[0], dtype=product_dtype, device=device)
     with torch.autocast(device_type=features.device.type, enabled=False):
         for chunk in chunks:
-            if any_unsound:
-                chunk.masked_fill_(unsound[:, None], 0)
-            chunk.div_(divisor)
             rows = chunk
             if scratch is not None:
                 rows = scratch[:, : chunk.shape[1]].copy_(chunk)
-            products += (rows @ rows.T).to(torch.float64)
-            squared_norms += _squared_norms(rows)
+            for start in range(0, len(rows), _PRODUCT_BLOCK):
+                # Half of a symmetric matrix; the other half follows below.
+                block = slice(start, start + _PRODUCT_BLOCK)
+                products[block, : block.stop] += (rows[block] @ rows[: block.stop].T).to(torch.float64)
 
     products = products.cpu()
-    sound = ~unsound.cpu()
-    squares = products.diagonal()
-    lengths = torch.outer(squares.sqrt(), squares.sqrt())
-    cosines = torch.where(lengths > 0, products / lengths.masked_fill(lengths == 0, 1), 0.0)
-    cosines = (0.5 * (cosines + cosines.T)).clamp(-1.0, 1.0)
-    cosines.diagonal().copy_(sound.to(torch.float64))
-    _equate_parallel_rows(cosines, chunks)
+    lengths = products.diagonal().sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    for start in range(0, len(products), _PRODUCT_BLOCK):
+        block = slice(start, start + _PRODUCT_BLOCK)
+        cosines = products[block, : block.stop]
+        cosines.div_(torch.outer(lengths[block], lengths[: block.stop]))
+        within = cosines[:, start:]
+        within.copy_(0.5 * (within + within.T))
+        cosines.clamp_(-1.0, 1.0)
+        products[:start, block] = cosines[:, :start].T
+    products.diagonal().copy_(found.sound.to(torch.float64))
+    _equate_parallel_rows(products, chunks)
+    return RowGeometry(found.norms, found.scales, found.finite, found.nonzero, cosines=products)
 
-    scales = largest.cpu().to(torch.float64).masked_fill(~finite.cpu(), math.nan)
-    norms = squared_norms.cpu().sqrt() * scales
-    return RowGeometry(cosines=cosines, norms=norms, scales=scales, finite=finite.cpu(), nonzero=nonzero.cpu())
+
+def default_product_dtype(features: Float[Tensor, "N D"]) -> torch.dtype:
+    """Float32 for features on the CPU below float64 while that is multiplied in its own precision, else float64."""
+    single = features.device.type == "cpu" and features.dtype != torch.float64
+    return torch.float32 if single and torch.get_float32_matmul_precision() == "highest" else torch.float64
 
 
-def _squared_norms(rows: Float[Tensor, "N C"]) -> Float64[Tensor, " N"]:
+def _chunks(features: Float[Tensor, "N D"], chunk_size: int) -> list[Tensor]:
+    return [features[:, start : start + chunk_size] for start in range(0, features.shape[1], chunk_size)]
+
+
+def _squared_norms(rows: Float[Tensor, "N C"], device: torch.device, dtype: torch.dtype) -> Float64[Tensor, " N"]:
     """Returns ‖row‖² summed in float64 over blocks of columns, for entries of at most 1.
 
-    Inside a block the rows' own precision is enough (2e-8 off in float32), and ten times faster than float64.
+    Inside a block the precision of products is enough (2e-8 off in float32), and ten times faster than float64.
     """
     blocks = (rows[:, start : start + _NORM_BLOCK] for start in range(0, rows.shape[1], _NORM_BLOCK))
-    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=device)
     for block in blocks:
-        total += torch.linalg.vector_norm(block, dim=1).to(torch.float64).square()
+        total += torch.linalg.vector_norm(block.to(device, dtype), dim=1).to(torch.float64).square()
     return total
 
 
@@ -125,18 +166,31 @@ def _equate_parallel_rows(cosines: Float64[Tensor, "N N"], chunks: list[Tensor])
     A rounding error of 1e-16 in the cosine of two copies of a gradient of norm 1e+30 would look like a new direction
     of norm 1e+22.
     """
-    pairs = torch.triu(cosines.abs() > _NEARLY_PARALLEL, diagonal=1).nonzero().tolist()
-    copies: set[int] = set()
-    for first, second in pairs:
-        if first in copies or second in copies:
-            continue
-        sign = math.copysign(1.0, float(cosines[first, second]))
-        if all(torch.equal(chunk[first], chunk[second] * sign) for chunk in chunks):
-            copies.add(second)
-            cosines[second] = cosines[first] * sign
-            cosines[:, second] = cosines[:, first] * sign
-            cosines[first, second] = cosines[second, first] = sign
-            cosines[second, second] = 1.0
+    parallel = torch.cat([(rows.abs() > _NEARLY_PARALLEL).sum(dim=1) for rows in cosines.split(_BLOCK)])
+    for copy, (first, _) in find_copies(chunks, (parallel > 1).nonzero()[:, 0].tolist()).items():
+        sign = math.copysign(1.0, float(cosines[first, copy]))
+        cosines[copy] = cosines[first] * sign
+        cosines[:, copy] = cosines[:, first] * sign
+        cosines[first, copy] = cosines[copy, first] = sign
+        cosines[copy, copy] = 1.0
+
+
+def find_copies(chunks: list[Tensor], candidates: Sequence[int]) -> dict[int, tuple[int, float]]:
+    """Finds, among some rows that are cut into chunks of columns, those equal up to sign to an earlier one.
+
+    Returns the first one and the sign, by copy. Takes one look at each row, and another at each copy.
+    """
+    firsts: dict[int, int] = {}
+    copies: dict[int, tuple[int, float]] = {}
+    for row in candidates:
+        parts = [chunk[row].abs().cpu().contiguous() for chunk in chunks]
+        key = hash(tuple(hash(part.view(torch.uint8).numpy().tobytes()) for part in parts))
+        first = firsts.setdefault(key, row)
+        for sign in (1.0, -1.0) if first != row else ():
+            if all(torch.equal(chunk[first], chunk[row] * sign) for chunk in chunks):
+                copies[row] = first, sign
+                break
+    return copies
 
 
 @torch.no_grad()
@@ -212,7 +266,7 @@ def normalized_gram(
     cosines, norms, weights = (values.to("cpu").to(torch.float64) for values in (cosines, norms, weights))
     sound = norms.isfinite() & (norms > 0) & (cosines.diagonal() > 0)
     lengths = torch.where(sound, torch.ones_like(norms) if unit else weights * norms, 0.0)
-    gram = torch.outer(lengths, lengths) * torch.where(sound[:, None] & sound, cosines, 0.0)
+    gram = torch.outer(lengths, lengths).mul_(masked(cosines, sound))
     if unit:
         gram.diagonal().copy_(sound.to(torch.float64))
     return gram
@@ -241,8 +295,16 @@ def centred_gram(gram: Float[Tensor, "N N"], sound: Bool[Tensor, " N"]) -> Float
     return torch.where(kept[:, None] & kept, centred, 0.0)
 
 
+@runtime_checkable
+class HasDiagonal(Protocol):
+    """A Gram matrix, or what stands for one."""
+
+    def diagonal(self) -> Tensor:
+        """Squared norms."""
+
+
 def scaled_alpha(
-    gram: Float64[Tensor, "N N"], finite: Bool[Tensor, " N"], *, fisher_alpha: float, alpha_scaling: AlphaScaling
+    gram: HasDiagonal, finite: Bool[Tensor, " N"], *, fisher_alpha: float, alpha_scaling: AlphaScaling
 ) -> float:
     """Returns the α of log det(I + α Σ g gᵀ) for one pool.
 

@@ -14,21 +14,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from spice_trainer.config import ConflictReference, Information
 from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, check_matrix, sound_rows
-from spice_trainer.selection.conflict import conflicts_of_cosines, conflicts_with_mean
-from spice_trainer.selection.gram import measure_rows, normalized_gram
+from spice_trainer.selection.conflict import GivenConflicts, MeanConflicts
+from spice_trainer.selection.gram import measure_rows, normalized_gram, scale_rows
 from spice_trainer.selection.information import ExactInformation, InformationMeasure, build_information
+from spice_trainer.selection.large_pool import LARGE_POOL, GramRows, LargePoolConflicts, LargePoolInformation
 from spice_trainer.selection.results import Selection
 
 GramReference = Literal["selected", "candidates", "pool"]
 """Conflict references that a pool's Gram matrix holds; an optimizer's momentum is none of its rows."""
+
+
+class Conflicts(Protocol):
+    """Conflicts of candidates with something that may change with each pick."""
+
+    def bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Returns lower bounds on the current conflicts, and which of them are the conflicts themselves."""
+
+    def of(self, indices: Int64[Tensor, " R"]) -> Float64[Tensor, " R"]:
+        """Returns the current conflicts of candidates whose gains were asked for since the last pick."""
+
+    def add(self, index: int) -> None:
+        """Takes a pick, before the measure of information does."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +166,15 @@ def select_from_gradients(
     check_choice("information", information, Information)
     check_matrix(gradients, "gradients")
     rows = gradients.detach().clone()
-    geometry = measure_rows(rows, product_dtype=torch.float64)
-    gram = normalized_gram(geometry.cosines, geometry.norms, torch.ones_like(geometry.norms), unit=False)
+    gram: Tensor | GramRows
+    if len(rows) >= LARGE_POOL and information == "exact":
+        lengths = scale_rows(rows, product_dtype=torch.float64)
+        gram = GramRows(rows.cpu(), lengths, lengths.norms, product_dtype=torch.float64)
+    else:
+        geometry = lengths = measure_rows(rows, product_dtype=torch.float64)
+        gram = normalized_gram(geometry.cosines, geometry.norms, torch.ones_like(geometry.norms), unit=False)
     measure = build_information(
-        information, gram=gram, gradients=rows, fisher_alpha=fisher_alpha, row_weights=geometry.scales
+        information, gram=gram, gradients=rows, fisher_alpha=fisher_alpha, row_weights=lengths.scales
     )
     return greedy(measure, gram, num_selected, options)
 
@@ -183,7 +202,7 @@ def check_options(num_selected: int, options: PickOptions, references: object = 
 
 def greedy(
     measure: InformationMeasure,
-    gram: Float[Tensor, "N N"],
+    gram: Float[Tensor, "N N"] | GramRows,
     num_selected: int,
     options: PickOptions,
     reference_cosines: Float[Tensor, " N"] | None = None,
@@ -194,35 +213,41 @@ def greedy(
     momentum), c(x) = max(0, −cos) is the same after every pick, whatever `conflict_reference`.
     """
     check_options(num_selected, options, GramReference if reference_cosines is None else ConflictReference)
-    gram = check_gram(gram)
-    if measure.num_candidates != gram.shape[0]:
-        raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {gram.shape[0]} rows.")
+    if isinstance(gram, GramRows) and not isinstance(measure, LargePoolInformation):
+        gram = gram.whole
+    gram = gram if isinstance(gram, GramRows) else check_gram(gram)
+    if measure.num_candidates != len(gram):
+        raise ValueError(f"measure is for {measure.num_candidates} candidates but gram has {len(gram)} rows.")
     if measure.information != 0.0:
         raise ValueError("greedy needs a measure with nothing added, but this one holds picks. Build a new one.")
 
-    sound = sound_rows(gram)
-    fixed = None if reference_cosines is None else conflicts_of_cosines(reference_cosines, sound)
-    everyone: list[int] = sound.nonzero().flatten().tolist()
-    remaining = list(everyone)
+    remaining = gram.lengths > 0 if isinstance(gram, GramRows) else sound_rows(gram)
+    known: Conflicts
+    if reference_cosines is not None:
+        known = GivenConflicts(reference_cosines, remaining)
+    elif isinstance(measure, LargePoolInformation):
+        known = LargePoolConflicts(measure, options.conflict_reference, remaining)
+    else:
+        assert isinstance(gram, Tensor)
+        known = MeanConflicts(gram, options.conflict_reference, remaining)
     indices: list[int] = []
     gains: list[float] = []
     conflicts: list[float] = []
     stopped_early = False
-    while remaining and len(indices) < num_selected:
-        references = {"selected": indices, "candidates": remaining, "pool": everyone}
-        current = conflicts_with_mean(gram, references[options.conflict_reference]) if fixed is None else fixed
+    while len(indices) < num_selected and bool(remaining.any()):
         first_gain = gains[0] if gains else None
-        index, gain = _best(measure, remaining, current, first_gain, options)
+        index, gain, conflict = _best(measure, known, remaining, first_gain, options)
         stopped_early = options.min_gain is not None and gain < options.min_gain
         if options.stop_ratio is not None and first_gain is not None:
             stopped_early |= gain <= options.stop_ratio * first_gain
         if stopped_early:
             break
+        known.add(index)
         measure.add(index)
-        remaining.remove(index)
+        remaining[index] = False
         indices.append(index)
         gains.append(gain)
-        conflicts.append(current[index])
+        conflicts.append(conflict)
     scores = tuple(gain - options.conflict_penalty * conflict for gain, conflict in zip(gains, conflicts, strict=True))
     return Selection(tuple(indices), tuple(gains), tuple(conflicts), scores, measure.information, stopped_early)
 
@@ -242,32 +267,34 @@ def information_of(measure: InformationMeasure, indices: Sequence[int]) -> float
 
 def _best(
     measure: InformationMeasure,
-    remaining: list[int],
-    conflicts: list[float],
+    known: Conflicts,
+    remaining: Bool[Tensor, " N"],
     first_gain: float | None,
     options: PickOptions,
-) -> tuple[int, float]:
-    """Returns the position and gain of the next pick, evaluating only candidates whose bound reaches the best."""
+) -> tuple[int, float, float]:
+    """Returns position, gain and conflict of the next pick, evaluating only those whose bound reaches the best."""
     penalty = options.conflict_penalty
-    bounds, exact = measure.gain_bounds()
-    gains: list[float] = bounds.tolist()
-    known: list[bool] = exact.tolist()
-    scores = {index: gains[index] - penalty * conflicts[index] for index in remaining}
-    evaluated = [index for index in remaining if known[index]]
-    pending = sorted((index for index in remaining if not known[index]), key=lambda index: scores[index])
-    best = max(evaluated, key=lambda index: scores[index], default=-1)
-    threshold = -math.inf
+    gains, are_gains = measure.gain_bounds()
+    conflicts, are_conflicts = known.bounds()
+    gains, conflicts = gains.clone(), conflicts.clone()
+    scores = torch.where(remaining, gains - penalty * conflicts, -math.inf)
+    evaluated = remaining & are_gains & are_conflicts
+    pending = remaining & ~evaluated
+    block_size = measure.block_size
     while True:
-        if best >= 0:
-            scale = gains[best] if first_gain is None else first_gain
-            threshold = scores[best] - options.tie_tolerance * max(abs(scores[best]), scale)
-        if not pending or scores[pending[-1]] < threshold:
+        threshold = -math.inf
+        if bool(evaluated.any()):
+            best = int(torch.where(evaluated, scores, -math.inf).argmax())
+            scale = float(gains[best]) if first_gain is None else first_gain
+            threshold = float(scores[best]) - options.tie_tolerance * max(abs(float(scores[best])), scale)
+        if not bool((pending & (scores >= threshold)).any()):
             break
-        index = pending.pop()
-        gains[index] = float(measure.gains([index]))
-        scores[index] = gains[index] - penalty * conflicts[index]
-        evaluated.append(index)
-        if best < 0 or (scores[index], -index) > (scores[best], -best):
-            best = index
-    chosen = min(index for index in evaluated if scores[index] >= threshold)
-    return chosen, gains[chosen]
+        chosen = torch.where(pending, scores, -math.inf).topk(min(block_size, int(pending.sum()))).indices
+        gains[chosen] = measure.gains(chosen.tolist())
+        conflicts[chosen] = known.of(chosen)
+        scores[chosen] = gains[chosen] - penalty * conflicts[chosen]
+        evaluated[chosen], pending[chosen] = True, False
+        # Few where bounds are near, many where they are far.
+        block_size *= 1 if block_size == 1 else 2
+    index = int((evaluated & (scores >= threshold)).nonzero()[0])
+    return index, float(gains[index]), float(conflicts[index])

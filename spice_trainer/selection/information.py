@@ -13,7 +13,7 @@ Axes: N candidates, D gradient dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.config import Information
-from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, sound_rows
+from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, masked, sound_rows
 from spice_trainer.selection.cholesky import conditional_factor
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
+from spice_trainer.selection.large_pool import GramRows, LargePoolInformation, fits_float64
 
 
 class InformationMeasure(Protocol):
@@ -31,6 +32,7 @@ class InformationMeasure(Protocol):
 
     num_candidates: int
     information: float
+    block_size: int  # How many gains are asked for at a time.
 
     def gain_bounds(self) -> tuple[Float64[Tensor, " N"], Bool[Tensor, " N"]]:
         """Returns upper bounds on the current gains, and which of them are the gains themselves."""
@@ -50,11 +52,12 @@ class ExactInformation:
     Computed in float64. Rows that cannot be picked (a non-finite or zero diagonal) have gain 0.
     """
 
+    block_size = 1
+
     def __init__(self, gram: Float[Tensor, "N N"], *, fisher_alpha: float) -> None:
         check_alpha(fisher_alpha)
         gram = check_gram(gram)
-        sound = sound_rows(gram)
-        gram = torch.where(sound[:, None] & sound, gram, 0.0)
+        gram = masked(gram, sound_rows(gram))
         self._factor = conditional_factor(gram, fisher_alpha)
         self._gains = self._factor.gains()
         self.num_candidates = len(self._gains)
@@ -77,16 +80,31 @@ class ExactInformation:
         return gain
 
 
+def gains_in_order(new_measure: Callable[[], InformationMeasure], indices: Sequence[int]) -> tuple[float, ...]:
+    """Returns what each of some candidates adds to those before it."""
+    measure = new_measure()
+    if isinstance(measure, LargePoolInformation):
+        members = torch.tensor(indices, dtype=torch.int64)
+        gram = measure.gram.block(members, members)
+        measure, indices = ExactInformation(gram, fisher_alpha=measure.fisher_alpha), range(len(members))
+    return tuple(map(measure.add, indices))
+
+
 def build_information(
     kind: Information,
     *,
-    gram: Float[Tensor, "N N"],
+    gram: Float[Tensor, "N N"] | GramRows,
     gradients: Float[Tensor, "N D"] | None = None,
     fisher_alpha: float,
     row_weights: Float[Tensor, " N"] | None = None,
 ) -> InformationMeasure:
     """Builds a measure with nothing added; "diagonal" and "adafisher" read unsketched `gradients` × `row_weights`."""
     check_choice("information", kind, Information)
+    if isinstance(gram, GramRows):
+        check_alpha(fisher_alpha)
+        if kind == "exact" and fits_float64(gram, fisher_alpha):
+            return LargePoolInformation(gram, fisher_alpha=fisher_alpha)
+        gram = gram.whole
     if kind == "exact":
         return ExactInformation(gram, fisher_alpha=fisher_alpha)
     if gradients is None:

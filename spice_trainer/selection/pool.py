@@ -21,7 +21,7 @@ from torch import Tensor
 from spice_trainer.config import SpiceConfig
 from spice_trainer.selection.gram import scaled_alpha
 from spice_trainer.selection.greedy import PickOptions
-from spice_trainer.selection.information import InformationMeasure, build_information
+from spice_trainer.selection.information import InformationMeasure, build_information, gains_in_order
 from spice_trainer.selection.results import Pick, PoolSelection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.registry import find_strategy, select_by_strategy
@@ -49,7 +49,7 @@ def select_pool(
         new_measure = partial(
             build_information,
             config.information,
-            gram=scores.sound_gram(),
+            gram=scores.sound_products(),
             gradients=scores.gradients,
             fisher_alpha=alpha,
             row_weights=scores.row_weights,
@@ -80,9 +80,8 @@ def select_pool(
         top_norm = tuple(order[: len(picked)].tolist())
     if new_measure is not None and top_norm is not None:
         # What each adds beside those before it.
-        top_norm_gains = tuple(map(new_measure().add, top_norm))
-        gains = selection.gains if rule.maximizes_information else map(new_measure().add, picked)
-        information_gains = tuple(gains)
+        top_norm_gains = gains_in_order(new_measure, top_norm)
+        information_gains = selection.gains if rule.maximizes_information else gains_in_order(new_measure, picked)
     whole = scores if scores.whole is None else scores.whole
     label_tokens, whole_label_tokens = scores.label_tokens or (), whole.label_tokens or ()
     return PoolSelection(

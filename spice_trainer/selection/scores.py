@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spice_trainer.data.rows import RowReference
 from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
+from spice_trainer.selection.large_pool import GramRows
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 
@@ -44,7 +45,8 @@ class PoolScores:
         sound (`torch.Tensor` of shape `(N,)`, boolean): Candidates that may be picked: those whose gradient is finite
             and not zero, or, where no gradients were computed, the rows with a label token and a finite loss.
         gram (`torch.Tensor` of shape `(N, N)`, *optional*): Inner products of the normalised gradients. Also what
-            conflicts and information are computed from, whatever the rule.
+            conflicts and information are computed from, whatever the rule. Of a large pool it may be a `GramRows`,
+            which computes what is read; [`PoolScores.sound_gram`] returns the matrix.
         gradient_norms (`torch.Tensor` of shape `(N,)`, *optional*): Norms of the raw gradients.
         losses (`torch.Tensor` of shape `(N,)`, *optional*): Mean negative log-likelihood of each row's label tokens.
         losses_without_instruction (`torch.Tensor` of shape `(N,)`, *optional*): The same of the label tokens alone,
@@ -79,7 +81,7 @@ class PoolScores:
     """
 
     sound: Bool[Tensor, " N"]
-    gram: Float[Tensor, "N N"] | None = None
+    gram: Float[Tensor, "N N"] | GramRows | None = None
     gradient_norms: Float[Tensor, " N"] | None = None
     losses: Float[Tensor, " N"] | None = None
     losses_without_instruction: Float[Tensor, " N"] | None = None
@@ -104,7 +106,7 @@ class PoolScores:
     def __post_init__(self) -> None:
         """Checks everything that is there, so that a mistake shows whichever rule is asked for."""
         check_mask(self.sound)
-        if self.gram is not None:
+        if isinstance(self.gram, Tensor):
             masked_gram(self.gram, self.sound)
         for name in _VECTORS:
             value = getattr(self, name)
@@ -140,7 +142,9 @@ class PoolScores:
     def eligible(self, *values: Float64[Tensor, " N"]) -> Bool[Tensor, " N"]:
         """Tells which candidates may be picked: sound, with a sound row in the Gram matrix, and finite `values`."""
         eligible = self.sound.to("cpu").clone()
-        if self.gram is not None:
+        if isinstance(self.gram, GramRows):
+            eligible &= self.gram.lengths > 0
+        elif self.gram is not None:
             eligible &= sound_rows(masked_gram(self.gram, self.sound))
         for value in values:
             eligible &= value.isfinite()
@@ -148,9 +152,21 @@ class PoolScores:
 
     def sound_gram(self) -> Float64[Tensor, "N N"]:
         """Returns the Gram matrix with rows and columns of 0 for candidates that may not be picked."""
+        gram = self.sound_products()
+        return gram.whole if isinstance(gram, GramRows) else gram
+
+    def sound_products(self) -> Float64[Tensor, "N N"] | GramRows:
+        """Returns the same as it is kept."""
         if self.gram is None:
             raise ValueError("gram is None, but conflicts, information and gradients' geometry are computed from it.")
+        if isinstance(self.gram, GramRows):
+            return self.gram.masked(self.sound)
         return masked_gram(self.gram, self.sound)
+
+    def gram_of(self, indices: Sequence[int]) -> Float64[Tensor, "K K"]:
+        """Returns the Gram matrix of some candidates that may be picked."""
+        gram, members = self.sound_products(), torch.tensor(list(indices), dtype=torch.int64)
+        return gram.block(members, members) if isinstance(gram, GramRows) else gram[members][:, members]
 
 
 def _check_vector(name: str, value: object, num_candidates: int) -> None:

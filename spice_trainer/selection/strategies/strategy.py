@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from spice_trainer.selection.conflict import conflicts_with_mean
+from spice_trainer.selection.conflict import conflicts_with_earlier
 from spice_trainer.selection.greedy import PickOptions, information_of
 from spice_trainer.selection.information import ExactInformation
 from spice_trainer.selection.results import Selection
@@ -48,6 +48,8 @@ class Strategy:
             centred gradients mean something to it.
         has_conflict_penalty (`bool`, *optional*, defaults to `False`): Whether that pass heeds λ.
         has_gains (`bool`, *optional*, defaults to `True`): Whether its gains say anything; else records have none.
+        reads_whole_gram (`bool`, *optional*, defaults to `True`): Whether it reads `gram` as a matrix; else that of a
+            large pool is a `GramRows`, which computes what `build_information` and `greedy` read.
 
     Raises:
         TypeError: If the name is no text, `needs` no tuple of names, or `pick` cannot be called.
@@ -69,6 +71,7 @@ class Strategy:
     maximizes_information: bool = False
     has_conflict_penalty: bool = False
     has_gains: bool = True
+    reads_whole_gram: bool = True
 
     def __post_init__(self) -> None:
         """Checks what it is made of."""
@@ -168,10 +171,11 @@ def describe_picks(scores: PoolScores, picks: Picks, fisher_alpha: float) -> Sel
     gains = tuple(picks.gains)
     conflicts, information = (math.nan,) * len(gains), math.nan
     if scores.gram is not None:
-        gram = scores.sound_gram()
-        picked = enumerate(picks.indices)
-        conflicts = tuple(conflicts_with_mean(gram, picks.indices[:order])[index] for order, index in picked)
-        information = information_of(ExactInformation(gram, fisher_alpha=fisher_alpha), picks.indices)
+        gram = scores.gram_of(picks.indices)
+        conflicts = conflicts_with_earlier(gram)
+        information = (
+            information_of(ExactInformation(gram, fisher_alpha=fisher_alpha), range(len(gains))) if gains else 0.0
+        )
     return Selection(tuple(picks.indices), gains, conflicts, gains, information, stopped_early=False)
 
 
