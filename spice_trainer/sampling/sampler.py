@@ -25,7 +25,7 @@ from spice_trainer.data.sample import RowSample
 from spice_trainer.distributed import Processes, check_agreement, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
-from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow
+from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow, find_broken_weight
 from spice_trainer.sampling.loader import Slots, build_dataloader
 from spice_trainer.sampling.replay import PickReplay
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools, build_schedule
@@ -265,7 +265,12 @@ class SpiceSampler(Sampler[int]):
             next_plan=self._next_pools(epoch, step_in_epoch) if self.config.overlap_scoring else None,
             progress=self.progress,
         )
-        self._empty_steps.note(self.global_step, selection.pools)
+        scorer = self.scorer
+        self._empty_steps.note(
+            self.global_step,
+            selection.pools,
+            broken_weight=lambda: find_broken_weight(scorer.get_model(), scorer.processes),
+        )
         return selection
 
     def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:

@@ -261,7 +261,7 @@ ROWS = (
         "weights that become NaN while training",
         TRAINING,
         RuntimeError,
-        ("could pick no sample in 3 of the last 3", "10 candidates had a gradient that is not finite", "lower the"),
+        ("weights of the model that scores are not finite, such as", "embed_tokens", "had been so before step 0"),
         _later(lambda trainer: next(trainer.model.parameters()).data.fill_(float("nan"))),
     ),
     BadInput(

@@ -238,11 +238,11 @@ def test_too_many_steps_without_picks_end_the_run(tmp_path: Any) -> None:
 def test_steps_without_picks_are_counted_over_twenty_steps() -> None:
     watch = EmptyStepWatch(min_gain=None)
     empty, picked = (
-        [SimpleNamespace(indices=(), nonfinite=(1,), zero=(), out_of_memory=())],
+        [SimpleNamespace(indices=(), candidates=(1,), nonfinite=(1,), zero=(), out_of_memory=())],
         [SimpleNamespace(indices=(0,))],
     )
     for step, is_empty in enumerate([1, 1] + [0] * 18 + [1] + [0] * 10):
-        watch.note(step, empty if is_empty else picked)
+        watch.note(step, empty if is_empty else picked, broken_weight=lambda: None)
     with pytest.raises(RuntimeError, match="3 of the last 20"):
         for step in (31, 32):
-            watch.note(step, empty)
+            watch.note(step, empty, broken_weight=lambda: None)
