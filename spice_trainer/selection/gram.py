@@ -104,8 +104,8 @@ def measure_rows(
     No second copy of `features` is ever made: the columns are processed in chunks, their products in `product_dtype`
     (see [`default_product_dtype`]), the sums over chunks in float64.
     """
-    product_dtype = product_dtype or default_product_dtype(features)
     found = scale_rows(features, chunk_size=chunk_size, product_dtype=product_dtype)
+    product_dtype = product_dtype or default_product_dtype(features)
     chunks = _chunks(features, chunk_size)
     device = float64_device(features.device)
     products = torch.zeros(features.shape[0], features.shape[0], dtype=torch.float64, device=device)

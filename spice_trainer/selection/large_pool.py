@@ -117,27 +117,30 @@ class GramRows:
         """The matrix, for rules that read all of it."""
         self._forget()
         gram = torch.empty(len(self), len(self), dtype=torch.float64)
-        everyone = torch.arange(len(self))
-        for start in range(0, len(self), _BLOCK):
-            stop = min(start + _BLOCK, len(self))
-            gram[start:stop, :stop] = self._compute(everyone[start:stop], everyone[:stop])
-            within = gram[start:stop, start:stop]
+        blocks = [slice(start, min(start + 8 * _BLOCK, len(self))) for start in range(0, len(self), 8 * _BLOCK)]
+        for number, first in enumerate(blocks):
+            for second in blocks[: number + 1]:
+                gram[first, second] = self._products(self._rows[first], self._rows[second], first, second)
+                gram[second, first] = gram[first, second].T.clone()
+            within = gram[first, first]
             within.copy_(0.5 * (within + within.T))
-            gram[:start, start:stop] = gram[start:stop, :start].T
         self._num_computed = len(self) ** 2
         return gram
 
     def _compute(self, rows: Int64[Tensor, " R"], columns: Int64[Tensor, " K"]) -> Float64[Tensor, "R K"]:
-        others = self._rows[columns].to(self._product_dtype).T
+        others = self._rows[columns]
+        return torch.cat([self._products(self._rows[some], others, some, columns) for some in rows.split(_BLOCK)])
+
+    def _products(
+        self, first: Float[Tensor, "R m"], second: Float[Tensor, "K m"], rows: Tensor | slice, columns: Tensor | slice
+    ) -> Float64[Tensor, "R K"]:
+        dtype = self._product_dtype
         with torch.autocast(device_type="cpu", enabled=False):
-            parts = [
-                (self._rows[some].to(self._product_dtype) @ others).to(torch.float64) for some in rows.split(_BLOCK)
-            ]
-        cosines = torch.cat(parts)
-        cosines = cosines.div_(self._row_norms[rows, None]).div_(self._row_norms[columns]).clamp_(-1.0, 1.0)
-        equal = self._copy_of[rows, None] == self._copy_of[columns]
+            cosines = (first.to(dtype) @ second.to(dtype).T).to(torch.float64)
+        cosines = cosines.div_(self._row_norms[rows][:, None]).div_(self._row_norms[columns]).clamp_(-1.0, 1.0)
+        equal = self._copy_of[rows][:, None] == self._copy_of[columns]
         cosines = torch.where(equal, torch.where(cosines < 0, -1.0, 1.0).to(torch.float64), cosines)
-        return cosines.mul_(self.lengths[rows, None]).mul_(self.lengths[columns])
+        return cosines.mul_(self.lengths[rows][:, None]).mul_(self.lengths[columns])
 
 
 class LargePoolInformation:
