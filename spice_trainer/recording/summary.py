@@ -112,8 +112,11 @@ def describe_peak(before: MemoryUse, after: MemoryUse) -> str:
 
 
 def warn_of_share(schedule: PoolSchedule, config: SpiceConfig) -> str | None:
-    """A warning where the batch size makes the share of picks differ from the one asked for."""
+    """A warning where the batch size makes the share of picks differ from the one asked for, if one was."""
     shape = schedule.shape
+    if (config.pool_size, config.num_selected) == (SpiceConfig.pool_size, SpiceConfig.num_selected):
+        # The defaults ask for nothing; the first log line has the share.
+        return None
     if abs(shape.effective_share / shape.requested_share - 1) <= SHARE_TOLERANCE:
         return None
     fitting = max(1, round(shape.samples_per_step / shape.pools_per_step / shape.requested_share))
@@ -132,32 +135,30 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
     if not config.rule.maximizes_information:
         # The settings that they name change nothing for the others.
         return warnings
-    better = next(
-        (name for name in ("sqrt_tokens", "unit") if name != config.gradient_normalization),
-        config.gradient_normalization,
+    advice = (
+        f'Set gradient_normalization="sqrt_tokens" (now "{config.gradient_normalization}")'
+        if config.gradient_normalization != "sqrt_tokens"
+        else 'Compare with strategy="matching" and gradient_normalization="unit", or with strategy="random", which '
+        "trained better models where it was measured (docs/results.md),"
     )
     if totals.overlap_top_norm >= 0.9 and config.gradient_normalization != "unit":
         warnings.append(
             f"SPICE: {totals.overlap_top_norm:.0%} of the picks of the first {totals.num_pools} pools are simply the "
-            "largest gradient norms of their pool, so neither information nor conflict decides. Set "
-            f'gradient_normalization="{better}" (now "{config.gradient_normalization}") to compare directions rather '
-            "than lengths."
+            f"largest gradient norms of their pool, so neither information nor conflict decides. {advice} if "
+            "directions should."
         )
     if totals.mean_label_tokens_selected < 0.5 * totals.mean_label_tokens_pool:
         warnings.append(
             f"SPICE: the picks of the first {totals.num_pools} pools are short: "
             f"{totals.mean_label_tokens_selected:.1f} "
             f"label tokens against {totals.mean_label_tokens_pool:.1f} in the pool. The gradient of a mean over few "
-            f'tokens is large. Set gradient_normalization="{better}" (now "{config.gradient_normalization}") if short '
-            "answers are not what you want."
+            f"tokens is large. {advice} if short answers are not what you want."
         )
     if totals.mean_label_tokens_selected > 2.0 * totals.mean_label_tokens_pool:
-        shorter = "unit" if config.gradient_normalization == "sqrt_tokens" else "sqrt_tokens"
         warnings.append(
             f"SPICE: the picks of the first {totals.num_pools} pools are long: "
             f"{totals.mean_label_tokens_selected:.1f} label tokens against {totals.mean_label_tokens_pool:.1f} in the "
-            "pool, so that short answers are hardly trained on. Set "
-            f'gradient_normalization="{shorter}" (now "{config.gradient_normalization}") if they matter to you.'
+            f"pool, so that short answers are hardly trained on. {advice} if they matter to you."
         )
     return warnings
 

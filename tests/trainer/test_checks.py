@@ -11,6 +11,8 @@ from trl import SFTConfig
 
 import spice_trainer.scoring.memory
 from spice_trainer import SpiceConfig, attach_spice
+from spice_trainer.recording.summary import warn_of_share
+from spice_trainer.sampling.schedule import build_schedule
 from spice_trainer.trainer.inputs import build_trainer_schedule
 from tests.bad_input.settings import ADAPTIVE, OwnLoss
 from tests.support.models import tiny_lora_model
@@ -118,3 +120,16 @@ def test_a_share_far_from_the_one_asked_for(
         "pool_size=5 with num_selected=2 for the share asked for, or a batch size that is a multiple of 4.",
     }
     assert warnings == ([expected[batch_size]] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"), [({}, False), ({"num_selected": 11}, True), ({"pool_size": 96}, True)]
+)
+def test_the_share_of_the_defaults_is_told_and_not_warned_about(settings: dict[str, int], warned: bool) -> None:
+    """With 16 samples a step 12 of 120 are 16 of 120, and the user asked for neither."""
+    config = SpiceConfig(**settings)
+    schedule = build_schedule(
+        config, 10_000, per_device_train_batch_size=16, num_slots=1, token_normalized=True, drop_last=False, seed=0
+    )
+    assert schedule.shape.effective_share > 1.25 * schedule.shape.requested_share
+    assert (warn_of_share(schedule, config) is not None) is warned
