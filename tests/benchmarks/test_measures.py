@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spice_trainer import select
+from tests.benchmarks import overhead
 from tests.benchmarks.agreement import gradient_error, gram_error, gram_matrix, norm_error
 from tests.benchmarks.clock import peak_memory, ratios, rotated, shown, spread, time_in_turn
 from tests.benchmarks.direct_greedy import direct_greedy
@@ -229,3 +230,11 @@ def test_tables(has_rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         table.add("x")
     assert [bytes_shown(value) for value in (3 * 2**30, 5 * 2**20, 2048)] == ["3.00 GiB", "5 MiB", "2 KiB"]
     assert passed(1.0, 1.05).endswith("reached") and passed(0.3, 0.4, at_most=False).endswith("MISSED")
+
+
+def test_overhead_prints_both_sides_and_their_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    overhead.main(["--rows", "2400", "24000", "--pool-size", "200", "--width", "64", "--normalizations", "unit"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[4].startswith("a replayed step: ") and printed[4].count(" ms") == 2
+    assert printed[5].startswith("plan micro-batches of 10 and 100 pools: ")
+    assert printed[6].startswith("20 of 200, unit: measuring ")
