@@ -3,8 +3,8 @@
     python -m tests.benchmarks.overhead --rows 100000 10000000
     python -m tests.benchmarks.overhead --pool-size 10000
 
-CPU seconds of one thread, so that other programs on the machine count little. Rows of the pool are random directions of
-random lengths.
+CPU seconds of one thread, so that other programs on the machine count little. The pool has rows of random directions
+and lengths.
 """
 
 from __future__ import annotations
