@@ -106,6 +106,8 @@ class TargetRows:
 def fetch_rows(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> list[Any]:
     """Rows of a dataset by the calls that torch's own loader makes; `source` is what they are of, for messages."""
     indices = list(indices)
+    if not indices:
+        return []
     # As torch's `_MapDatasetFetcher`: a class may have the name and no method behind it.
     if hasattr(dataset, "__getitems__") and dataset.__getitems__:
         with naming_unreadable(dataset, indices, source=source):

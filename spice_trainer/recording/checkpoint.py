@@ -1,6 +1,6 @@
 """SPICE's part of a checkpoint: `checkpoint-N/spice/`, never pickle.
 
-    state.json, state.safetensors   replayed picks, a proxy's adapter and optimizer, the logging window, the totals
+    state.json, state.safetensors   position, replayed picks, a proxy's adapter and optimizer, logging window, totals
     records/                        the record files up to it, in segments
 
 The schedule is a function of (rows, settings, seed, step), so the state is small. Nothing in it names a path.
@@ -26,7 +26,7 @@ from spice_trainer.utils.saved import parse_json, reading_saved
 
 STATE_FOLDER = "spice"
 RECORDS_COPY = f"{STATE_FOLDER}/records"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRAINER_STATE = "trainer_state.json"
 
 # What decides which rows are candidates when: continuing under another value would break "no row twice an epoch".
@@ -165,6 +165,16 @@ def checkpoint_to_resume(wanted: Any, output_dir: str | os.PathLike[str]) -> Any
             f"Likely cause: its writing was interrupted, or it is no checkpoint. Fix: {fix}."
         )
     return wanted
+
+
+def check_same_step(checkpoint: str | os.PathLike[str], steps_trained: int, global_step: int) -> None:
+    """Raises a `ValueError` if SPICE's state in a checkpoint is not of the step that the Trainer's is of."""
+    if steps_trained != global_step:
+        raise ValueError(
+            f"The checkpoint {os.fspath(checkpoint)} is put together of two: SPICE's state in it was written after "
+            f"{steps_trained} steps, and the Trainer's {TRAINER_STATE} after {global_step}. Rows would be skipped or "
+            "trained on twice. Resume from a checkpoint that was not copied together."
+        )
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -7,9 +7,9 @@
     run.json           which run they belong to; resumed, it is the same one
 
 All open with `datasets.load_dataset("json")`; what the strategy does not compute is null. The first three hold no
-clock readings, so a resumed run's are the uninterrupted run's byte for byte. Every step's lines are written at once.
-A checkpoint holds all records up to it, so that resuming does not depend on what became of the output directory.
-Nothing that happens to the files while a run trains ends it: it warns once, and goes on as far as it can.
+clock readings, so a resumed run's are the uninterrupted run's byte for byte. A step's lines are written when it has
+trained. A checkpoint holds all records up to it, so that resuming does not depend on what became of the output
+directory. Nothing that happens to the files while a run trains ends it: it warns once, and goes on as far as it can.
 """
 
 from __future__ import annotations

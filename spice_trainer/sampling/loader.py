@@ -1,9 +1,10 @@
 """The loader the Trainer trains from: batches of picked rows, selected on demand.
 
-A plain `DataLoader` over a rank-aware batch sampler. It is not passed through `accelerator.prepare`, whose loader
-fetches one batch ahead (accelerate 1.15: `DataLoaderShard`) and would score a step's pools before the previous update;
-`num_workers=0` for the same reason. Every rank gets exactly `gradient_accumulation_steps` non-empty batches per step;
-a slot that would be empty holds a neutral filler, a picked row with all labels −100.
+A plain `DataLoader` of the user's dataset over a rank-aware batch sampler. It is not passed through
+`accelerator.prepare`, whose loader fetches one batch ahead (accelerate 1.15: `DataLoaderShard`) and would score a
+step's pools before the previous update; `num_workers=0` for the same reason. Every rank gets exactly
+`gradient_accumulation_steps` non-empty batches per step; a slot that would be empty holds a neutral filler, a picked
+row with all labels −100.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from spice_trainer.data.rows import DataCollator, fetch_rows
+from spice_trainer.data.rows import DataCollator
 from spice_trainer.gradients.forward import move_inputs
 from spice_trainer.sampling.schedule import PoolSchedule, cut, spread
 from spice_trainer.selection.results import StepSelection
@@ -29,14 +30,46 @@ class PickSource(Protocol):
         """Which rows are candidates when."""
 
     @property
-    def is_over(self) -> bool:
-        """Whether the run has done all its steps."""
+    def is_drawing(self) -> bool:
+        """Whether rows that are asked for now are trained on, so that they must be picked."""
 
-    def begin_epoch(self) -> tuple[int, int]:
-        """Epoch to run next, and its first step that is not done yet."""
+    def take_steps_to_skip(self) -> int:
+        """Steps that whoever trains is about to walk past."""
 
-    def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
-        """Picks the rows of a step at the current weights."""
+    def steps(self) -> Iterator[StepSelection]:
+        """Yields the picks of the steps that are left of an epoch."""
+
+    def preview(self) -> Iterator[StepSelection]:
+        """Yields an epoch's steps without picking."""
+
+
+def preview_step(schedule: PoolSchedule, epoch: int, step_in_epoch: int) -> StepSelection:
+    """A step as if the first candidates of its pools, which come in random order, were picked."""
+    plan = schedule.pools(epoch, step_in_epoch)
+    indices = tuple(
+        row for pool, budget in zip(plan.pools, plan.budgets, strict=True) for row in pool[: min(budget, len(pool))]
+    )
+    return StepSelection(step=step_in_epoch, epoch=epoch, indices=indices)
+
+
+@dataclass(frozen=True)
+class ScheduledEpoch:
+    """The first epoch of a run that has not begun; nothing is ever picked for it."""
+
+    schedule: PoolSchedule
+    is_drawing: bool = False
+
+    def take_steps_to_skip(self) -> int:
+        """None."""
+        return 0
+
+    def steps(self) -> Iterator[StepSelection]:
+        """Yields what a preview does."""
+        return self.preview()
+
+    def preview(self) -> Iterator[StepSelection]:
+        """Yields the steps without picking."""
+        return (preview_step(self.schedule, 0, step) for step in range(self.schedule.steps_per_epoch))
 
 
 def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
@@ -70,85 +103,68 @@ class Slots:
         return self.world_size * self.gradient_accumulation_steps
 
 
-class SlotRows(list[Any]):
-    """Rows of one micro-batch; `neutral` marks a filler that must not contribute to the loss."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is known of the rows that were handed out last."""
 
-    def __init__(self, rows: Sequence[Any], *, neutral: bool = False) -> None:
-        super().__init__(rows)
-        self.neutral = neutral
+    is_neutral: bool = False  # A filler, which must not contribute to the loss.
+    is_trained: bool = False  # Not a preview.
 
 
 class SpiceBatchSampler(Sampler[list[int]]):
-    """Yields this rank's micro-batches, scoring a step's pools when its first micro-batch is asked for."""
+    """Yields this rank's micro-batches of an epoch.
 
-    def __init__(self, sampler: PickSource, slots: Slots) -> None:
-        self.sampler = sampler
+    To whoever trains it hands out picks, scoring a step's pools when its first micro-batch is asked for. To anyone
+    else it is a preview, which moves nothing and scores nothing.
+    """
+
+    def __init__(self, source: PickSource, slots: Slots) -> None:
+        self.source = source
         self.slots = slots
+        self.latest = MicroBatch()
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same on every rank."""
-        return self.sampler.schedule.steps_per_epoch * self.slots.gradient_accumulation_steps
+        return self.source.schedule.steps_per_epoch * self.slots.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields the micro-batches of one epoch."""
-        epoch, first_step = self.sampler.begin_epoch()
-        # A resumed run's `skip_first_batches` walks these; nothing is scored for them.
-        for _ in range(first_step * self.slots.gradient_accumulation_steps):
-            yield []
-        for step_in_epoch in range(first_step, self.sampler.schedule.steps_per_epoch):
-            # transformers (5.23) would train a run that is resumed at its last step one step further.
-            if self.sampler.is_over:
-                return
-            selection = self.sampler.select_step(epoch, step_in_epoch)
+        is_trained = self.source.is_drawing
+        if is_trained:
+            # A resumed run's `skip_first_batches` walks these; nothing is scored for them.
+            for _ in range(self.source.take_steps_to_skip() * self.slots.gradient_accumulation_steps):
+                yield []
+        for selection in self.source.steps() if is_trained else self.source.preview():
             dealt = deal(selection.indices, self.slots.number)
-            filler = selection.filler
-            if filler is None:
-                filler = selection.indices[0] if selection.indices else self._unknown_filler(epoch, step_in_epoch)
+            filler = selection.indices[0] if selection.filler is None else selection.filler
             for micro_batch in range(self.slots.gradient_accumulation_steps):
                 rows = dealt[slot_index(self.slots.rank, micro_batch, world_size=self.slots.world_size)]
-                yield SlotRows(rows) if rows else SlotRows([filler], neutral=True)
-
-    def _unknown_filler(self, epoch: int, step_in_epoch: int) -> int:
-        """A candidate of the step after a run's first that has no pick: that step's own rows broke the forward."""
-        next_step = (step_in_epoch + 1) % self.sampler.schedule.steps_per_epoch
-        return self.sampler.schedule.pools(epoch, next_step).pools[0][0]
-
-
-class SelectedRows(Dataset[Any]):
-    """The training dataset, fetched by micro-batch, keeping the mark of neutral fillers."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> SlotRows:
-        return SlotRows(fetch_rows(self.dataset, indices), neutral=getattr(indices, "neutral", False))
+                self.latest = MicroBatch(is_neutral=not rows, is_trained=is_trained)
+                yield list(rows) or [filler]
 
 
 class SlotCollator:
     """Collates a micro-batch with the user's collator, neutralises fillers, and moves it to the device."""
 
-    def __init__(self, collate: DataCollator, device: torch.device) -> None:
+    def __init__(self, collate: DataCollator, device: torch.device, batch_sampler: SpiceBatchSampler) -> None:
         self.collate = collate
+        # Rows are fetched and collated as soon as it has named them, with no worker in between.
+        self.batch_sampler = batch_sampler
         # An unprepared loader's batches would reach models of older transformers (4.56) on the CPU.
         self.device = device
         self.num_tokens = 0
 
     def __call__(self, rows: list[Any]) -> Any:
         """Collates `rows`."""
-        batch: Any = self.collate(list(rows))
+        batch: Any = self.collate(rows)
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.sum())
-        if getattr(rows, "neutral", False):
+        latest = self.batch_sampler.latest
+        if latest.is_neutral:
             for key in ("labels", "shift_labels"):
                 if key in batch:
                     batch[key] = torch.full_like(batch[key], -100)
-        else:
+        elif latest.is_trained:
             self.num_tokens += tokens
         if hasattr(batch, "to") and not isinstance(batch, dict):
             return batch.to(self.device)
@@ -161,18 +177,14 @@ class SlotCollator:
 
 
 def build_dataloader(
-    sampler: PickSource,
-    dataset: Any,
-    *,
-    collate: DataCollator,
-    device: torch.device,
-    slots: Slots,
+    source: PickSource, dataset: Any, *, collate: DataCollator, device: torch.device, slots: Slots
 ) -> DataLoader[Any]:
     """Builds the loader described above, of the training rows in `dataset` with the user's collator."""
+    batch_sampler = SpiceBatchSampler(source, slots)
     return DataLoader(
-        SelectedRows(dataset),
-        batch_sampler=SpiceBatchSampler(sampler, slots),
-        collate_fn=SlotCollator(collate, device),
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=SlotCollator(collate, device, batch_sampler),
         num_workers=0,
         # Without its own generator an iteration would draw its base seed from the training run's random state.
         generator=torch.Generator(),

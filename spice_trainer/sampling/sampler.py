@@ -8,7 +8,7 @@ A step's pools are scored when its first row is asked for, so the weights are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,9 @@ from spice_trainer.data.sample import RowSample
 from spice_trainer.distributed import Processes, check_agreement, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
-from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow, find_broken_weight
 from spice_trainer.sampling.loader import Slots, build_dataloader
-from spice_trainer.sampling.replay import PickReplay
-from spice_trainer.sampling.schedule import PoolSchedule, StepPools, build_schedule
+from spice_trainer.sampling.run import SelectionRun
+from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.scorer import GradientScorer
@@ -67,35 +66,25 @@ class SpiceSampler(Sampler[int]):
             raise TypeError(f"proxy must be a ProxyModel, got {type(proxy).__name__}. Write `ProxyModel(model)`.")
         self.proxy = proxy
         self.progress: Callable[[int, int], None] | None = None
-        self._schedule: PoolSchedule | None = None
-        self._selector: StepSelector | None = None
-        self._total_steps: int | None = None
         self._listeners: list[Callable[[StepSelection], None]] = []
-        self._reset()
+        self._run: SelectionRun | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Selectors hold the model's hooks and threads; a copy is bound anew when its training starts.
-        return vars(self) | {"_schedule": None, "_selector": None}
+        # A run holds the model's hooks and threads; a copy is bound anew when its training starts.
+        return vars(self) | {"_run": None}
 
-    def _reset(self) -> None:
-        self.global_step = 0
-        self._next_epoch = 0
-        self._first_step = 0
-        self._empty_steps = EmptyStepWatch(self.config.min_gain)
-        self._filler = FillerRow()
-        self._replay = PickReplay(self.config.selection_epochs)
-
-    def prepare(self, schedule: PoolSchedule, selector: StepSelector, *, total_steps: int | None = None) -> None:
-        """Begins a run of `total_steps` optimizer steps, or of an epoch at a time."""
+    def prepare(self, schedule: PoolSchedule, selector: StepSelector, **options: Any) -> SelectionRun:
+        """Begins a run, of the options of [`SelectionRun`]."""
         self.close()
-        self._schedule, self._selector, self._total_steps = schedule, selector, total_steps
-        selector.scorer.start()
-        self._reset()
+        self._run = SelectionRun(
+            self.config, schedule, selector, listeners=self._listeners, progress=self.progress, **options
+        )
+        return self._run
 
     def close(self) -> None:
         """Waits for scoring that runs beside the training, at the end of a run."""
-        if self._selector is not None:
-            self._selector.scorer.close()
+        if self._run is not None:
+            self._run.close()
 
     def bind(
         self,
@@ -183,23 +172,26 @@ class SpiceSampler(Sampler[int]):
                 fingerprint = fingerprint_rows(RowSample.read(dataset, device=device))
             seen = {"the number of rows": len(dataset), "the fingerprint of the rows' content": fingerprint}
             check_agreement(processes, seen | {"the settings": self.config, "the seed": schedule.seed})
-        self.prepare(schedule, selector)
+        run = self.prepare(schedule, selector, dataset=dataset)
         slots = Slots(processes.rank, processes.world_size, gradient_accumulation_steps)
-        return build_dataloader(self, dataset, collate=data_collator, device=device, slots=slots)
+        return build_dataloader(run, dataset, collate=data_collator, device=device, slots=slots)
+
+    @property
+    def run(self) -> SelectionRun:
+        """The run that the sampler is bound to, or was last."""
+        if self._run is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._run
 
     @property
     def schedule(self) -> PoolSchedule:
         """The bound schedule."""
-        if self._schedule is None:
-            raise RuntimeError(_NOT_BOUND)
-        return self._schedule
+        return self.run.schedule
 
     @property
     def selector(self) -> StepSelector:
         """The bound selector."""
-        if self._selector is None:
-            raise RuntimeError(_NOT_BOUND)
-        return self._selector
+        return self.run.selector
 
     @property
     def scorer(self) -> GradientScorer:
@@ -220,91 +212,10 @@ class SpiceSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yields the rows of one epoch, scoring each step's pools when its first row is asked for."""
-        epoch, first_step = self.begin_epoch()
-        for step_in_epoch in range(first_step, self.schedule.steps_per_epoch):
-            yield from self.select_step(epoch, step_in_epoch).indices
-
-    def start_run(self, global_step: int, *, skip_data: bool = True) -> None:
-        """Continues a run after `global_step` optimizer steps; without `skip_data` its epoch starts anew."""
-        self.global_step = global_step
-        self._next_epoch, self._first_step = divmod(global_step, self.schedule.steps_per_epoch)
-        if not skip_data:
-            self._first_step = 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has done all its steps: resumed at its very end, it has nothing left to pick."""
-        return self._total_steps is not None and self.global_step >= self._total_steps
-
-    def begin_epoch(self) -> tuple[int, int]:
-        """Epoch to run next, and its first step that is not done yet."""
-        epoch, first_step = self._next_epoch, self._first_step
-        self._next_epoch, self._first_step = epoch + 1, 0
-        return epoch, first_step
-
-    def select_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
-        """Scores a step's pools at the current weights and picks from them, or replays earlier picks.
-
-        A `RuntimeError` if more than 2 of the last 20 steps had no row with a finite, non-zero gradient.
-        """
-        if self._replay.replays(epoch):
-            selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)
-        else:
-            selection = self._score_step(epoch, step_in_epoch)
-            self._replay.remember(epoch, step_in_epoch, selection.indices)
-        selection = self._filler.provide(selection)
-        self.global_step += 1
-        for listener in self._listeners:
-            listener(selection)
-        return selection
-
-    def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
-        selection = self.selector.select(
-            self.schedule.pools(epoch, step_in_epoch),
-            step=self.global_step,
-            next_plan=self._next_pools(epoch, step_in_epoch) if self.config.overlap_scoring else None,
-            progress=self.progress,
-        )
-        scorer = self.scorer
-        self._empty_steps.note(
-            self.global_step,
-            selection.pools,
-            broken_weight=lambda: find_broken_weight(scorer.get_model(), scorer.processes),
-        )
-        return selection
-
-    def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:
-        """The pools of the step after this one, if this run will score them."""
-        step_in_epoch += 1
-        if step_in_epoch == self.schedule.steps_per_epoch:
-            epoch, step_in_epoch = epoch + 1, 0
-        is_over = step_in_epoch == 0 if self._total_steps is None else self.global_step + 1 >= self._total_steps
-        return None if is_over or self._replay.replays(epoch) else self.schedule.pools(epoch, step_in_epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the number of optimizer steps, as JSON values."""
-        return {
-            "replay": self._replay.state_dict(),
-            "empty_steps": self._empty_steps.state_dict(),
-            "filler": self._filler.state_dict(),
-            "selector": self.selector.scorer.state_dict(),
-        }
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
-        proxy = {f"{_PROXY}{name}": value for name, value in self.selector.scorer.tensors().items()}
-        return self._replay.tensors() | proxy
-
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restores both; raises a `ValueError` if the checkpoint's proxy is not this run's."""
-        proxy = {name.removeprefix(_PROXY): value for name, value in tensors.items() if name.startswith(_PROXY)}
-        self.selector.scorer.load_state_dict(state["selector"], proxy)
-        self._empty_steps.load_state_dict(state["empty_steps"])
-        self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
-        self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)
+        for selection in self.run.steps() if self.run.is_drawing else self.run.preview():
+            yield from selection.indices
 
 
-_PROXY = "proxy."
 _NOT_BOUND = (
     "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
     "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."

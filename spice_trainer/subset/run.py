@@ -86,12 +86,12 @@ class SubsetRun:
         """Selects until the last step, from the latest state if there is one."""
         first = self._resume()
         steps = range(first, self.sampler.schedule.steps_per_epoch)
-        self.sampler.start_run(first)
         is_hidden, saved = not self.processes.is_main, time.monotonic()
         try:
             for step in tqdm(steps, desc="Selecting", initial=first, total=first + len(steps), disable=is_hidden):
                 started = time.monotonic()
-                self._record(self.sampler.select_step(0, step))
+                self.sampler.run.select_step()
+                self._record(self.sampler.run.finish_step())
                 now = time.monotonic()
                 # Another such step would make it more than that.
                 is_due = now - saved + (now - started) > SAVE_SECONDS
@@ -160,15 +160,15 @@ class SubsetRun:
         save_state(
             partial,
             {
-                "global_step": step,
+                "position": self.sampler.run.position.state_dict(),
                 "schedule": describe_schedule(self.sampler.schedule),
                 "config": self.sampler.config.to_dict(),
                 "identity": self.identity,
                 "model": self.model,
-                "sampler": self.sampler.state_dict(),
+                "sampler": self.sampler.run.state_dict(),
                 "totals": self.totals.state_dict(),
             },
-            self.sampler.tensors(),
+            self.sampler.run.tensors(),
         )
         partial.rename(self.output_dir / f"selection-{step}")
         self._records.latest_copy = self.output_dir / f"selection-{step}" / RECORDS_COPY
@@ -202,7 +202,8 @@ class SubsetRun:
                 )
             )
         with reading_saved(folder):
-            self.sampler.load_state_dict(state["sampler"], tensors)
+            self.sampler.run.resume(state["position"])
+            self.sampler.run.load_state_dict(state["sampler"], tensors)
             self.totals.load_state_dict(state["totals"])
             self.model = dict(state["model"])
         with self.processes.failing_together("opening the records"):

@@ -14,7 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.proxy.transfer import TransferTotals, describe_transfer
-from spice_trainer.recording.checkpoint import RECORDS_COPY, describe_schedule, load_state, save_state
+from spice_trainer.recording.checkpoint import (
+    RECORDS_COPY,
+    check_same_step,
+    describe_schedule,
+    load_state,
+    save_state,
+)
 from spice_trainer.recording.ledger import CostLedger
 from spice_trainer.recording.metrics import MetricWindow, RunTotals, clock_metrics, step_metrics, transfer_metrics
 from spice_trainer.recording.records import RECORDS_FOLDER, RecordWriter
@@ -28,6 +34,7 @@ from spice_trainer.recording.summary import (
     warn_of_share,
 )
 from spice_trainer.sampling.loader import SlotCollator
+from spice_trainer.sampling.position import RunPosition
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.scoring.memory import MemoryUse, memory_use
 from spice_trainer.selection.results import StepSelection
@@ -58,13 +65,14 @@ class SpiceCallback(TrainerCallback):
         self.verify: Callable[[], None] | None = None
         self.plan: RunPlan | None = None
         self.resume_from: str | None = None
+        self.saved: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
         self.run_dir: str | None = None
         self.dataset_fingerprint: str | None = None
         self.seen: dict[str, Any] = {}
         self._num_verifications = 0
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
-        self._current: StepSelection | None = None
+        self._epoch = 0
         self._peak: str | None = None
         self._memory_before: MemoryUse | None = None
         self._training_started = 0.0
@@ -73,7 +81,7 @@ class SpiceCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # They hold the model's scorer and the run's open files; a copy of a trainer goes without them.
-        return vars(self) | {"verify": None, "_records": None}
+        return vars(self) | {"verify": None, "_records": None, "saved": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -103,20 +111,18 @@ class SpiceCallback(TrainerCallback):
         # The dataset may be another than when SPICE was attached.
         check_agreement(self.processes, self.seen)
         self._device = args.device
-        self._window, self.totals, self._current = MetricWindow(), RunTotals(), None
-        self.transfers = TransferTotals()
-        self.sampler.start_run(state.global_step, skip_data=not args.ignore_data_skip)
+        self._window, self.totals, self.transfers = MetricWindow(), RunTotals(), TransferTotals()
         self._records = None
         run_dir = self.run_dir if self.run_dir is not None else args.output_dir
         if self.processes.is_main and run_dir is not None:
             self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER)
         with self.processes.failing_together("opening the run's records"):
             if self.resume_from is not None:
-                self._restore(self.resume_from)
+                self._restore(self.resume_from, args, state)
             elif self._records is not None:
                 self._records.start()
         # Without a batch the trainer's epochs would go round in vain.
-        control.should_training_stop = control.should_training_stop or self.sampler.is_over
+        control.should_training_stop = control.should_training_stop or self.sampler.run.is_over
         self.num_trained_before = self.totals.num_trained
         if self.plan is not None:
             logger.info("%s", describe_run(self.plan, self.sampler.schedule, self.sampler.config))
@@ -128,42 +134,41 @@ class SpiceCallback(TrainerCallback):
         self._verify()
         self._peak, self._memory_before = None, memory_use(self.sampler.scorer.device)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the epoch that the Trainer begins."""
+        self._epoch = self.sampler.run.position.epoch
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes sure that what is about to train was picked."""
+        _ = self.sampler.run.pending
+
     def on_selection(self, selection: StepSelection) -> None:
-        """Records a step's picks before it trains."""
+        """Hears of a step's picks before it trains."""
         self._report_memory(selection)
-        warned = self.totals.num_pools >= WARN_AFTER_POOLS
-        self.totals.add_selection(selection)
-        self._current = selection
-        if self._records is not None:
-            self._records.write_selection(selection)
-        if not warned and self.totals.num_pools >= WARN_AFTER_POOLS:
-            for warning in warn_of_first_pools(self.totals, self.sampler.config):
-                logger.warning("%s", warning)
-        if selection.transfers:
-            for transfer in selection.transfers:
-                self.transfers.add(transfer)
-            if len(self.transfers.transfers) == self.sampler.config.proxy_check_pools:
-                logger.info("%s", describe_transfer(self.transfers))
         self._training_started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the step's metrics, its seconds and tokens."""
-        selection = self._current
-        if selection is None:
-            return
+        """Moves the run's position, and records the step: its picks, metrics, seconds and tokens."""
         if self._device.type == "cuda":
             # The next scoring needs the updated weights anyway; without this its clock would count the update.
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._training_started
+        selection = self.sampler.run.finish_step()
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
         num_tokens = sum(self.processes.gather(num_tokens))
+        self._add_to_totals(selection)
         self.totals.add_training(seconds, num_tokens)
         self._window.add(step_metrics(selection) | transfer_metrics(selection))
         if selection.pools:
             self._window.add(clock_metrics(selection, seconds))
         if self._records is not None:
+            self._records.write_selection(selection)
             self._records.write_costs(
                 {
                     "step": selection.step,
@@ -173,8 +178,14 @@ class SpiceCallback(TrainerCallback):
                     "tokens_trained": num_tokens,
                 }
             )
-        self._current = None
         self._verify()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Goes on to the next epoch where this one was ended early; where training was, the run can go on in it."""
+        if self._is_within_epoch and (control.should_epoch_stop or not control.should_training_stop):
+            self.sampler.run.finish_epoch()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,6 +210,23 @@ class SpiceCallback(TrainerCallback):
             self._peak = describe_peak(before, after)
             logger.info("SPICE: peak memory while scoring the first step: %s.", self._peak)
 
+    @property
+    def _is_within_epoch(self) -> bool:
+        """Whether the epoch that the Trainer is in has steps left; after the last one the position is in the next."""
+        return self.sampler.run.position.epoch == self._epoch
+
+    def _add_to_totals(self, selection: StepSelection) -> None:
+        warned = self.totals.num_pools >= WARN_AFTER_POOLS
+        self.totals.add_selection(selection)
+        if not warned and self.totals.num_pools >= WARN_AFTER_POOLS:
+            for warning in warn_of_first_pools(self.totals, self.sampler.config):
+                logger.warning("%s", warning)
+        if selection.transfers:
+            for transfer in selection.transfers:
+                self.transfers.add(transfer)
+            if len(self.transfers.transfers) == self.sampler.config.proxy_check_pools:
+                logger.info("%s", describe_transfer(self.transfers))
+
     def _verify(self) -> None:
         if self.verify is not None and self._num_verifications > 0:
             self._num_verifications -= 1
@@ -210,33 +238,50 @@ class SpiceCallback(TrainerCallback):
         """Averages since the last training log."""
         return self._window.take()
 
-    def save_state(self, checkpoint: str) -> None:
+    def save_state(self, checkpoint: str, control: TrainerControl) -> None:
         """Writes SPICE's state into a checkpoint."""
+        position = replace(self.sampler.run.position)
+        if control.should_epoch_stop and self._is_within_epoch:
+            # The Trainer saves first, and then leaves the epoch.
+            position.finish_epoch()
         if self._records is not None:
             self._records.save(Path(checkpoint) / RECORDS_COPY)
         save_state(
             checkpoint,
             {
-                "global_step": self.sampler.global_step,
+                "position": position.state_dict(),
                 "schedule": self._describe_schedule(),
                 "config": self.sampler.config.to_dict(),
-                "sampler": self.sampler.state_dict(),
+                "sampler": self.sampler.run.state_dict(),
                 "window": self._window.state_dict(),
                 "totals": self.totals.state_dict(),
                 "transfers": self.transfers.state_dict(),
             },
-            self.sampler.tensors(),
+            self.sampler.run.tensors(),
         )
 
-    def _restore(self, checkpoint: str) -> None:
-        state, tensors = load_state(
-            checkpoint, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
-        )
+    def load_position(self, args: TrainingArguments) -> RunPosition | None:
+        """Puts the sampler where the run that is resumed stands, by the checkpoint; `None` if none is."""
+        if self.resume_from is None:
+            return None
+        if self.saved is None:
+            self.saved = load_state(
+                self.resume_from, schedule=self._describe_schedule(), config=self.sampler.config.to_dict()
+            )
+            with reading_saved(self.resume_from):
+                self.sampler.run.resume(self.saved[0]["position"], skip_data=not args.ignore_data_skip)
+        return self.sampler.run.position
+
+    def _restore(self, checkpoint: str, args: TrainingArguments, state: TrainerState) -> None:
+        position = self.load_position(args)
+        assert self.saved is not None and position is not None
+        (saved, tensors), self.saved = self.saved, None
+        check_same_step(checkpoint, position.steps_trained, state.global_step)
         with reading_saved(checkpoint):
-            self.sampler.load_state_dict(state["sampler"], tensors)
-            self._window.load_state_dict(state["window"])
-            self.totals.load_state_dict(state["totals"])
-            self.transfers.load_state_dict(state["transfers"])
+            self.sampler.run.load_state_dict(saved["sampler"], tensors)
+            self._window.load_state_dict(saved["window"])
+            self.totals.load_state_dict(saved["totals"])
+            self.transfers.load_state_dict(saved["transfers"])
         if self._records is not None:
             self._records.resume(Path(checkpoint) / RECORDS_COPY)
 

@@ -3,8 +3,9 @@
     train                  resumes no checkpoint whose writing was interrupted
     _hp_search_setup       a trial's values of SPICE's settings are those of its run
     _inner_training_loop   learns which checkpoint is resumed and where the run writes, before the loader is built
+    _load_callback_state   where the resumed run stands, which the number of its steps does not tell
     get_train_dataloader   the trainer's own dataset and collator, with the rows SPICE picks
-    get_batch_samples      a step without label tokens must not divide by zero
+    get_batch_samples      here the trainer asks for a step's rows; a step without label tokens must not divide by zero
     log                    SPICE's averages join the training log's dict
     save_model             SPICE's state goes into every checkpoint
 
@@ -30,7 +31,7 @@ from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import checkpoint_to_resume, mark_incomplete
 from spice_trainer.recording.summary import RunPlan
-from spice_trainer.sampling.loader import SlotCollator, Slots, build_dataloader
+from spice_trainer.sampling.loader import PickSource, ScheduledEpoch, SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
 from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run, warn_of_objective
@@ -39,9 +40,11 @@ from spice_trainer.trainer.inputs import (
     EarlierSample,
     RunInputs,
     build_inputs,
+    build_trainer_schedule,
     describe_for_others,
     own_sampling,
     plan_run,
+    training_rows,
     warn_of_preparation,
 )
 from spice_trainer.trainer.progress import ScoringProgress
@@ -52,6 +55,7 @@ HOOKED_METHODS = (
     "train",
     "_hp_search_setup",
     "_inner_training_loop",
+    "_load_callback_state",
     "get_train_dataloader",
     "get_batch_samples",
     "log",
@@ -84,6 +88,8 @@ class SpiceHooks:
         self.trainer = trainer
         self.sampler = sampler
         self._is_installed = False
+        self._build_loader: Callable[[], DataLoader[Any]] | None = None
+        self._begins_run = False
         self._plan: RunPlan | None = None
         self._earlier: EarlierSample | None = None
         self._verify_later: Callable[[], None] | None = None
@@ -93,7 +99,7 @@ class SpiceHooks:
         self._config_of_search: SpiceConfig | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_verify_later": None}
+        return vars(self) | {"_verify_later": None, "_build_loader": None}
 
     def install(self) -> None:
         """Binds the hooked methods and adds the callback."""
@@ -144,12 +150,9 @@ class SpiceHooks:
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls the hook of a method, or the method alone once SPICE is detached."""
-        original = self._replaced[name]
-        if original is None:
-            original = MethodType(getattr(type(self.trainer), name), self.trainer)
         if not self._is_installed:
-            return original(*args, **kwargs)
-        return getattr(self, f"on_{name.removeprefix('_')}")(original, *args, **kwargs)
+            return self._original(name)(*args, **kwargs)
+        return getattr(self, f"on_{name.removeprefix('_')}")(self._original(name), *args, **kwargs)
 
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
@@ -226,7 +229,8 @@ class SpiceHooks:
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tells the callback which checkpoint is resumed and where the run writes, before the loader is built."""
         warn_of_settings_in_arguments(self.trainer.args, self.sampler.config)
-        self.callback.resume_from = kwargs.get("resume_from_checkpoint")
+        self._begins_run, self._build_loader = True, None
+        self.callback.resume_from, self.callback.saved = kwargs.get("resume_from_checkpoint"), None
         # A trial of a hyperparameter search has a directory of its own.
         self.callback.run_dir = self.trainer._get_output_dir(kwargs.get("trial"))
         if self._proxy_weights and self.sampler.proxy is not None:
@@ -241,37 +245,83 @@ class SpiceHooks:
                 self.callback.discard_records()
             raise
         finally:
-            # Also after an exception; and a loader that is iterated outside a run must not append to its records.
+            # Also after an exception.
+            self._begins_run, self._build_loader = False, None
             self.callback.close_records()
             self.sampler.close()
 
+    def on_load_callback_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Lets the trainer resume at the saved position: it divides `global_step` by the steps of an epoch.
+
+        That is wrong once an epoch was ended early (transformers 5.23 and 4.56: with stock loaders too). The number is
+        put right again by what the trainer calls after its division.
+        """
+        state, position = self.trainer.state, self.callback.load_position(self.trainer.args)
+        if position is not None and position.steps_of_whole_epochs != state.global_step:
+            global_step, init_training_references = state.global_step, state.init_training_references
+
+            def put_right(*args: Any, **kwargs: Any) -> Any:
+                del state.init_training_references
+                state.global_step = global_step
+                return init_training_references(*args, **kwargs)
+
+            state.global_step, state.init_training_references = position.steps_of_whole_epochs, put_right
+        return original(*args, **kwargs)
+
     def on_get_train_dataloader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
-        """The loader of the trainer, with the rows SPICE picks instead of its sampler's."""
+        """The loader of the trainer, with the rows SPICE picks instead of its sampler's.
+
+        The one that a run begins with; any other is a preview, which moves nothing and scores nothing.
+        """
+        if self._begins_run:
+            self._begins_run = False
+            self._build_loader = self.begin_run()
+            loader = self._build_loader()
+            self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
+            return loader
+        if self._build_loader is not None:
+            return self._build_loader()
+        dataset, collate = training_rows(self.trainer, original)
+        schedule = build_trainer_schedule(self.trainer, self.sampler.config, dataset)
+        return self._loader_of(ScheduledEpoch(schedule), dataset, collate)
+
+    def begin_run(self) -> Callable[[], DataLoader[Any]]:
+        """Binds the sampler to the trainer's rows and model; returns what builds loaders of them."""
         # It may be another one than when SPICE was attached.
         check_dataset(self.trainer.train_dataset)
-        inputs = self._build_inputs(original)
-        args, processes = self.trainer.args, inputs.selector.scorer.processes
+        inputs = self._build_inputs(self._original("get_train_dataloader"))
         plan = plan_run(self.trainer, inputs, self.sampler.proxy)
-        self.sampler.prepare(inputs.schedule, inputs.selector, total_steps=plan.total_steps)
-        loader = build_dataloader(
-            self.sampler,
-            inputs.dataset,
-            collate=inputs.collate,
-            device=args.device,
-            slots=Slots(processes.rank, processes.world_size, args.gradient_accumulation_steps),
+        run = self.sampler.prepare(
+            inputs.schedule,
+            inputs.selector,
+            dataset=inputs.dataset,
+            total_steps=plan.total_steps,
+            follows_trainer=True,
         )
-        self.callback.processes = processes
-        self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
+        self.callback.processes = inputs.selector.scorer.processes
         self.callback.plan = plan
         fingerprint = fingerprint_rows(inputs.sample, self._earlier.digests if self._earlier is not None else None)
         self.callback.dataset_fingerprint = fingerprint
         self.callback.seen = describe_for_others(inputs, self.sampler.config, fingerprint)
         self._earlier = EarlierSample.of(inputs)
-        return loader
+
+        def build_loader() -> DataLoader[Any]:
+            return self._loader_of(run, inputs.dataset, inputs.collate)
+
+        return build_loader
 
     def on_get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """A step whose rows are all fillers has no label token; its zero loss must not be divided by zero."""
-        batch_samples, num_items_in_batch = original(*args, **kwargs)
+        """Here the trainer asks for the rows of its next step, so these are picked.
+
+        A step whose rows are all fillers has no label token; its zero loss must not be divided by zero.
+        """
+        if self.callback not in self.trainer.callback_handler.callbacks:
+            raise RuntimeError(
+                "The SpiceCallback was taken from the trainer's callbacks, so nothing would tell SPICE which steps "
+                "are trained. Leave it there, or call detach_spice(trainer) to train without SPICE."
+            )
+        with self.sampler.run.drawing():
+            batch_samples, num_items_in_batch = original(*args, **kwargs)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         elif num_items_in_batch == 0:
@@ -301,10 +351,19 @@ class SpiceHooks:
             mark_incomplete(output_dir)
         result = original(*args, **kwargs)
         if is_checkpoint:
-            self.callback.save_state(output_dir)
+            self.callback.save_state(output_dir, self.trainer.control)
         return result
 
     # Parts
+
+    def _original(self, name: str) -> Callable[..., Any]:
+        replaced: Callable[..., Any] | None = self._replaced[name]
+        return MethodType(getattr(type(self.trainer), name), self.trainer) if replaced is None else replaced
+
+    def _loader_of(self, source: PickSource, dataset: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
+        args, processes = self.trainer.args, Processes.of(self.trainer.accelerator)
+        slots = Slots(processes.rank, processes.world_size, args.gradient_accumulation_steps)
+        return build_dataloader(source, dataset, collate=collate, device=args.device, slots=slots)
 
     def _build_inputs(self, get_loader: Callable[[], DataLoader[Any]]) -> RunInputs:
         return build_inputs(

@@ -37,5 +37,5 @@ class ScoringProgress:
                 self._last_report = now
         elif now - self._last_report >= SECONDS_BETWEEN_LOG_LINES:
             if self._last_report:
-                logger.info("SPICE: scored %d of %d candidates of step %d.", done, total, self.sampler.global_step)
+                logger.info("SPICE: scored %d of %d candidates of step %d.", done, total, self.sampler.run.global_step)
             self._last_report = now

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+)
 
+from spice_trainer import SpiceCallback
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
@@ -55,6 +64,20 @@ def _meanwhile(change: Callable[[Any], Any]) -> Callable[[Scene], Callable[[], A
         return attempt
 
     return prepare
+
+
+def _ask_past_spice(trainer: Any) -> None:
+    trainer.get_batch_samples = partial(Trainer.get_batch_samples, trainer)
+
+
+def _ask_ahead(trainer: Any) -> None:
+    get_batch_samples = trainer.get_batch_samples
+
+    def ask_twice(*args: Any) -> Any:
+        get_batch_samples(*args)
+        return get_batch_samples(*args)
+
+    trainer.get_batch_samples = ask_twice
 
 
 def _merged() -> nn.Module:
@@ -263,6 +286,30 @@ ROWS = (
         RuntimeError,
         ("weights of the model that scores are not finite, such as", "embed_tokens", "had been so before step 0"),
         _later(lambda trainer: next(trainer.model.parameters()).data.fill_(float("nan"))),
+    ),
+    BadInput(
+        "callback_removed",
+        "taking the `SpiceCallback` off the trainer",
+        TRAINING,
+        RuntimeError,
+        ("SpiceCallback was taken from the trainer's callbacks", "call detach_spice(trainer)"),
+        _later(lambda trainer: trainer.remove_callback(SpiceCallback)),
+    ),
+    BadInput(
+        "other_batches",
+        "a `get_batch_samples` bound after attaching that does not call the one before",
+        TRAINING,
+        RuntimeError,
+        ("Step 0 would train on rows that SPICE did not pick", "Call attach_spice after your own changes"),
+        _later(_ask_past_spice),
+    ),
+    BadInput(
+        "batches_ahead",
+        "a `get_batch_samples` that fetches a step ahead",
+        TRAINING,
+        RuntimeError,
+        ("asked for before the Trainer had finished step 0", "fetches ahead", "one step at a time"),
+        _later(_ask_ahead),
     ),
     BadInput(
         "frozen_later",

@@ -25,6 +25,18 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
+class LoaderWalk(TrainerCallback):
+    """Builds and walks training loaders between the steps, as a callback of one process alone may."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Looks at every batch."""
+        for loader in (train_dataloader, self.trainer.get_train_dataloader()):
+            assert sum(1 for _ in loader) == len(loader)
+
+
 class WeightProbe(TrainerCallback):
     """Copies the adapter's whole weights from the first training forward of every step."""
 

@@ -93,7 +93,7 @@ def test_every_process_got_the_same_picks_and_they_were_recorded(run: Run) -> No
 
 def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
     trainer = setting.single_trainer(model_folder, tmp_path)
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     sampler = trainer._spice.sampler
     for step, picks in enumerate(run.result["picks"]):
         put_adapter(trainer.model, run.adapter(step))
@@ -110,7 +110,7 @@ def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder
 
 def test_sample_gradients_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
     trainer = setting.single_trainer(model_folder, tmp_path, spice={"information": "diagonal"})
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     sampler = trainer._spice.sampler
     largest = 0.0
     for scores in sampler.scorer.score(sampler.schedule.pools(0, 0).pools):

@@ -29,12 +29,12 @@ from transformers import Trainer, set_seed
 
 import spice_trainer.trainer.attach
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice, detach_spice, select_subset
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import StepSelection
 from tests.distributed import cpu_shims, setting
-from tests.distributed.observers import ScoreWatch, WeightProbe
+from tests.distributed.observers import LoaderWalk, ScoreWatch, WeightProbe
 from tests.support.trainers import checkpointing_options, collate
 
 WRAPPERS = {
@@ -119,6 +119,8 @@ class Worker:
         watch.install()
         heard: list[list[int]] = []
         trainer, probe = self.build("scored")
+        if self.rank == self.world_size - 1:
+            trainer.add_callback(LoaderWalk(trainer))
         trainer._spice.sampler.add_listener(lambda selection: heard.append(list(selection.indices)))
         weights = self.train(trainer, probe)
         found = watch.tensors()
@@ -284,13 +286,13 @@ def difference(first: Sequence[Mapping[str, Tensor]], second: Sequence[Mapping[s
 def replay(steps: Sequence[Sequence[int]]) -> None:
     """Hands out recorded picks from now on; scoring is refused."""
 
-    def recorded_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> StepSelection:
+    def recorded_step(self: SelectionRun, epoch: int, step_in_epoch: int) -> StepSelection:
         return StepSelection(step=self.global_step, epoch=epoch, indices=tuple(steps[self.global_step]))
 
     def refuse(self: GradientScorer, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("scored while replaying")
 
-    SpiceSampler._score_step = recorded_step
+    SelectionRun._score_step = recorded_step
     GradientScorer.score = refuse
 
 

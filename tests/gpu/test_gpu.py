@@ -98,7 +98,7 @@ def test_scoring_draws_nothing_from_the_devices_generator(tmp_path: Path) -> Non
 
     model = tiny_lora_model(lora_dropout=0.3)
     trainer = make_trainer(tmp_path, model=model, spice={}, data_collator=drawing_collate, use_cpu=False)
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     trainer.model.train()
     before = torch.cuda.get_rng_state(), torch.get_rng_state()
     scores = list(trainer._spice.sampler.scorer.score([range(10), range(10, 15)]))

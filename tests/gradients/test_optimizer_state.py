@@ -115,7 +115,7 @@ def test_a_loop_of_ones_own_with_a_named_proxy_needs_no_optimizer(tmp_path: Path
         named = {**spice, "proxy_model_name_or_path": str(tmp_path / "small")}
         sampler = SpiceSampler(SpiceConfig(**named))
         sampler.bind(tiny_lora_model(), tiny_dataset(), **options)
-        assert len(sampler.select_step(0, 0).indices) == 4
+        assert len(sampler.run.select_step().indices) == 4
         compared = SpiceSampler(SpiceConfig(**named, proxy_check_pools=1))
         with pytest.raises(ValueError, match=rf"SpiceConfig: {setting}=.* there is no optimizer. Fix: pass `optim"):
             compared.bind(tiny_lora_model(), tiny_dataset(), **options)

@@ -218,7 +218,7 @@ def test_a_loop_of_ones_own_gives_its_optimizer() -> None:
     assert len(steps) == 6
     raw = SpiceSampler(SpiceConfig(**SETTINGS))
     raw.bind(tiny_lora_model(), tiny_dataset(), **options)
-    assert steps[0].indices != raw.select_step(0, 0).indices
+    assert steps[0].indices != raw.run.select_step().indices
 
 
 # What is refused

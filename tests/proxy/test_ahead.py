@@ -158,7 +158,7 @@ def test_another_steps_scores_are_not_taken(tmp_path: Path) -> None:
     """Pools decide: what was scored ahead for other rows is waited for and dropped."""
     proxy = ProxyModel(tiny_lora_model(), learning_rate=0.0)
     trainer = make_proxied(tmp_path, proxy, spice={"overlap_scoring": True})
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     sampler = trainer._spice.sampler
     selector, schedule = sampler.selector, sampler.schedule
     first, second, third = (schedule.pools(0, step) for step in range(3))

@@ -365,7 +365,7 @@ def test_scoring_with_a_proxy_needs_no_lockstep(tmp_path: Path, monkeypatch: pyt
     """A sharded target's forwards are collectives; its proxy's are not."""
     monkeypatch.setattr(Processes, "of", classmethod(lambda cls, accelerator: cls(lockstep=True)))
     trainer = make_proxied(tmp_path, ProxyModel(tiny_lora_model()), spice={"proxy_check_pools": 1})
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     selector = trainer._spice.sampler.selector
     assert not selector.scorer.processes.lockstep and not selector.scorer.learner.processes.lockstep
     assert (
@@ -497,7 +497,7 @@ def test_the_same_vocabulary_reads_the_targets_rows(tmp_path: Path) -> None:
     proxy = ProxyModel(tiny_lora_model(), processing_class=tiny_tokenizer())
     trainer = make_sft_trainer(tmp_path)
     attach_spice(trainer, SpiceConfig(**SETTINGS), proxy=proxy)
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     scorer = trainer._spice.sampler.scorer
     assert scorer.rows.dataset[3]["input_ids"] == tiny_rows()[3]["input_ids"]
 

@@ -221,8 +221,8 @@ def test_checkpoint_of_another_format(tmp_path: Path, whole: Run) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(whole.output_dir / "checkpoint-4", checkpoint)
     path = checkpoint / "spice" / "state.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 7'))
-    with pytest.raises(ValueError, match="is of format version 7, this version of spice_trainer reads 2"):
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 7'))
+    with pytest.raises(ValueError, match="is of format version 7, this version of spice_trainer reads 3"):
         build(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.sampling.empty_steps import EmptyStepWatch
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from tests.support.models import VOCAB_SIZE, tiny_lora_model
 from tests.support.trainers import make_trainer, read_records, tiny_rows, trainable_weights, trained_indices
 
@@ -33,13 +33,13 @@ class Planned(TrainerCallback):
 def scored_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(epoch, step of the epoch) of every scoring."""
     steps: list[tuple[int, int]] = []
-    score_step = SpiceSampler._score_step
+    score_step = SelectionRun._score_step
 
-    def noted(self: SpiceSampler, epoch: int, step_in_epoch: int) -> Any:
+    def noted(self: SelectionRun, epoch: int, step_in_epoch: int) -> Any:
         steps.append((epoch, step_in_epoch))
         return score_step(self, epoch, step_in_epoch)
 
-    monkeypatch.setattr(SpiceSampler, "_score_step", noted)
+    monkeypatch.setattr(SelectionRun, "_score_step", noted)
     return steps
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import StepSelection
 from tests.support.models import enable_checkpointing
@@ -115,13 +115,13 @@ def run(output_dir: Any, **options: Any) -> tuple[Snapshots, dict[str, Tensor], 
 def replay(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Sequence[int]]) -> None:
     """Hands out recorded picks instead of scoring."""
 
-    def recorded_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> StepSelection:
+    def recorded_step(self: SelectionRun, epoch: int, step_in_epoch: int) -> StepSelection:
         return StepSelection(step=self.global_step, epoch=epoch, indices=tuple(steps[self.global_step]))
 
     def refuse(self: GradientScorer, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("scored while replaying")
 
-    monkeypatch.setattr(SpiceSampler, "_score_step", recorded_step)
+    monkeypatch.setattr(SelectionRun, "_score_step", recorded_step)
     monkeypatch.setattr(GradientScorer, "score", refuse)
 
 
@@ -168,7 +168,7 @@ def test_the_comparison_sees_a_random_number_drawn(tmp_path: Any, monkeypatch: p
 def bound_scorer(output_dir: Any, **options: Any) -> tuple[Any, GradientScorer]:
     """A trainer's model in training and its scorer."""
     trainer = make_trainer(output_dir, spice={}, data_collator=noisy_collate, lora_dropout=0.3, **options)
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     trainer.model.train()
     return trainer.model, trainer._spice.sampler.scorer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from spice_trainer.gradients.per_sample import SampleGradients
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.trainer import hooks
 from tests.support.trainers import make_trainer, read_records, same_weights, tiny_dataset, trainable_weights
 
@@ -56,10 +57,10 @@ class Diary(TrainerCallback):
 
 def watch_scoring(monkeypatch: pytest.MonkeyPatch, diary: Diary) -> None:
     """Notes every scoring micro-batch, under the step it is for."""
-    compute, score_step = SampleGradients.compute, SpiceSampler._score_step
+    compute, score_step = SampleGradients.compute, SelectionRun._score_step
     step = -1
 
-    def noted_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> Any:
+    def noted_step(self: SelectionRun, epoch: int, step_in_epoch: int) -> Any:
         nonlocal step
         step = self.global_step
         return score_step(self, epoch, step_in_epoch)
@@ -68,7 +69,7 @@ def watch_scoring(monkeypatch: pytest.MonkeyPatch, diary: Diary) -> None:
         diary.write("score", step, self.model)
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(SpiceSampler, "_score_step", noted_step)
+    monkeypatch.setattr(SelectionRun, "_score_step", noted_step)
     monkeypatch.setattr(SampleGradients, "compute", noted_compute)
 
 
@@ -112,18 +113,38 @@ def test_scored_at_the_weights_of_the_step(tmp_path: Any, monkeypatch: pytest.Mo
     check_timing(diary, 12)
 
 
+class ScoresAhead(TrainerCallback):
+    """Scores the next step's pools before the update."""
+
+    trainer: Trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.trainer._spice.sampler.run
+        position, run.position = run.position, replace(run.position)
+        run.position.finish_step()
+        run._score_step(run.position.epoch, run.position.step_in_epoch)
+        run.position = position
+
+
+def test_what_is_scored_too_early_is_noticed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proof that the check above can fail."""
+    diary, ahead = Diary(), ScoresAhead()
+    trainer = ahead.trainer = make_trainer(tmp_path, spice={}, callbacks=[diary, ahead], max_steps=3)
+    watch_scoring(monkeypatch, diary)
+    trainer.train()
+    with pytest.raises(AssertionError, match="step 1 scored at other weights"):
+        check_timing(diary, 3)
+
+
 def test_a_prepared_loader_would_score_too_early(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason for the unprepared loader, and proof that the check above can fail."""
-    diary = Diary()
-    trainer = make_trainer(tmp_path, spice={}, callbacks=[diary])
+    """The reason for the unprepared loader: accelerate's fetches ahead, which is refused."""
+    trainer = make_trainer(tmp_path, spice={})
     build = hooks.build_dataloader
     monkeypatch.setattr(
         hooks, "build_dataloader", lambda *args, **kwargs: trainer.accelerator.prepare(build(*args, **kwargs))
     )
-    watch_scoring(monkeypatch, diary)
-    trainer.train()
-    with pytest.raises(AssertionError, match="step 1 scored at other weights"):
-        check_timing(diary, 6)
+    with pytest.raises(RuntimeError, match="asked for before the Trainer had finished step 0"):
+        trainer.train()
 
 
 class Interrupter(TrainerCallback):

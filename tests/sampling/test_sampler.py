@@ -79,6 +79,6 @@ def test_bound_by_hand_to_a_loss_that_is_a_mean_per_micro_batch() -> None:
 
 def test_an_unbound_sampler_says_how_to_bind_it() -> None:
     sampler = SpiceSampler()
-    for use in (len, list, lambda s: s.schedule, lambda s: s.scorer, lambda s: s.select_step(0, 0)):
+    for use in (len, list, lambda s: s.schedule, lambda s: s.scorer, lambda s: s.run.select_step()):
         with pytest.raises(RuntimeError, match="no model and dataset yet. Pass it to SpiceTrainer or attach_spice"):
             use(sampler)

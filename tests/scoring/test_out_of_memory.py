@@ -325,9 +325,10 @@ def test_no_tensor_of_the_scoring_outlives_it(
 ) -> None:
     settings_ = {"information": information, "pools_per_step": 2, "num_selected": 2}
     trainer = make_trainer(tmp_path, spice=settings_, train_dataset=tiny_dataset(40))
-    trainer.get_train_dataloader()
+    trainer._spice.begin_run()
     sampler = trainer._spice.sampler
-    sampler.select_step(0, 0)
+    sampler.run.select_step()
+    sampler.run.finish_step()
     before = _live_storages()
     watch = _Watch(trainer.model, monkeypatch)
     # Without the garbage collector: a step's memory must be there for the training right away.
@@ -337,10 +338,10 @@ def test_no_tensor_of_the_scoring_outlives_it(
     if what == "error":
         ShortMemory(trainer.model, 60, in_backward=True, error=ValueError("the user's own"))
         with pytest.raises(ValueError, match="the user's own"):
-            sampler.select_step(0, 1)
+            sampler.run.select_step()
     else:
         short = ShortMemory(trainer.model, {"plenty": 10_000, "short": 60, "left out": 15}[what], in_backward=True)
-        selection = sampler.select_step(0, 1)
+        selection = sampler.run.select_step()
         assert (short.num_raised > 0) == (what != "plenty") and selection.indices
         assert any(pool.out_of_memory for pool in selection.pools) == (what == "left out")
     assert len(watch.seen) > 10

@@ -19,7 +19,7 @@ from spice_trainer.cli.main import main as run_command
 from spice_trainer.cli.select import main as run_select
 from spice_trainer.data.files import open_dataset
 from spice_trainer.data.fingerprints import fingerprint_dataset
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.subset.manifest import SubsetManifest, rebuild_subset
 from tests.proxy.test_proxy import LEARNING_RATE
@@ -117,14 +117,14 @@ class Interrupted(Exception):
 
 
 def interrupt(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = SpiceSampler.select_step
+    original = SelectionRun.select_step
 
-    def select_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> Any:
-        if step_in_epoch == step:
+    def select_step(self: SelectionRun) -> Any:
+        if self.position.step_in_epoch == step:
             raise Interrupted
-        return original(self, epoch, step_in_epoch)
+        return original(self)
 
-    patch.setattr(SpiceSampler, "select_step", select_step)
+    patch.setattr(SelectionRun, "select_step", select_step)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 5])
