@@ -90,6 +90,7 @@ def test_methods_bound_by_the_user_are_called_and_put_back(tmp_path: Path) -> No
     before = trainer_state(trainer)
     attach_spice(trainer, CONFIG, verify=False)
     trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert set(called) == set(HOOKED_METHODS)
     detach_spice(trainer)
     assert all(vars(trainer)[name] is method for name, method in bound.items())
@@ -143,7 +144,8 @@ def test_train_twice_on_one_trainer(tmp_path: Path) -> None:
     assert [line["candidates"] for line in first] == [line["candidates"] for line in second]
     assert [line["step"] for line in second] == list(range(6))
     assert [line["information"] for line in first] != [line["information"] for line in second]
-    renamed = {"selections.1.jsonl", "pools.1.jsonl", "trained.1.jsonl", "costs.1.jsonl", "ledger.1.json"}
+    renamed = {"selections.1.jsonl", "pools.1.jsonl", "trained.1.jsonl", "costs.1.jsonl"}
+    renamed |= {"ledger.1.json", "run.1.json"}
     assert {path.name for path in (tmp_path / "spice").iterdir() if ".1." in path.name} == renamed
     assert len((tmp_path / "spice" / "pools.1.jsonl").read_text().splitlines()) == 6
     assert len([row for row in trainer.state.log_history if "spice/information" in row]) == 6
