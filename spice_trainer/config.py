@@ -202,6 +202,7 @@ class SpiceConfig:
             Rescaling of each sample gradient [g]: not at all, as in the paper (`"none"`), times the square root of
             its number of label tokens (`"sqrt_tokens"`), times that number (`"tokens"`), or to length 1 (`"unit"`).
             The gradient of a mean over few tokens is long, so without it the shortest answers are picked.
+            `strategy="less"` reads directions alone, as if this were `"unit"`.
         stop_ratio (`float`, *optional*):
             Adaptive stopping [ω]: a pool is done at the first pick whose gain is at most this share of the pool's
             first gain. Between 0 and 1.

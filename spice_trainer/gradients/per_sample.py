@@ -317,7 +317,8 @@ class SampleGradients:
         self._check_unused(missing, sorted({*unreached, *bypassed}))
         num_samples = self._num_samples if self._chosen is None else len(self._chosen)
         for index in missing:
-            zeros = torch.zeros(num_samples, self._layers[index].num_coordinates, device=total.device)
+            size = num_samples, self._layers[index].num_coordinates
+            zeros = torch.zeros(size, dtype=torch.float32, device=total.device)
             self._sink.add(index, self._partial.pop(index, zeros))
         return True
 

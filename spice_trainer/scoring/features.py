@@ -43,21 +43,22 @@ class FeatureBuffer:
         self._moments = moments
         self._columns = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         width = sketch.sketch_dim if sketch is not None else self._columns[-1].stop
-        self.features = torch.zeros(num_rows, width, device=device)
-        self.losses = torch.zeros(num_rows, device=device)
+        # Whatever the default precision of tensors is.
+        self.features = torch.zeros(num_rows, width, dtype=torch.float32, device=device)
+        self.losses = torch.zeros(num_rows, dtype=torch.float32, device=device)
         # Exact also when sketched: the sketch only has to carry directions.
         self._squared_norms = torch.zeros(num_rows, dtype=torch.float64, device=device)
         self._squared_lengths = self._squared_norms if moments is None else self._squared_norms.clone()
         self.out_of_memory = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._batch = self._rows = torch.empty(0, dtype=torch.long, device=device)
-        self._folded = torch.empty(0, device=device)
+        self._folded = torch.empty(0, dtype=torch.float32, device=device)
         self._norms_by_module: list[Tensor] = []
         self._lengths_by_module: list[Tensor] = []
         self.momentum = None if momentum is None else self._features_of(momentum)
 
     def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
         """Features of one vector that is given by module, and left as it is."""
-        found = torch.zeros(1, self.features.shape[1], device=self.features.device)
+        found = torch.zeros_like(self.features[:1])
         for number, (vector, columns) in enumerate(zip(vectors, self._columns, strict=True)):
             if vector is None:
                 continue
@@ -86,7 +87,7 @@ class FeatureBuffer:
         self._rows = rows
         self._norms_by_module, self._lengths_by_module = [], []
         if self._sketch is not None:
-            self._folded = torch.zeros(len(rows), self._sketch.sketch_dim, device=self.features.device)
+            self._folded = self.features.new_zeros(len(rows), self._sketch.sketch_dim)
 
     def add(self, module_index: int, gradients: Float[Tensor, "n D_l"]) -> None:
         """Takes one module's sample gradients of the announced rows."""

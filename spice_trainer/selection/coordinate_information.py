@@ -44,6 +44,7 @@ class _CoordinateInformation(ABC):
     """
 
     block_size = 1
+    _has_fourth_powers = False
 
     def __init__(
         self,
@@ -75,6 +76,13 @@ class _CoordinateInformation(ABC):
         sound = torch.isfinite(energies)  # The gain of any other row is 0, and it never changes the denominators.
         self._squared_weights: list[float] = torch.where(sound, squared_weights, 0.0).tolist()
         energies = torch.where(sound, energies, 0.0)
+        largest = float(energies.max())
+        if not math.isfinite(self._alpha * largest * (largest if self._has_fourth_powers else 1.0)):
+            raise ValueError(
+                f"fisher_alpha={fisher_alpha:g} with gradients of squared norms up to {largest:.3g} is beyond float64 "
+                'for information="diagonal" and "adafisher". Fix: lower fisher_alpha, set alpha_scaling="pool", or '
+                'use information="exact", which has no such limit.'
+            )
         self._bounds = torch.tensor([self._first_bound(energy) for energy in energies.tolist()], dtype=torch.float64)
         self._current = energies == 0
 
@@ -173,6 +181,8 @@ class AdaFisherInformation(_CoordinateInformation):
     and the gain at log1p(α‖g_x‖²), whatever was picked before. Its `information` is the sum of gains and not a set
     function. Use "exact" or "diagonal" unless parity is what you need.
     """
+
+    _has_fourth_powers = True
 
     def _first_bound(self, energy: float) -> float:
         return math.log1p(self._alpha * energy)

@@ -24,7 +24,7 @@ from spice_trainer.config import Information
 from spice_trainer.selection.checks import check_alpha, check_choice, check_gram, masked, sound_rows
 from spice_trainer.selection.cholesky import conditional_factor
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
-from spice_trainer.selection.large_pool import GramRows, LargePoolInformation, fits_float64
+from spice_trainer.selection.large_pool import GramRows, LargePoolInformation, is_read_in_parts
 
 
 class InformationMeasure(Protocol):
@@ -102,7 +102,7 @@ def build_information(
     check_choice("information", kind, Information)
     if isinstance(gram, GramRows):
         check_alpha(fisher_alpha)
-        if kind == "exact" and fits_float64(gram, fisher_alpha):
+        if kind == "exact" and is_read_in_parts(gram, fisher_alpha):
             return LargePoolInformation(gram, fisher_alpha=fisher_alpha)
         gram = gram.whole
     if kind == "exact":

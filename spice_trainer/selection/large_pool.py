@@ -117,7 +117,7 @@ class GramRows:
         """The matrix, for rules that read all of it."""
         self._forget()
         gram = torch.empty(len(self), len(self), dtype=torch.float64)
-        blocks = [slice(start, min(start + 8 * _BLOCK, len(self))) for start in range(0, len(self), 8 * _BLOCK)]
+        blocks = [slice(start, min(start + 4 * _BLOCK, len(self))) for start in range(0, len(self), 4 * _BLOCK)]
         for number, first in enumerate(blocks):
             for second in blocks[: number + 1]:
                 gram[first, second] = self._products(self._rows[first], self._rows[second], first, second)
@@ -146,7 +146,7 @@ class GramRows:
 class LargePoolInformation:
     """F(S) = log det(I + α Σ_S g gᵀ) from [`GramRows`]: gains that were asked for, and bounds of the others.
 
-    Right where `ExactInformation` is in float64; see [`fits_float64`].
+    Right where `ExactInformation` is in float64; see [`is_read_in_parts`].
     """
 
     block_size = 64
@@ -286,6 +286,9 @@ class LargePoolConflicts:
         return self._totals[indices] + {"selected": since, "candidates": -since, "pool": 0.0 * since}[self._reference]
 
 
-def fits_float64(gram: GramRows, fisher_alpha: float) -> bool:
-    """Whether float64 is enough for gains of these gradients."""
-    return fisher_alpha * float(gram.diagonal().max()) <= FLOAT64_LIMIT
+def is_read_in_parts(gram: GramRows, fisher_alpha: float) -> bool:
+    """Whether bounds may spare most of the matrix, and float64 is enough for gains of these gradients."""
+    lengths = gram.lengths[gram.lengths > 0]
+    # Where all gradients are as long (`"unit"`) all first gains are the same: bounds say nothing at first.
+    differ = len(lengths) > 0 and bool(lengths.min() < lengths.max())
+    return differ and fisher_alpha * float(gram.diagonal().max()) <= FLOAT64_LIMIT

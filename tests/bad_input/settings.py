@@ -182,6 +182,14 @@ ROWS = (
         ("conflict_reference='momentum'", "has optim='sgd'", "Fix: set optim='adamw_torch_fused'"),
         lambda scene: scene.attach({"conflict_reference": "momentum"}, optim="sgd"),
     ),
+    BadInput(
+        "alpha_beyond_float64",
+        'a `fisher_alpha` of 1e308 with `information="diagonal"` or `"adafisher"`',
+        TRAINING,
+        ValueError,
+        ("fisher_alpha=1e+308 with gradients of squared norms up to", "beyond float64", 'set alpha_scaling="pool"'),
+        lambda scene: scene.train({"fisher_alpha": 1e308, "information": "adafisher"}),
+    ),
     _value("ratio_of_one", "`stop_ratio=1`", "is not between 0 and 1", stop_ratio=1, pools_per_step=1),
     _value(
         "adaptive_without_pools",

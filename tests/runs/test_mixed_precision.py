@@ -15,7 +15,7 @@ from torch import nn
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.models import tiny_lora_model
 from tests.support.replays import train_and_replay
-from tests.support.trainers import make_trainer
+from tests.support.trainers import make_trainer, trained_indices
 
 pytestmark = pytest.mark.oldest
 
@@ -65,3 +65,20 @@ def test_a_run(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SampleGradients, "compute", watched)
     train_and_replay(make, tmp_path, monkeypatch, num_steps=3)
     assert seen == {False: {computed}, True: {computed}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"sketch_dim": 64}, {"information": "diagonal"}, {"gradient_preconditioning": "adam"}]
+)
+def test_a_default_precision_of_float64_changes_no_pick(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Of new tensors, by which numerical code is written; the model's own stays what it is."""
+    picks = []
+    for dtype in (torch.float32, torch.float64):
+        trainer = make_trainer(tmp_path / str(dtype), spice=settings, max_steps=4)
+        torch.set_default_dtype(dtype)
+        try:
+            trainer.train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        picks.append(trained_indices(tmp_path / str(dtype)))
+    assert len(picks[0]) == 4 and picks[0] == picks[1]

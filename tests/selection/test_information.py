@@ -9,6 +9,7 @@ import torch
 from spice_trainer.selection import cholesky
 from spice_trainer.selection import coordinate_information as diagonal
 from spice_trainer.selection.coordinate_information import AdaFisherInformation, DiagonalInformation
+from spice_trainer.selection.greedy import select_from_gradients
 from spice_trainer.selection.information import ExactInformation, build_information
 
 
@@ -276,3 +277,15 @@ def test_build_information_rejects(arguments, message):
     given = {"gram": torch.eye(2), "gradients": torch.ones(2, 3), "fisher_alpha": 1.0, **arguments}
     with pytest.raises(ValueError, match=message):
         build_information(given.pop("kind"), **given)
+
+
+@pytest.mark.parametrize("information", ["diagonal", "adafisher"])
+def test_an_alpha_beyond_float64_is_an_error_that_names_it(information):
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = select_from_gradients(rows * 1e6, 3, fisher_alpha=1e300)
+    assert exact.gains == pytest.approx([math.log(1e300) + math.log(1e12) + math.log(50)] * 3, rel=1e-3)
+    assert select_from_gradients(rows, 3, information=information, fisher_alpha=1e300).information > 0
+    with pytest.raises(
+        ValueError, match=r"fisher_alpha=1e\+300 with gradients of squared norms up to .*beyond float64"
+    ):
+        select_from_gradients(rows * 1e6, 3, information=information, fisher_alpha=1e300)
