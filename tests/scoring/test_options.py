@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.rows import collate_row, keep_first_labels
+from spice_trainer.data.rows import collate_row, keep_first_labels, spread_positions
+from spice_trainer.data.sample import SAMPLE_ROWS
 from spice_trainer.gradients.lora import choose_modules, find_lora_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.scoring.scorer import GradientScorer
@@ -166,8 +167,8 @@ def test_the_ledger_counts_what_was_scored_and_what_was_trained(tmp_path: Path, 
         rows[index].num_tokens for step in trained_indices(tmp_path) for index in step
     )
     per_token = ledger["seconds_training"] / ledger["tokens_trained"]
-    # From the 32 rows that were looked at before, whole.
-    mean = sum(rows[position * 55 // 32].num_tokens for position in range(32)) / 32
+    # From the rows that were looked at before, whole.
+    mean = sum(rows[position].num_tokens for position in spread_positions(55, SAMPLE_ROWS)) / SAMPLE_ROWS
     assert ledger["estimated_seconds_on_all_data"] == pytest.approx(per_token * 55 * mean)
 
 
