@@ -57,7 +57,7 @@ def find_lora_modules(
     UnsupportedModelError if nothing trains, if anything but plain LoRA layers of a known kind trains, or if a LoRA
     layer is of a variant that calls its matrices in another way (DoRA, activated LoRA, expert parameters, ...).
     """
-    _check_predicts_next_tokens(model)
+    check_predicts_next_tokens(model)
     named = dict(model.named_modules()) if named is None else named
     found: dict[str, nn.Module] = {}
     refused: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ def find_lora_modules(
     return found
 
 
-def _check_predicts_next_tokens(model: nn.Module) -> None:
+def check_predicts_next_tokens(model: nn.Module) -> None:
     """Refuses models that were loaded for another task, whose logits say nothing of the next token."""
     base = base_model(model)
     name = type(base).__name__

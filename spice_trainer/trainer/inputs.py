@@ -19,6 +19,7 @@ from spice_trainer.data.checks import configured_vocabulary_size
 from spice_trainer.data.rows import CandidateRow, TargetRows
 from spice_trainer.data.sample import RowSample
 from spice_trainer.distributed import Processes
+from spice_trainer.gradients.lora import check_predicts_next_tokens
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
 from spice_trainer.gradients.optimizer_state import PRECONDITIONING_SETTING as PRECONDITIONING
 from spice_trainer.proxy.model import ProxyModel
@@ -72,6 +73,9 @@ def build_inputs(
     earlier: EarlierSample | None = None,
 ) -> RunInputs:
     """Takes the rows of the trainer's own loader, and builds the schedule and the selector for them."""
+    if proxy is None:
+        # First: the Trainer leaves the rows of a headless model without labels, which would be missed otherwise.
+        check_predicts_next_tokens(trainer.model)
     dataset, collate = training_rows(trainer, get_loader)
     sample = RowSample.read(dataset, device=trainer.args.device)
     rows = sample.collate(collate)

@@ -118,7 +118,7 @@ ROWS = (
         "a `max_length` that leaves no label token",
         CALLING,
         ValueError,
-        ("None of 20 rows looked at has a label token", "`max_length`"),
+        ("None of 18 rows looked at has a label token", "`max_length`"),
         _select(dataset=_texts, processing_class=tiny_tokenizer, max_length=1),
     ),
     BadInput(
