@@ -138,6 +138,10 @@ class RecordFile:
             return False
         return os.path.samestat(found, own) or found.st_size == own.st_size
 
+    def is_altered(self) -> bool:
+        """Whether somebody else wrote to it, or cut it, as an editor does that saves in place."""
+        return os.fstat(self._file.fileno()).st_size != self._written
+
     def put_back(self) -> None:
         """Writes the whole file anew under its name, and goes on there."""
         replace_file(self.path, self.read(0))

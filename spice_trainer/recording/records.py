@@ -236,6 +236,12 @@ class RecordWriter:
                 file.flush()
             if not file.is_in_place():
                 self._put_back(file)
+            elif file.is_altered():
+                self._warn(
+                    f"{file.path} was changed by another program while this run writes it. What it took away is lost, "
+                    "and checkpoints cannot hold these records from here on: look at a copy instead",
+                    kind="altered",
+                )
 
     def _put_back(self, file: RecordFile) -> None:
         """Somebody deleted a file in mid-run, its folder perhaps, or put another in its place."""

@@ -9,6 +9,7 @@ row with all labels −100.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -121,7 +122,12 @@ class SpiceBatchSampler(Sampler[list[int]]):
     def __init__(self, source: PickSource, slots: Slots) -> None:
         self.source = source
         self.slots = slots
-        self.latest = MicroBatch()
+        self._latest: dict[int, MicroBatch] = {}
+
+    @property
+    def latest(self) -> MicroBatch:
+        """What is known of the rows that this thread was handed last."""
+        return self._latest.get(threading.get_ident(), MicroBatch())
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same on every rank."""
@@ -139,7 +145,7 @@ class SpiceBatchSampler(Sampler[list[int]]):
             filler = selection.indices[0] if selection.filler is None else selection.filler
             for micro_batch in range(self.slots.gradient_accumulation_steps):
                 rows = dealt[slot_index(self.slots.rank, micro_batch, world_size=self.slots.world_size)]
-                self.latest = MicroBatch(is_neutral=not rows, is_trained=is_trained)
+                self._latest[threading.get_ident()] = MicroBatch(is_neutral=not rows, is_trained=is_trained)
                 yield list(rows) or [filler]
 
 

@@ -7,6 +7,7 @@ Picks are made when they are asked for by whoever trains, once a step. Anybody e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,12 +59,17 @@ class SelectionRun:
         self._listeners = listeners
         self._progress = progress
         self._pending: StepSelection | None = None
-        self._is_drawing = False
+        self._drawing_thread: int | None = None
         self._steps_to_skip = self._first_step = 0
         self._empty_steps = EmptyStepWatch(config.min_gain)
         self._filler = FillerRow()
         self._replay = PickReplay(config.selection_epochs)
         selector.scorer.start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, as of a loader that is pickled, only previews.
+        only_here = {"selector": None, "_listeners": (), "_progress": None, "_set_epoch": None}
+        return vars(self) | only_here | {"_follows_trainer": True, "_drawing_thread": None}
 
     def close(self) -> None:
         """Waits for scoring that runs beside the training, at the end of a run."""
@@ -93,16 +99,17 @@ class SelectionRun:
     @property
     def is_drawing(self) -> bool:
         """Whether rows that are asked for now are trained on, so that they must be picked."""
-        return self._is_drawing or not self._follows_trainer
+        return not self._follows_trainer or self._drawing_thread == threading.get_ident()
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Within it a trainer asks for the rows of its next step."""
-        self._is_drawing = True
+        # A loader that another thread walks meanwhile is a preview all the same.
+        self._drawing_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._is_drawing = False
+            self._drawing_thread = None
 
     def take_steps_to_skip(self) -> int:
         """Steps of the resumed epoch that the trainer is about to walk past; 0 from then on."""

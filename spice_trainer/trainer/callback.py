@@ -151,9 +151,21 @@ class SpiceCallback(TrainerCallback):
         self._report_memory(selection)
         self._training_started = time.perf_counter()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the step as trained, before anybody's `on_step_end` may save a checkpoint."""
+        self._finish_step()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """The same in a training loop that does not tell of the optimizer's step."""
+        if self.sampler.run.global_step < state.global_step:
+            self._finish_step()
+        self._verify()
+
+    def _finish_step(self) -> None:
         """Moves the run's position, and records the step: its picks, metrics, seconds and tokens."""
         if self._device.type == "cuda":
             # The next scoring needs the updated weights anyway; without this its clock would count the update.
@@ -178,7 +190,6 @@ class SpiceCallback(TrainerCallback):
                     "tokens_trained": num_tokens,
                 }
             )
-        self._verify()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,6 +9,7 @@ and once with twice as many. No gradient is taken, and nothing is left behind.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def is_token_normalized(trainer: Any, rows: Sequence[CandidateRow] = ()) -> bool
 
 
 def _try(trainer: Any, rows: Sequence[CandidateRow]) -> bool | None:
-    """What the loss of the shortest labelled row says; `None` where it cannot be computed."""
+    """What the loss of the shortest labelled row says; `None` where it cannot be computed, or is not finite."""
     labelled = [row for row in rows if row.num_label_tokens > 0]
     # Sharded weights are whole on no process, and before they are sharded perhaps on one alone.
     if not labelled or Processes.of(trainer.accelerator).lockstep:
@@ -68,6 +69,8 @@ def _try(trainer: Any, rows: Sequence[CandidateRow]) -> bool | None:
         first, second = (_loss(trainer, row, times * row.num_label_tokens) for times in (1, 2))
     except Exception as error:
         logger.debug("SPICE: the loss could not be tried (%s: %s).", type(error).__name__, error)
+        return None
+    if not (math.isfinite(first) and math.isfinite(second)):
         return None
     return abs(first - second) > _RELATIVE_CHANGE * abs(first)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import shutil
+import threading
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,67 @@ def test_one_rank_alone_may_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     trainer = train(tmp_path, Disturber(look), spice={})
     assert trainer.state.global_step == 12
+
+
+def test_a_thread_that_looks_while_rows_are_picked_gets_a_preview(tmp_path: Path, plain: Any) -> None:
+    output_dir, undisturbed = plain()
+    walks: list[int] = []
+
+    class Walks(TrainerCallback):
+        trainer: Any
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            score_step = SelectionRun._score_step
+
+            def score(run: SelectionRun, *args: Any) -> Any:
+                # Within the Trainer's own asking for rows.
+                thread = threading.Thread(
+                    target=lambda: walks.append(sum(1 for _ in self.trainer.get_train_dataloader()))
+                )
+                thread.start()
+                thread.join()
+                return score_step(run, *args)
+
+            run = self.trainer._spice.sampler.run
+            run._score_step = score.__get__(run)
+
+    trainer = train(tmp_path / "walked", Walks(), spice={})
+    assert walks == [12] * 12
+    assert records(tmp_path / "walked") == records(output_dir)
+    assert same_weights(trainable_weights(trainer.model), trainable_weights(undisturbed.model))
+
+
+def test_a_copy_of_a_loader_previews(tmp_path: Path) -> None:
+    def copy(loader: Any, trainer: Any) -> None:
+        for copied in (pickle.loads(pickle.dumps(loader)), deepcopy(loader)):
+            assert rows_of(copied) == rows_of(loader)
+
+    trainer = train(tmp_path, Disturber(copy), spice={}, max_steps=2)
+    assert trainer.state.global_step == 2
+
+
+def test_checkpoints_that_a_callback_saves(tmp_path: Path) -> None:
+    """In the events around the update, before SPICE's own callback and after it."""
+
+    class Saves(TrainerCallback):
+        trainer: Any
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.trainer._save_checkpoint(self.trainer.model, None)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                self.trainer._save_checkpoint(self.trainer.model, None)
+
+    options = {"save_strategy": "no", "eval_strategy": "no", "lora_dropout": 0.0}
+    whole = train(tmp_path / "whole", Saves(), spice={}, **options)
+    for step in (3, 5):
+        output_dir = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole", output_dir)
+        resumed = train(output_dir, spice={}, resume=str(output_dir / f"checkpoint-{step}"), **options)
+        assert records(output_dir) == records(tmp_path / "whole"), step
+        assert same_weights(trainable_weights(resumed.model), trainable_weights(whole.model)), step
 
 
 # What a preview shows
