@@ -104,6 +104,10 @@ class SpiceSampler(Sampler[int]):
     ) -> DataLoader[Any]:
         """Binds the sampler by hand and returns the loader to train from.
 
+        Iterate it to train, an epoch an iteration: asking for the batch after a step's last says that the step is
+        trained, and a new iteration that the epoch is over, unless none of its steps is. To look at rows, read the
+        dataset.
+
         Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
         pools before the previous update.
 

@@ -98,7 +98,7 @@ class GradientScorer:
         now = self.trained.modules
         # What was learned of the memory stays.
         self.passes = ScoringPasses(self.runtime, self._chosen(now, self.trained.names), self.config, self.budget)
-        if is_told:
+        if is_told and before.keys() != now.keys():
             logger.info(
                 "SPICE: %d LoRA layers were frozen and %d unfrozen: candidates are scored by %d from here on, whose "
                 "gradients have %s numbers.",

@@ -70,6 +70,14 @@ def _ask_past_spice(trainer: Any) -> None:
     trainer.get_batch_samples = partial(Trainer.get_batch_samples, trainer)
 
 
+def _accumulate_more(trainer: Any) -> None:
+    class Accumulates(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.gradient_accumulation_steps = 2
+
+    trainer.add_callback(Accumulates())
+
+
 def _ask_ahead(trainer: Any) -> None:
     get_batch_samples = trainer.get_batch_samples
 
@@ -302,6 +310,14 @@ ROWS = (
         RuntimeError,
         ("Step 0 would train on rows that SPICE did not pick", "Call attach_spice after your own changes"),
         _later(_ask_past_spice),
+    ),
+    BadInput(
+        "accumulation_changed",
+        "another `gradient_accumulation_steps` once training has begun",
+        TRAINING,
+        RuntimeError,
+        ("gradient_accumulation_steps was 1 when training began and is 2", "schedules the batch size", "keep it"),
+        _later(_accumulate_more),
     ),
     BadInput(
         "batches_ahead",

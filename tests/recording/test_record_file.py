@@ -168,6 +168,21 @@ def test_records_of_another_run_are_no_beginning(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("content", [b"", b'{"step": 0}\n{"mine": 1}\n{"step": 2}\n'])
+def test_a_file_that_is_changed_in_place_is_told(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer, path = started(tmp_path), tmp_path / "spice" / "costs.jsonl"
+    for step in range(6):
+        if step == 3:
+            path.write_bytes(content)
+        assert ("was changed by another program" in caplog.text) == (step > 3)
+        writer.write_costs({"step": step})
+    writer.close()
+    assert caplog.text.count("look at a copy instead") == 1
+    assert path.read_bytes() == content + b'{"step": 3}\n{"step": 4}\n{"step": 5}\n'
+
+
 @pytest.mark.parametrize("what", ["the folder", "a file", "replaced"])
 def test_files_that_vanish_are_written_again(what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = started(tmp_path)
