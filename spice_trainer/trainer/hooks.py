@@ -320,13 +320,14 @@ class SpiceHooks:
                 "The SpiceCallback was taken from the trainer's callbacks, so nothing would tell SPICE which steps "
                 "are trained. Leave it there, or call detach_spice(trainer) to train without SPICE."
             )
-        args, before = self.trainer.args, self.sampler.schedule.shape.num_slots // self.trainer.args.world_size
-        if before != args.gradient_accumulation_steps:
+        settings = self.trainer.args
+        before = self.sampler.schedule.shape.num_slots // settings.world_size
+        if before != settings.gradient_accumulation_steps:
             raise RuntimeError(
                 f"TrainingArguments.gradient_accumulation_steps was {before} when training began and is "
-                f"{args.gradient_accumulation_steps}: SPICE has dealt each step's rows for the first. Likely cause: a "
-                "callback that schedules the batch size. Fix: keep it within a run, or resume from a checkpoint with "
-                "the other value and a per_device_train_batch_size that keeps the samples of a step."
+                f"{settings.gradient_accumulation_steps}: SPICE has dealt each step's rows for the first. Likely "
+                "cause: a callback that schedules the batch size. Fix: keep it within a run, or resume from a "
+                "checkpoint with the other value and a per_device_train_batch_size that keeps the samples of a step."
             )
         with self.sampler.run.drawing():
             batch_samples, num_items_in_batch = original(*args, **kwargs)

@@ -168,7 +168,7 @@ def test_records_of_another_run_are_no_beginning(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"", b'{"step": 0}\n{"mine": 1}\n{"step": 2}\n'])
+@pytest.mark.parametrize("content", [b"", b'{"step": 0}\n{"step": "mine"}\n{"step": 2}\n'])
 def test_a_file_that_is_changed_in_place_is_told(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
