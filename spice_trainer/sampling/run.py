@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ from spice_trainer.selection.results import StepSelection
 
 Listeners = Sequence[Callable[[StepSelection], None]]
 Progress = Callable[[int, int], None]
+
+
+@dataclass
+class WeightUpdates:
+    """Whether an optimizer has updated the weights since the latest step was picked, where somebody tells it."""
+
+    is_seen: bool = False
 
 
 class SelectionRun:
@@ -59,6 +66,7 @@ class SelectionRun:
         self._listeners = listeners
         self._progress = progress
         self._pending: StepSelection | None = None
+        self.updates = WeightUpdates()
         self._drawing_thread: int | None = None
         self._steps_to_skip = self._first_step = 0
         self._empty_steps = EmptyStepWatch(config.min_gain)
@@ -120,6 +128,9 @@ class SelectionRun:
         """Yields the picks of the steps that are left of an epoch, each when the step before it has been trained."""
         position = self.position
         if not self._follows_trainer:
+            # An iteration that was left early: its last step is trained if the weights were updated since.
+            if self.updates.is_seen and self._pending is not None:
+                self.finish_step()
             # An epoch an iteration; but one in which no step was finished has only been looked at.
             if position.step_in_epoch > self._first_step:
                 self.finish_epoch()
@@ -161,6 +172,7 @@ class SelectionRun:
             else:
                 selection = self._score_step(epoch, step_in_epoch)
             self._pending = self._with_filler(self._filler.provide(selection), epoch, step_in_epoch)
+            self.updates.is_seen = False
             for listener in self._listeners:
                 listener(self._pending)
         return self._pending
@@ -174,7 +186,7 @@ class SelectionRun:
 
     def finish_step(self) -> StepSelection:
         """Says that the step whose picks were asked for has been trained, and returns them; the position moves on."""
-        selection, self._pending = self.pending, None
+        selection, self._pending, self.updates.is_seen = self.pending, None, False
         if not self._replay.replays(self.position.epoch):
             self._replay.remember(self.position.epoch, self.position.step_in_epoch, selection.indices)
         self.position.finish_step()

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.config import SpiceConfig
@@ -105,8 +107,8 @@ class SpiceSampler(Sampler[int]):
         """Binds the sampler by hand and returns the loader to train from.
 
         Iterate it to train, an epoch an iteration: asking for the batch after a step's last says that the step is
-        trained, and a new iteration that the epoch is over, unless none of its steps is. To look at rows, read the
-        dataset.
+        trained, and a new iteration that the epoch is over, unless none of its steps was trained. To look at rows in
+        the middle of an epoch, read the dataset.
 
         Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
         pools before the previous update.
@@ -139,6 +141,11 @@ class SpiceSampler(Sampler[int]):
         Raises:
             ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
         """
+        if self.progress is not None:
+            raise ValueError(
+                "This SpiceSampler is attached to a trainer, which binds it itself when training starts. Build "
+                "another one for a loop of your own, or call detach_spice(trainer) first."
+            )
         processes = Processes() if accelerator is None else Processes.of(accelerator)
         model = without_wrapper(model)
         schedule = build_schedule(
@@ -177,6 +184,7 @@ class SpiceSampler(Sampler[int]):
             seen = {"the number of rows": len(dataset), "the fingerprint of the rows' content": fingerprint}
             check_agreement(processes, seen | {"the settings": self.config, "the seed": schedule.seed})
         run = self.prepare(schedule, selector, dataset=dataset)
+        _watch_updates(run, model)
         slots = Slots(processes.rank, processes.world_size, gradient_accumulation_steps)
         return build_dataloader(run, dataset, collate=data_collator, device=device, slots=slots)
 
@@ -218,6 +226,18 @@ class SpiceSampler(Sampler[int]):
         """Yields the rows of one epoch, scoring each step's pools when its first row is asked for."""
         for selection in self.run.steps() if self.run.is_drawing else self.run.preview():
             yield from selection.indices
+
+
+def _watch_updates(run: SelectionRun, model: nn.Module) -> None:
+    """Lets a run hear when an optimizer has updated a weight of its model, as long as the run is there."""
+    weights = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    updates = run.updates
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]):
+            updates.is_seen = True
+
+    finalize(run, register_optimizer_step_post_hook(note).remove)
 
 
 _NOT_BOUND = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -508,3 +509,30 @@ def test_a_loop_of_ones_own_may_look_first(tmp_path: Path) -> None:
     assert samplers[0].run.position == RunPosition(6, epoch=2, step_in_epoch=2, steps_trained=14)
     next(iter(first))
     assert samplers[0].run.position == RunPosition(6, epoch=3, step_in_epoch=0, steps_trained=14)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_loop_of_ones_own_that_leaves_its_epochs_early(steps: int) -> None:
+    """The last step's next batch is never asked for, but the optimizer has made its update."""
+    model, sampler = tiny_lora_model(), SpiceSampler(SpiceConfig(pool_size=10, num_selected=4))
+    loader = sampler.bind(model, tiny_dataset(), data_collator=collate, per_device_train_batch_size=4)
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    heard: list[tuple[int, int]] = []
+    sampler.add_listener(lambda selection: heard.append((selection.step, selection.epoch)))
+    for _ in range(3):
+        next(iter(loader))
+        for number, batch in enumerate(loader, start=1):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == steps:
+                break
+    assert heard == [(step, step // steps) for step in range(3 * steps)]
+
+
+def test_an_attached_sampler_is_not_bound_by_hand(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, spice={})
+    with pytest.raises(ValueError, match="is attached to a trainer, which binds it itself when training starts"):
+        trainer._spice.sampler.bind(
+            trainer.model, tiny_dataset(), data_collator=collate, per_device_train_batch_size=4
+        )
