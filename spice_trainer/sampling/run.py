@@ -68,7 +68,7 @@ class SelectionRun:
         self._pending: StepSelection | None = None
         self.updates = WeightUpdates()
         self._drawing_thread: int | None = None
-        self._steps_to_skip = self._first_step = 0
+        self._steps_to_skip = self._first_step = self._iteration = 0
         self._empty_steps = EmptyStepWatch(config.min_gain)
         self._filler = FillerRow()
         self._replay = PickReplay(config.selection_epochs)
@@ -135,6 +135,7 @@ class SelectionRun:
             if position.step_in_epoch > self._first_step:
                 self.finish_epoch()
             self._first_step = position.step_in_epoch
+        self._iteration = iteration = self._iteration + 1
         epoch = position.epoch
         if self._set_epoch is not None:
             self._set_epoch(epoch)
@@ -143,6 +144,8 @@ class SelectionRun:
             selection = self.select_step()
             yield selection
             if not self._follows_trainer:
+                if self._iteration != iteration:
+                    raise RuntimeError(_ITERATED_ANEW)
                 self.finish_step()
             elif position.steps_trained == selection.step:
                 raise RuntimeError(_NOT_TRAINED.format(step=selection.step))
@@ -252,6 +255,10 @@ class SelectionRun:
 
 
 _PROXY = "proxy."
+_ITERATED_ANEW = (
+    "The loader was iterated anew before this iteration of it had ended, which goes on with another step. Likely "
+    "cause: a look at a batch (`next(iter(loader))`) in the middle of an epoch. Fix: read rows from the dataset."
+)
 _NOT_TRAINED = (
     "The rows of the step after step {step} were asked for before the Trainer had finished step {step}, and SPICE "
     "picks them at the weights that it leaves. Likely cause: a get_batch_samples of your own fetches ahead. Fix: ask "

@@ -58,7 +58,8 @@ class FeatureBuffer:
 
     def _features_of(self, vectors: Sequence[Tensor | None]) -> Float[Tensor, " m"]:
         """Features of one vector that is given by module, and left as it is."""
-        found = torch.zeros_like(self.features[:1])
+        # This process may have no row of the step.
+        found = self.features.new_zeros(1, self.features.shape[1])
         for number, (vector, columns) in enumerate(zip(vectors, self._columns, strict=True)):
             if vector is None:
                 continue

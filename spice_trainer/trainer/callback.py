@@ -73,6 +73,7 @@ class SpiceCallback(TrainerCallback):
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
         self._epoch = 0
+        self._trained: StepSelection | None = None
         self._peak: str | None = None
         self._memory_before: MemoryUse | None = None
         self._training_started = 0.0
@@ -151,36 +152,23 @@ class SpiceCallback(TrainerCallback):
         self._report_memory(selection)
         self._training_started = time.perf_counter()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes the step as trained, before anybody's `on_step_end` may save a checkpoint."""
-        self._finish_step()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same in a training loop that does not tell of the optimizer's step."""
-        if self.sampler.run.global_step < state.global_step:
-            self._finish_step()
-        self._verify()
-
-    def _finish_step(self) -> None:
-        """Moves the run's position, and records the step: its picks, metrics, seconds and tokens."""
+        """Takes the step as trained, with its seconds and tokens."""
+        self.catch_up(state)
         if self._device.type == "cuda":
             # The next scoring needs the updated weights anyway; without this its clock would count the update.
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._training_started
-        selection = self.sampler.run.finish_step()
+        selection, self._trained = self._trained, None
+        assert selection is not None, "of this step"
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
         num_tokens = sum(self.processes.gather(num_tokens))
-        self._add_to_totals(selection)
         self.totals.add_training(seconds, num_tokens)
-        self._window.add(step_metrics(selection) | transfer_metrics(selection))
         if selection.pools:
             self._window.add(clock_metrics(selection, seconds))
         if self._records is not None:
-            self._records.write_selection(selection)
             self._records.write_costs(
                 {
                     "step": selection.step,
@@ -190,6 +178,20 @@ class SpiceCallback(TrainerCallback):
                     "tokens_trained": num_tokens,
                 }
             )
+        self._verify()
+
+    def catch_up(self, state: TrainerState) -> None:
+        """Moves the run's position to the Trainer's once that has counted the step, and records its picks.
+
+        Another callback's `on_step_end` may save a checkpoint before this one's. No collective: it may do so on one
+        process alone.
+        """
+        if self.sampler.run.global_step < state.global_step:
+            self._trained = selection = self.sampler.run.finish_step()
+            self._add_to_totals(selection)
+            self._window.add(step_metrics(selection) | transfer_metrics(selection))
+            if self._records is not None:
+                self._records.write_selection(selection)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

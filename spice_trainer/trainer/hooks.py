@@ -15,6 +15,7 @@ Everything else of the trainer is as it was, and removal puts these back.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -89,7 +90,7 @@ class SpiceHooks:
         self.sampler = sampler
         self._is_installed = False
         self._build_loader: Callable[[], DataLoader[Any]] | None = None
-        self._begins_run = False
+        self._begins_run: int | None = None
         self._plan: RunPlan | None = None
         self._earlier: EarlierSample | None = None
         self._verify_later: Callable[[], None] | None = None
@@ -229,7 +230,8 @@ class SpiceHooks:
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tells the callback which checkpoint is resumed and where the run writes, before the loader is built."""
         warn_of_settings_in_arguments(self.trainer.args, self.sampler.config)
-        self._begins_run, self._build_loader = True, None
+        # Of this thread: another may ask for a loader meanwhile.
+        self._begins_run, self._build_loader = threading.get_ident(), None
         self.callback.resume_from, self.callback.saved = kwargs.get("resume_from_checkpoint"), None
         # A trial of a hyperparameter search has a directory of its own.
         self.callback.run_dir = self.trainer._get_output_dir(kwargs.get("trial"))
@@ -246,7 +248,7 @@ class SpiceHooks:
             raise
         finally:
             # Also after an exception.
-            self._begins_run, self._build_loader = False, None
+            self._begins_run = self._build_loader = None
             self.callback.close_records()
             self.sampler.close()
 
@@ -273,8 +275,8 @@ class SpiceHooks:
 
         The one that a run begins with; any other is a preview, which moves nothing and scores nothing.
         """
-        if self._begins_run:
-            self._begins_run = False
+        if self._begins_run == threading.get_ident():
+            self._begins_run = None
             self._build_loader = self.begin_run()
             loader = self._build_loader()
             self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
@@ -360,6 +362,7 @@ class SpiceHooks:
             mark_incomplete(output_dir)
         result = original(*args, **kwargs)
         if is_checkpoint:
+            self.callback.catch_up(self.trainer.state)
             self.callback.save_state(output_dir, self.trainer.control)
         return result
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 import spice_trainer.trainer.attach
-from spice_trainer import ProxyModel, SpiceConfig, attach_spice, detach_spice, select_subset
+from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice, detach_spice, select_subset
 from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.scorer import GradientScorer

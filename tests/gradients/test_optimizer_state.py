@@ -90,7 +90,8 @@ def test_partitioned_optimizers_are_refused(setting: str, tmp_path: Path) -> Non
 def test_an_optimizer_that_is_made_later_is_looked_at_before_the_first_step(setting: str, tmp_path: Path) -> None:
     for made, says in (
         (lambda weights: torch.optim.RMSprop(weights, lr=0.1), "RMSprop is not PyTorch's Adam"),
-        (lambda weights: torch.optim.AdamW(weights[1:]), "does not train it. Fix: give the optimizer all trainable"),
+        # Whose first layer is warned of, and does not score.
+        (lambda weights: torch.optim.AdamW(weights[1:]), None),
         (torch.optim.Adam, None),
     ):
         trainer_class = type("OwnOptimizer", (OwnOptimizer,), {"made": staticmethod(made)})

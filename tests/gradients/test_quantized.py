@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import spice_trainer.gradients.backends
-import spice_trainer.gradients.verification
 import spice_trainer.scoring.scorer
 from spice_trainer import attach_spice
 from spice_trainer.data.rows import collate_row
@@ -232,7 +231,7 @@ def test_rows_that_influence_each_other_are_scored_alone(
         assert bool(inputs["attention_mask"].all()), "a row alone needs no padding"
         return compute(self, inputs, labels, sink)
 
-    for module in (spice_trainer.scoring.scorer, spice_trainer.gradients.verification):
+    for module in (spice_trainer.scoring.scorer, spice_trainer.gradients.backends):
         monkeypatch.setattr(module, "rows_influence_each_other", lambda model: True)
     trainer = make_trainer(tmp_path, model=load_quantized(folder, 8), spice={}, max_steps=1)
     monkeypatch.setattr(SampleGradients, "compute", watched)

@@ -66,6 +66,12 @@ def walk_rows(loader: Any, trainer: Any) -> None:
     assert loader.dataset[0]["input_ids"] and len(loader.dataset) == len(trainer.train_dataset)
 
 
+def ask(loader: Any, trainer: Any) -> None:
+    """Asks for a batch as the Trainer does."""
+    batches, _ = trainer.get_batch_samples(iter(loader), 1, trainer.args.device)
+    assert len(batches) <= 1
+
+
 def build(loader: Any, trainer: Any) -> None:
     """Builds a loader, and looks into it."""
     other = trainer.get_train_dataloader()
@@ -137,7 +143,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("spice", [{}, {"selection_epochs": 1}], ids=["selecting", "replaying"])
-@pytest.mark.parametrize("act", [peek, walk, begin, walk_rows, build])
+@pytest.mark.parametrize("act", [peek, walk, begin, walk_rows, ask, build])
 def test_nobody_else_moves_the_run(tmp_path: Path, plain: Any, act: Any, spice: dict[str, Any]) -> None:
     output_dir, undisturbed = plain(**spice)
     disturber = Disturber(act)
@@ -151,7 +157,8 @@ def test_nobody_else_moves_the_run(tmp_path: Path, plain: Any, act: Any, spice: 
         [line["tokens_trained"] for line in read_records(folder, "costs")]
         for folder in (tmp_path / "disturbed", output_dir)
     ]
-    assert tokens[0] == tokens[1]
+    # Rows that somebody asks for as the Trainer does count as trained tokens.
+    assert tokens[0] == tokens[1] or act is ask
 
 
 @pytest.mark.parametrize("act", [peek, walk])
@@ -502,7 +509,7 @@ def test_a_loop_of_ones_own_may_look_first(tmp_path: Path) -> None:
     assert samplers[0].run.position == RunPosition(6)
     assert [rows_of(first) for _ in range(2)] == [rows_of(second) for _ in range(2)]
     assert samplers[0].run.position == samplers[1].run.position == RunPosition(6, epoch=2, steps_trained=12)
-    # An iteration is an epoch, also one that is left early.
+    # An iteration is an epoch, also one that is left early; two at once are none.
     for number, _ in enumerate(first):
         if number == 4:
             break
@@ -536,3 +543,32 @@ def test_an_attached_sampler_is_not_bound_by_hand(tmp_path: Path) -> None:
         trainer._spice.sampler.bind(
             trainer.model, tiny_dataset(), data_collator=collate, per_device_train_batch_size=4
         )
+
+
+def test_a_loop_of_ones_own_in_a_loop_of_ones_own() -> None:
+    sampler = SpiceSampler(SpiceConfig(pool_size=10, num_selected=4))
+    loader = sampler.bind(tiny_lora_model(), tiny_dataset(), data_collator=collate, per_device_train_batch_size=4)
+    with pytest.raises(RuntimeError, match=r"iterated anew before this iteration .* Fix: read rows from the dataset"):
+        for number, _ in enumerate(loader):
+            if number == 2:
+                next(iter(loader))
+    with pytest.raises(RuntimeError, match="iterated anew"):
+        list(zip(loader, loader, strict=True))
+
+
+def test_a_thread_that_asks_for_a_loader_does_not_take_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, spice={}, max_steps=2)
+    create_loader = trainer._spice.on_get_train_dataloader
+
+    def ask_first(original: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() and trainer.is_in_train:
+            other = threading.Thread(target=trainer.get_train_dataloader)
+            other.start()
+            other.join()
+        return create_loader(original)
+
+    monkeypatch.setattr(trainer._spice, "on_get_train_dataloader", ask_first)
+    trainer.train()
+    assert trainer.state.global_step == 2 == len(trained_indices(tmp_path))
