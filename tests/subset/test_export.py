@@ -57,10 +57,6 @@ class TestFiles:
         files = export(transformed, tmp_path / "out")
         assert load_from_disk(str(files.dataset)).to_list() == [MESSAGES[index] for index in INDICES]
 
-    def test_a_row_picked_twice_is_there_twice(self, tmp_path: Path) -> None:
-        files = export(MESSAGES, tmp_path / "out", (2, 2, 0))
-        assert read_jsonl(files.jsonl, tmp_path / "cache") == [MESSAGES[2], MESSAGES[2], MESSAGES[0]]
-
     def test_token_columns_stay_in_the_dataset_alone(self, tmp_path: Path) -> None:
         tokens = {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1], "completion_mask": [0, 1]}
         files = export([row | tokens for row in MESSAGES], tmp_path / "out")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spice_trainer import SpiceConfig, select_subset
-from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.sampling.run import SelectionRun
 from tests.support.models import tiny_lora_model
 from tests.support.trainers import read_records, tiny_dataset
 
@@ -26,16 +26,17 @@ def select(output_dir: Path) -> None:
 
 def test_a_killed_selection_loses_at_most_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     select(tmp_path / "whole")
-    original, clock, started = SpiceSampler.select_step, time.monotonic, []
+    original, clock, started = SelectionRun.select_step, time.monotonic, []
 
-    def select_step(self: SpiceSampler, epoch: int, step_in_epoch: int) -> Any:
+    def select_step(self: SelectionRun) -> Any:
+        step_in_epoch = self.position.step_in_epoch
         if step_in_epoch == 5 and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         started.append(step_in_epoch)
-        return original(self, epoch, step_in_epoch)
+        return original(self)
 
     parent = os.getpid()
-    monkeypatch.setattr(SpiceSampler, "select_step", select_step)
+    monkeypatch.setattr(SelectionRun, "select_step", select_step)
     monkeypatch.setattr(time, "monotonic", lambda: clock() + SECONDS_A_STEP * len(started))
     pid = os.fork()
     if pid == 0:
