@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from spice_trainer.utils.files import open_regular, replace_file
 
@@ -68,7 +69,7 @@ class RecordFile:
     What could not be written waits in memory for the next attempt.
     """
 
-    def __init__(self, path: Path, file: int, digest: hashlib._Hash | None = None) -> None:
+    def __init__(self, path: Path, file: int, digest: Any = None) -> None:
         self.path = path
         self.segments: list[Segment] = []
         self.unwritten = b""

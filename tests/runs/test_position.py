@@ -481,8 +481,8 @@ def test_datasets_and_collators_are_called_as_the_stock_loader_calls_them(
     once = {name: [call for call, _ in itertools.groupby(found)] for name, found in calls.items()}
     epochs = {name: [call[1] for call in found if call[0] == "epoch"] for name, found in once.items()}
     assert epochs["spice"] == list(range(int(resume), 3))
-    # accelerate (1.15) forgets the epoch whose first batches a resumed run skips.
-    assert epochs["stock"] == epochs["spice"][int(resume) :]
+    # accelerate 1.15, not yet 1.10, forgets the epoch whose first batches a resumed run skips.
+    assert epochs["stock"] in (epochs["spice"], epochs["spice"][int(resume) :])
     kinds = {name: {call for call in found if call[0] != "epoch"} for name, found in calls.items()}
     assert kinds["spice"] == kinds["stock"]
     numbers = {name: sum(1 for call in found if call[0] != "epoch") for name, found in calls.items()}
