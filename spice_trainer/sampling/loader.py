@@ -47,9 +47,7 @@ class PickSource(Protocol):
 def preview_step(schedule: PoolSchedule, epoch: int, step_in_epoch: int) -> StepSelection:
     """A step as if the first candidates of its pools, which come in random order, were picked."""
     plan = schedule.pools(epoch, step_in_epoch)
-    indices = tuple(
-        row for pool, budget in zip(plan.pools, plan.budgets, strict=True) for row in pool[: min(budget, len(pool))]
-    )
+    indices = tuple(row for pool, budget in zip(plan.pools, plan.budgets, strict=True) for row in pool[:budget])
     return StepSelection(step=step_in_epoch, epoch=epoch, indices=indices)
 
 

@@ -1,4 +1,4 @@
-"""What SPICE adds to one Trainer: seven methods bound on the instance, each calling the original.
+"""What SPICE adds to one Trainer: eight methods bound on the instance, each calling the original.
 
     train                  resumes no checkpoint whose writing was interrupted
     _hp_search_setup       a trial's values of SPICE's settings are those of its run
@@ -317,6 +317,10 @@ class SpiceHooks:
 
         A step whose rows are all fillers has no label token; its zero loss must not be divided by zero.
         """
+        if self._build_loader is None:
+            # Between runs somebody looks at batches, of whatever loader.
+            asked: tuple[list[Any], Any] = original(*args, **kwargs)
+            return asked
         if self.callback not in self.trainer.callback_handler.callbacks:
             raise RuntimeError(
                 "The SpiceCallback was taken from the trainer's callbacks, so nothing would tell SPICE which steps "

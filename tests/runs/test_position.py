@@ -268,6 +268,15 @@ def test_a_preview_shows_candidates_in_the_place_of_picks(tmp_path: Path) -> Non
     assert len(firsts) == 22 and not (tmp_path / "spice").exists()
 
 
+def test_batches_may_be_asked_for_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, spice={}, max_steps=2)
+    ask(trainer.get_train_dataloader(), trainer)
+    trainer.train()
+    monkeypatch.setattr(SelectionRun, "_score_step", lambda *args: pytest.fail("scored"))
+    ask(trainer.callback_handler.train_dataloader, trainer)
+    assert trainer._spice.sampler.run.global_step == 2
+
+
 def test_a_preview_shows_the_picks_that_are_known(tmp_path: Path) -> None:
     shown: list[list[list[int]]] = []
 
