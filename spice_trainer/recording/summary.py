@@ -251,7 +251,8 @@ def print_summary(
         print("\n".join(["", "SPICE summary", *lines, *below]), file=sys.stdout)
         return
     table = Table(title="SPICE summary", show_header=False, title_justify="left")
-    table.add_column(style="bold")
+    # What a number means stays whole beside a long value.
+    table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in rows:
         table.add_row(name, value)

@@ -257,6 +257,14 @@ def test_the_summary_of_a_run_with_its_ledger(
     assert "all the data" not in plain and "proxy" not in plain and "Training" in plain
 
 
+def test_a_long_value_breaks_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    totals = RunTotals(num_steps=4, num_candidates=100, num_pools=1)
+    print_summary(totals, "records", peak="less than 1.05 GB (an earlier peak), which was measured before")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name, _ in summarize_run(totals, peak="some"))
+
+
 @pytest.mark.parametrize("rich", [True, False])
 @pytest.mark.parametrize("encoding", ["ascii", "cp932", "cp936", "cp949", "koi8-r", "iso8859-2", "utf-8"])
 def test_a_summary_is_printed_in_any_encoding(encoding: str, rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
