@@ -179,9 +179,7 @@ def collate_row(index: int, row: Any, collate: DataCollator, *, source: str = TR
             # The model's own positions are the same, and need no padding.
             del batch["position_ids"]
         batch = {key: value for key, value in batch.items() if key not in _FLATTENED_KEYS}
-        can_be_padded = all(
-            isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == length for value in batch.values()
-        )
+        can_be_padded = all(isinstance(value, Tensor) and value.shape == (1, length) for value in batch.values())
     return CandidateRow(
         index=index,
         inputs=batch,
@@ -320,7 +318,8 @@ def _strip_padding(batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any
     start, stop = int(attended[0]), int(attended[-1]) + 1
     stripped = {
         key: value[:, start:stop]
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
+        # Not the patches of an image that have as many numbers.
+        if isinstance(value, Tensor) and value.shape[:2] == (1, length)
         else value
         for key, value in batch.items()
     }

@@ -51,6 +51,14 @@ def test_a_hole_in_the_attention_mask_stays() -> None:
     assert row.inputs["attention_mask"].tolist() == [[1, 0, 1, 1]] and row.labels.tolist() == [[1, 2, 3, 4]]
 
 
+def test_patches_with_as_many_numbers_as_the_row_has_tokens_stay_whole() -> None:
+    batch = collate([ROW | {"attention_mask": [1, 1, 1, 0, 0]}])
+    patches, mask = torch.rand(8, 5), torch.arange(5).view(1, 5, 1, 1)
+    row = collate_row(0, None, lambda rows: {**batch, "pixel_values": patches, "cross_attention_mask": mask})
+    assert torch.equal(row.inputs["pixel_values"], patches) and row.num_tokens == 3
+    assert torch.equal(row.inputs["cross_attention_mask"], mask[:, :3])
+
+
 def test_the_first_token_has_no_prediction() -> None:
     whole = collate_row(0, {**ROW, "labels": ROW["input_ids"]}, collate)
     assert whole.num_label_tokens == 4
@@ -87,6 +95,7 @@ def test_a_packed_row_is_scored_alone_as_the_collator_made_it() -> None:
     [
         ("token_type_ids", torch.tensor([[0, 0, 1, 1, 1]]), True),
         ("pixel_values", torch.zeros(1, 3, 4, 4), False),
+        ("pixel_values", torch.zeros(8, 5), False),
         ("image_sizes", torch.zeros(1, 2), False),
         ("attention_mask", torch.ones(1, 1, 5, 5), False),
         ("names", ["a"], False),

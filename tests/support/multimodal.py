@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -108,6 +109,33 @@ def _qwen2_vl() -> nn.Module:
     )
 
 
+def _qwen3_vl() -> nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True}
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "out_hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 16,
+        # Images enter the language model here, too.
+        "deepstack_visual_indexes": [0],
+    }
+    return transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(
+            text_config=_TEXT | {"head_dim": 8, "rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=IMAGE,
+            vision_start_token_id=61,
+            vision_end_token_id=62,
+            video_token_id=59,
+        )
+    )
+
+
 def _gemma3() -> nn.Module:
     vision = {
         "hidden_size": 16,
@@ -135,6 +163,8 @@ _MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2_vl": _qwen2_vl,
     "gemma3": _gemma3,
 }
+if hasattr(transformers, "Qwen3VLConfig"):
+    _MODELS["qwen3_vl"] = _qwen3_vl
 MULTIMODAL = tuple(_MODELS)
 
 
@@ -223,6 +253,7 @@ _IMAGES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "llava": _llava_images,
     "mllama": _mllama_images,
     "qwen2_vl": _qwen2_vl_images,
+    "qwen3_vl": _qwen2_vl_images,
     "gemma3": _gemma3_images,
 }
 
