@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_trainer.gradients.label_head import LabelHead, sample_losses
+from spice_trainer.gradients.label_head import PLAIN, LabelHead, LabelLoss, sample_losses
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -56,9 +56,10 @@ def logits_of(outputs: Any) -> Float[Tensor, "N S V"]:
 class ForwardLosses:
     """Runs a model's forward for the losses of its labels, with a stand-in for its head unless `takes_head` is off."""
 
-    def __init__(self, model: nn.Module, *, takes_head: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, takes_head: bool = True, label_loss: LabelLoss = PLAIN) -> None:
         self.model = model
-        self.head = LabelHead.of(model) if takes_head else None
+        self.label_loss = label_loss
+        self.head = LabelHead.of(model, label_loss) if takes_head else None
         self._keeps_logits = "logits_to_keep" in forward_parameters(model)
         self._extra_inputs = without_cache(model)
         self._saw_embedding = False
@@ -71,6 +72,7 @@ class ForwardLosses:
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> tuple[Float[Tensor, "N"], Tensor]:
         """Mean loss of each sample's labels in float32, 0 without any, and the logits of some positions at least.
 
+        The losses are negative log-likelihoods, their gradients those of `label_loss`.
         The labels are unshifted, −100 where no loss is taken. Call it while the hooks are attached.
         """
         targets = labels[:, 1:]
@@ -91,7 +93,8 @@ class ForwardLosses:
         logits = self._call({**inputs, **keep})
         if not self._keeps_logits:
             logits = logits[:, :-1]
-        return sample_losses(logits, targets.to(logits.device), mask.to(logits.device)), logits
+        targets, mask = targets.to(logits.device), mask.to(logits.device)
+        return sample_losses(logits, targets, mask, self.label_loss), logits
 
     def _look_at_head(self, head: LabelHead, inputs: Mapping[str, Any]) -> None:
         """A forward more, once for a model: what a sample's gradient is must not depend on when it is computed."""

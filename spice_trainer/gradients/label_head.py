@@ -4,6 +4,9 @@ For the hidden state h_p before a label y_p and a plain head z = W h (+ b) over 
 
     ℓ_p = log Σ_v exp z_v − z_{y_p},      ∂ℓ_p/∂h_p = Wᵀ (softmax(z) − e_{y_p})
 
+These are the losses that are returned, always; their gradients may be those of another loss of the labels, the one
+that trains.
+
 Logits of a chunk are turned into losses and gradients at once and dropped, so that neither they nor their gradients
 are ever held for a whole micro-batch (N × S × V numbers: the largest tensor by far of a small model), and positions
 without a label cost nothing.
@@ -19,7 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,13 +34,55 @@ from torch import Tensor, nn
 CHUNK_NUMBERS = 2**25
 
 
+@dataclass(frozen=True)
+class LabelLoss:
+    """What a label token contributes to the loss that trains; ℓ is its negative log-likelihood.
+
+    nll    (1 − ε) ℓ − ε/V Σ_v log p_v     with ε = `smoothing`, as transformers' LabelSmoother
+    dft    exp(−ℓ) ℓ, the first constant   as TRL's loss_type="dft"
+    """
+
+    kind: Literal["nll", "dft"] = "nll"
+    smoothing: float = 0.0
+
+    def of(self, log_probabilities: Float[Tensor, "P V"], targets: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """The labels' ℓ, with the gradient of what trains."""
+        plain = nn.functional.nll_loss(log_probabilities, targets, reduction="none")
+        if self.kind == "dft":
+            trained = torch.exp(-plain.detach()) * plain
+        elif self.smoothing:
+            trained = (1 - self.smoothing) * plain - self.smoothing * log_probabilities.mean(-1)
+        else:
+            return plain
+        return plain.detach() + (trained - trained.detach())
+
+    def errors(
+        self, probabilities: Float[Tensor, "P V"], targets: Int[Tensor, "P"], losses: Float[Tensor, "P"]
+    ) -> Float[Tensor, "P V"]:
+        """The gradient of what trains toward the logits, written over their softmax."""
+        if self.smoothing and self.kind == "nll":
+            probabilities -= self.smoothing / probabilities.shape[1]
+            at_label = self.smoothing - 1.0
+        else:
+            at_label = -1.0
+        places = targets[:, None]
+        errors = probabilities.scatter_add_(1, places, probabilities.new_full(places.shape, at_label))
+        return errors.mul_(torch.exp(-losses)[:, None]) if self.kind == "dft" else errors
+
+
+PLAIN = LabelLoss()
+
+
 def chunk_tokens(num_tokens_in_vocabulary: int) -> int:
     """Label positions of a chunk."""
     return max(1, CHUNK_NUMBERS // num_tokens_in_vocabulary)
 
 
 def sample_losses(
-    logits: Float[Tensor, "N S V"], targets: Int[Tensor, "N S"], mask: Bool[Tensor, "N S"]
+    logits: Float[Tensor, "N S V"],
+    targets: Int[Tensor, "N S"],
+    mask: Bool[Tensor, "N S"],
+    label_loss: LabelLoss = PLAIN,
 ) -> Float[Tensor, "N"]:
     """Mean negative log-likelihood of each sample's labels in float32, 0 without any, from logits that are there.
 
@@ -44,7 +90,7 @@ def sample_losses(
     """
     # Not `cross_entropy`, which Liger can replace by a kernel that writes into the logits. The numbers are the same.
     log_probabilities = torch.log_softmax(logits[mask].float(), dim=-1)
-    return mean_of_samples(nn.functional.nll_loss(log_probabilities, targets[mask], reduction="none"), mask)
+    return mean_of_samples(label_loss.of(log_probabilities, targets[mask]), mask)
 
 
 def mean_of_samples(losses: Float[Tensor, "P"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N"]:
@@ -54,12 +100,16 @@ def mean_of_samples(losses: Float[Tensor, "P"], mask: Bool[Tensor, "N S"]) -> Fl
 
 
 def token_losses(
-    hidden: Float[Tensor, "P d"], weight: Float[Tensor, "V d"], bias: Tensor | None, targets: Int[Tensor, "P"]
+    hidden: Float[Tensor, "P d"],
+    weight: Float[Tensor, "V d"],
+    bias: Tensor | None,
+    targets: Int[Tensor, "P"],
+    label_loss: LabelLoss = PLAIN,
 ) -> Float[Tensor, "P"]:
     """Negative log-likelihood of each label in float32, differentiable with respect to the hidden states."""
     if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return _in_chunks(hidden, weight, bias, targets)
-    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+        return _in_chunks(hidden, weight, bias, targets, label_loss)
+    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets, label_loss)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -67,20 +117,27 @@ class _TokenLosses(torch.autograd.Function):
     """Losses of label positions; their gradients are formed in the forward, while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, label_loss: LabelLoss
+    ) -> Tensor:
         gradients = torch.empty_like(hidden)
-        losses = _in_chunks(hidden, weight, bias, targets, gradients)
+        losses = _in_chunks(hidden, weight, bias, targets, label_loss, gradients)
         ctx.save_for_backward(gradients)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> Any:
         (gradients,) = ctx.saved_tensors
-        return gradients * output_gradients[0][:, None].to(gradients.dtype), None, None, None
+        return gradients * output_gradients[0][:, None].to(gradients.dtype), None, None, None, None
 
 
 def _in_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_loss: LabelLoss,
+    gradients: Tensor | None = None,
 ) -> Tensor:
     """Losses; writes their gradients toward the hidden states, if there is where."""
     if torch.is_autocast_enabled(hidden.device.type):
@@ -91,26 +148,31 @@ def _in_chunks(
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         written = None if gradients is None else gradients[part]
-        _fill(hidden[part], weight, bias, targets[part], losses[part], written)
+        _fill(hidden[part], weight, bias, targets[part], label_loss, losses[part], written)
     return losses
 
 
 def _fill(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, gradients: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_loss: LabelLoss,
+    losses: Tensor,
+    gradients: Tensor | None,
 ) -> None:
     """One chunk. Its logits are gone before those of the next come."""
     logits = nn.functional.linear(hidden, weight, bias)
     dtype, logits = logits.dtype, logits.float()
-    largest, places = logits.amax(dim=-1, keepdim=True), targets[:, None]
-    picked = logits.gather(1, places) - largest
+    largest = logits.amax(dim=-1, keepdim=True)
+    picked = logits.gather(1, targets[:, None]) - largest
     # In place throughout, one buffer of logits: `logsumexp` would take another inside.
     exponentials = logits.sub_(largest).exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
     losses.copy_((sums.log() - picked).squeeze(1))
     if gradients is None:
         return
-    errors = exponentials.div_(sums)
-    errors.scatter_add_(1, places, torch.full_like(sums, -1.0))
+    errors = label_loss.errors(exponentials.div_(sums), targets, losses)
     gradients.copy_(errors.to(dtype) @ weight.to(dtype))
 
 
@@ -132,8 +194,9 @@ class LabelHead:
     ```
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, label_loss: LabelLoss = PLAIN) -> None:
         self._head = head
+        self._label_loss = label_loss
         self._targets: Tensor | None = None
         self._mask: Tensor | None = None
         self._losses: Tensor | None = None
@@ -142,12 +205,12 @@ class LabelHead:
         self._num_calls = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> LabelHead | None:
+    def of(cls, model: nn.Module, label_loss: LabelLoss = PLAIN) -> LabelHead | None:
         """The stand-in for a model whose head can have one, or `None`."""
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         # Not a subclass: those of quantised weights, LoRA or tensor parallelism compute something else.
-        return cls(head) if type(head) is nn.Linear else None
+        return cls(head, label_loss) if type(head) is nn.Linear else None
 
     @property
     def is_plain(self) -> bool | None:
@@ -214,7 +277,8 @@ class LabelHead:
             self._product = nn.functional.linear(hidden, weight, bias)
             return (hidden, *args[1:])
         mask, targets = self._mask.to(hidden.device), self._targets.to(hidden.device)
-        of_tokens = token_losses(hidden[:, : mask.shape[1]][mask], weight.detach(), bias, targets[mask])
+        hidden_before = hidden[:, : mask.shape[1]][mask]
+        of_tokens = token_losses(hidden_before, weight.detach(), bias, targets[mask], self._label_loss)
         self._losses = mean_of_samples(of_tokens, mask)
         # Whoever looks at the logits finds some, of one position; nothing is taken of them.
         return (_not_a_view(hidden[:, :1].detach()), *args[1:])

@@ -40,6 +40,7 @@ from spice_trainer.gradients.backends import (
 )
 from spice_trainer.gradients.forward import ForwardLosses, input_embedding
 from spice_trainer.gradients.graph import LossGraph
+from spice_trainer.gradients.label_head import PLAIN, LabelLoss
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.lora import why_switched_off
 from spice_trainer.gradients.loss_scale import LossScale
@@ -69,7 +70,7 @@ class SampleGradients:
     The model comes without its DDP or DeepSpeed wrapper; `modules` are the layers of `find_lora_modules` or some of
     them, and below the lowest of these the others leave no graph. `can_repeat` says whether a batch may be run again
     for samples whose float16 gradient overflowed under the loss scale: with sharded weights a process cannot do so by
-    itself, and such samples count as not finite.
+    itself, and such samples count as not finite. Gradients are those of `label_loss`.
 
     Example:
     ```python
@@ -78,10 +79,17 @@ class SampleGradients:
     ```
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], *, can_repeat: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        can_repeat: bool = True,
+        label_loss: LabelLoss = PLAIN,
+    ) -> None:
         self.model = model
         self._is_whole = needs_whole_graph(model)
-        self.forward = ForwardLosses(model, takes_head=not self._is_whole)
+        self.forward = ForwardLosses(model, takes_head=not self._is_whole, label_loss=label_loss)
         self._layers = scored_layers(modules)
         self._by_autograd = [index for index, layer in enumerate(self._layers) if layer.takes_autograd]
         self._open = ExitStack()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.backends import must_score_alone, scoring_mode
 from spice_trainer.gradients.forward import input_embedding, logits_of, move_inputs, without_cache
-from spice_trainer.gradients.label_head import sample_losses
+from spice_trainer.gradients.label_head import PLAIN, LabelLoss, sample_losses
 from spice_trainer.gradients.layers.base import ScoredLayer
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -49,6 +49,7 @@ def verify_gradients(
     *,
     device: torch.device,
     autocast: _Autocast = nullcontext,
+    label_loss: LabelLoss = PLAIN,
 ) -> float:
     """Compares batched sample gradients of some labelled rows (two are enough) with autograd, one row at a time.
 
@@ -58,8 +59,8 @@ def verify_gradients(
     """
     layers = scored_layers(modules)
     with preserved_random_state(device), _without_zero_weights(layers):
-        batched = _batched_gradients(model, modules, rows, device, autocast)
-        alone = [_autograd(model, layers, row, device, autocast) for row in rows]
+        batched = _batched_gradients(model, modules, rows, device, autocast, label_loss)
+        alone = [_autograd(model, layers, row, device, autocast, label_loss) for row in rows]
     if not any(torch.cat(gradients).isfinite().all() for gradients in alone):
         raise ValueError(
             f"The gradients of rows {', '.join(str(row.index) for row in rows)} of the training dataset are not "
@@ -76,6 +77,7 @@ def verify_directions(
     *,
     device: torch.device,
     autocast: _Autocast = nullcontext,
+    label_loss: LabelLoss = PLAIN,
 ) -> float:
     """Compares them along a random direction of each layer, on a model wrapped as it trains.
 
@@ -89,8 +91,8 @@ def verify_directions(
     directions = [[torch.randn(shape, generator=generator).to(device) for shape in layer.shapes] for layer in layers]
     flat = [torch.cat([part.flatten() for part in direction]).double() for direction in directions]
     with preserved_random_state(device):
-        batched = _batched_gradients(model, modules, rows, device, autocast)
-        alone = [_derivatives(model, layers, directions, row, device, autocast) for row in rows]
+        batched = _batched_gradients(model, modules, rows, device, autocast, label_loss)
+        alone = [_derivatives(model, layers, directions, row, device, autocast, label_loss) for row in rows]
     ours = [
         [(gradient * direction).sum()[None] for gradient, direction in zip(gradients, flat, strict=True)]
         for gradients in batched
@@ -123,6 +125,7 @@ def _batched_gradients(
     rows: Sequence[CandidateRow],
     device: torch.device,
     autocast: _Autocast,
+    label_loss: LabelLoss,
 ) -> list[list[Tensor]]:
     """Sample gradients as scoring takes them, like rows in one micro-batch where they can be: for each its layers'."""
     is_alone = must_score_alone(model)
@@ -130,7 +133,7 @@ def _batched_gradients(
     for place, row in enumerate(rows):
         groups.setdefault(row.shape.keys if row.can_be_padded and not is_alone else place, []).append(place)
     gradients: dict[int, list[Tensor]] = {}
-    with SampleGradients(model, modules) as sample_gradients:
+    with SampleGradients(model, modules, label_loss=label_loss) as sample_gradients:
         for places in groups.values():
             collected = _Collected(len(places))
             with autocast():
@@ -140,12 +143,17 @@ def _batched_gradients(
 
 
 def _autograd(
-    model: nn.Module, layers: Sequence[ScoredLayer], row: CandidateRow, device: torch.device, autocast: _Autocast
+    model: nn.Module,
+    layers: Sequence[ScoredLayer],
+    row: CandidateRow,
+    device: torch.device,
+    autocast: _Autocast,
+    label_loss: LabelLoss,
 ) -> list[Tensor]:
     """Gradients of one row alone by plain autograd, per layer, in the order of its coordinates."""
     inputs, labels = _make_batch([row], device)
     with scoring_mode(model), torch.enable_grad(), autocast():
-        loss = _label_loss(model(**inputs, **without_cache(model)), labels)
+        loss = _sample_loss(model(**inputs, **without_cache(model)), labels, label_loss)
         trained = [parameter for layer in layers for parameter in layer.parameters]
         # A row that uses no scored layer has a loss without a graph.
         loss = loss + 0.0 * trained[0].sum()
@@ -160,6 +168,7 @@ def _derivatives(
     row: CandidateRow,
     device: torch.device,
     autocast: _Autocast,
+    label_loss: LabelLoss,
 ) -> list[Tensor]:
     """dℓ/ds of every layer for one row alone."""
     inputs, labels = _make_batch([row], device)
@@ -186,7 +195,7 @@ def _derivatives(
         with scoring_mode(model), torch.enable_grad():
             with autocast():
                 outputs = model(**inputs, **without_cache(model))
-            torch.autograd.backward(_label_loss(outputs, labels), inputs=[*leaves, *scalars])
+            torch.autograd.backward(_sample_loss(outputs, labels, label_loss), inputs=[*leaves, *scalars])
     return [
         torch.zeros(1, dtype=torch.float64, device=device) if scalar.grad is None else scalar.grad.double()[None]
         for scalar in scalars
@@ -265,7 +274,7 @@ def _make_batch(rows: Sequence[CandidateRow], device: torch.device) -> tuple[dic
     return move_inputs(inputs, device), labels.to(device)
 
 
-def _label_loss(outputs: Any, labels: Tensor) -> Tensor:
+def _sample_loss(outputs: Any, labels: Tensor, label_loss: LabelLoss) -> Tensor:
     logits = logits_of(outputs)
     targets = labels[:, 1:].to(logits.device)
-    return sample_losses(logits[:, :-1], targets, targets != -100).sum()
+    return sample_losses(logits[:, :-1], targets, targets != -100, label_loss).sum()

@@ -43,6 +43,7 @@ class AdapterLearner:
         self.num_updates = 0
         self.processes = runtime.processes
         self._autocast = runtime.autocast
+        self._label_loss = runtime.label_loss
         self._seed = runtime.seed
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -127,7 +128,7 @@ class AdapterLearner:
             with self._autocast():
                 outputs = self.model(**move_inputs(inputs, self.device), **self._extra_inputs)
             logits = logits_of(outputs)[:, :-1]
-            losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device))
+            losses = sample_losses(logits, targets.to(logits.device), mask.to(logits.device), self._label_loss)
             loss = (losses * mask.sum(1).to(losses)).sum() / num_label_tokens
             loss.backward()
         return float(loss.detach())

@@ -51,6 +51,7 @@ class ScoringPasses:
         # What fits may be less; that is this process's own affair, the shared plan stays as it is.
         self.budget = TokenBudget(config.scoring_tokens_per_batch) if budget is None else budget
         self._autocast = runtime.autocast
+        self._label_loss = runtime.label_loss
         self._moments: AdamMoments | None = None
         if config.gradient_preconditioning == "adam":
             self._moments = AdamMoments(runtime.get_optimizer, self.modules)
@@ -77,7 +78,12 @@ class ScoringPasses:
 
     def open(self) -> SampleGradients:
         """The context in which passes run."""
-        return SampleGradients(self.get_model(), self.modules, can_repeat=not self.processes.lockstep)
+        return SampleGradients(
+            self.get_model(),
+            self.modules,
+            can_repeat=not self.processes.lockstep,
+            label_loss=self._label_loss,
+        )
 
     def new_buffer(self, num_rows: int, *, preconditioned: bool = True) -> FeatureBuffer:
         """Room for the features of some candidates, of raw gradients if preconditioning is not wanted or asked for."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from spice_trainer.distributed import Processes
+from spice_trainer.gradients.label_head import PLAIN, LabelLoss
 
 
 def _no_optimizer() -> None:
@@ -25,3 +26,4 @@ class Runtime:
     processes: Processes = field(default_factory=Processes)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # The context of the training precision.
     get_optimizer: Callable[[], Any] = _no_optimizer
+    label_loss: LabelLoss = PLAIN  # The loss that gradients are taken of.

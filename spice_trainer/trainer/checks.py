@@ -33,6 +33,7 @@ from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
 from spice_trainer.scoring.scorer import GradientScorer
+from spice_trainer.trainer.objective import check_objective
 from spice_trainer.utils.logging import logger
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -75,48 +76,6 @@ def is_training(trainer: Any) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def check_objective(trainer: Any) -> None:
-    """Refuses trainers that train something else than the likelihood of label tokens, which is what SPICE scores."""
-    # The first one decides: trl's GKDTrainer, for one, is an SFTTrainer with another loss.
-    theirs = (cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.split(".")[0] == "trl")
-    other = next((name for name in theirs if name.endswith("Trainer")), "SFTTrainer")
-    if other != "SFTTrainer":
-        raise ValueError(
-            f"SPICE scores samples by the likelihood of their label tokens, and {other} trains another objective "
-            "(preferences, rewards or its own generations), for which these scores mean nothing. Use it with "
-            "SFTTrainer or transformers.Trainer, or select beforehand with `select_subset` on the texts."
-        )
-    model = getattr(trainer, "model", None)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(trainer).__name__} trains {type(model).__name__}, an encoder-decoder model. SPICE shifts labels "
-            "by one as causal language models do, so its gradients would be others. Use a decoder-only model."
-        )
-
-
-def warn_of_objective(trainer: Any) -> None:
-    """Says by name what of the trained loss is not in the scores, which are of the plain likelihood."""
-    args, config = trainer.args, getattr(trainer.model, "config", None)
-    config = getattr(config, "text_config", config)
-    loss_type = getattr(args, "loss_type", "nll")
-    theirs = [
-        f"loss_type={loss_type!r}" if loss_type not in ("nll", "chunked_nll") else None,
-        f"label_smoothing_factor={args.label_smoothing_factor}" if args.label_smoothing_factor > 0 else None,
-        # SFTTrainer sets one of its own for its other losses.
-        "a compute_loss_func" if trainer.compute_loss_func is not None and loss_type == "nll" else None,
-        "an auxiliary loss of the router (output_router_logits)"
-        if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)
-        else None,
-    ]
-    named = " and ".join(name for name in theirs if name is not None)
-    if named:
-        logger.warning(
-            "SPICE: the trainer trains by %s, and samples are scored by the plain cross-entropy of their labels. "
-            "Where the two differ, picks are those for the plain one.",
-            named,
-        )
 
 
 def warn_of_arguments(args: TrainingArguments) -> None:
@@ -211,13 +170,12 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
         kinds.setdefault(row.shape.keys, []).append(row)
     shortest = [row for of_kind in kinds.values() for row in of_kind[:2]]
     model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
+    settings: dict[str, Any] = {"autocast": accelerator.autocast, "label_loss": scorer.runtime.label_loss}
     is_target = model is trainer.model
 
     def verify_when_wrapped() -> None:
         scorer.follow(is_told=False)
-        error = verify_directions(
-            scorer.get_model(), scorer.modules, shortest, device=scorer.device, autocast=accelerator.autocast
-        )
+        error = verify_directions(scorer.get_model(), scorer.modules, shortest, device=scorer.device, **settings)
         logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
 
     # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
@@ -226,9 +184,7 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
     if is_ready:
         with processes.failing_together("verifying the sample gradients"):
             if processes.is_main:
-                error = verify_gradients(
-                    model, scorer.modules, shortest, device=input_device(model), autocast=accelerator.autocast
-                )
+                error = verify_gradients(model, scorer.modules, shortest, device=input_device(model), **settings)
                 logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
     changes = is_target and changes_when_training_begins(trainer.args)
     return verify_when_wrapped if not is_ready or changes else None

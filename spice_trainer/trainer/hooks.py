@@ -35,7 +35,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import PickSource, ScheduledEpoch, SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run, warn_of_objective
+from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.inputs import (
     EarlierSample,
@@ -48,6 +48,7 @@ from spice_trainer.trainer.inputs import (
     training_rows,
     warn_of_preparation,
 )
+from spice_trainer.trainer.objective import warn_of_objective
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.trainer.search import SEARCHABLE, searched_config, warn_of_settings_in_arguments
 from spice_trainer.utils.logging import logger

@@ -30,6 +30,7 @@ from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.trainer.checks import count_steps, num_parameters
 from spice_trainer.trainer.normalization import is_token_normalized
+from spice_trainer.trainer.objective import label_loss_of
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
@@ -213,6 +214,7 @@ def build_trainer_selector(
             processes=Processes.of(trainer.accelerator),
             autocast=trainer.accelerator.autocast,
             get_optimizer=lambda: trainer.optimizer,
+            label_loss=label_loss_of(trainer),
         ),
         describe_rows(trainer, dataset, collate, trainer.train_dataset),
         proxy=proxy,

@@ -46,12 +46,13 @@ def make_proxied(output_dir: Path, proxy: ProxyModel, *, spice: dict[str, Any] |
     return trainer
 
 
-def test_a_copy_of_the_target_picks_what_the_target_picks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [{}, {"label_smoothing_factor": 0.3}], ids=["plain", "smoothed"])
+def test_a_copy_of_the_target_picks_what_the_target_picks(loss: dict[str, float], tmp_path: Path) -> None:
     # Both take the same optimizer steps, so the picks agree in every step, not only in the first.
-    alone = make_trainer(tmp_path / "alone", spice={}, **SAME_OPTIMIZER)
+    alone = make_trainer(tmp_path / "alone", spice={}, **SAME_OPTIMIZER, **loss)
     proxy = ProxyModel(copy.deepcopy(alone.model), learning_rate=LEARNING_RATE)
     alone.train()
-    trainer = make_proxied(tmp_path / "proxied", proxy, **SAME_OPTIMIZER)
+    trainer = make_proxied(tmp_path / "proxied", proxy, **SAME_OPTIMIZER, **loss)
     trainer.train()
     picks = trained_indices(tmp_path / "alone")
     assert trained_indices(tmp_path / "proxied") == picks and len(picks) == 6

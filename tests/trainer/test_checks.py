@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
-from trl import SFTConfig
 
 import spice_trainer.scoring.memory
 from spice_trainer import SpiceConfig, attach_spice
@@ -15,7 +13,6 @@ from spice_trainer.recording.summary import warn_of_share
 from spice_trainer.sampling.schedule import build_schedule
 from spice_trainer.trainer.inputs import build_trainer_schedule
 from tests.bad_input.settings import ADAPTIVE, OwnLoss
-from tests.support.models import tiny_lora_model
 from tests.support.trainers import make_sft_trainer, make_trainer, tiny_rows
 from tests.support.versions import before
 
@@ -34,52 +31,6 @@ def test_adaptive_stopping_is_taken_where_the_loss_counts_tokens(tmp_path: Path)
         make_trainer(tmp_path / "own", spice=ADAPTIVE, trainer_class=OwnLoss)
     finally:
         del OwnLoss.loss_is_scaled_for_ga
-
-
-def _plain(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    return outputs.loss
-
-
-def _with_router_loss() -> Any:
-    model = tiny_lora_model()
-    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.01
-    return model
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({}, None),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
-        ({"compute_loss_func": _plain}, "a compute_loss_func"),
-        ({"model": _with_router_loss}, "an auxiliary loss of the router (output_router_logits)"),
-        (
-            {"compute_loss_func": _plain, "label_smoothing_factor": 0.1},
-            "label_smoothing_factor=0.1 and a compute_loss_func",
-        ),
-    ],
-)
-def test_a_loss_that_is_not_the_scored_one_is_named_once(
-    options: dict[str, Any], named: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    built = {name: value() if name == "model" else value for name, value in options.items()}
-    make_trainer(tmp_path, spice={}, **built)
-    check_named(named, caplog)
-
-
-@pytest.mark.skipif("loss_type" not in SFTConfig.__dataclass_fields__, reason="this TRL has one loss")
-@pytest.mark.parametrize(("loss_type", "named"), [("nll", None), ("dft", "loss_type='dft'")])
-def test_trls_other_loss_is_named(
-    loss_type: str, named: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_sft_trainer(tmp_path, spice={}, loss_type=loss_type)
-    check_named(named, caplog)
-
-
-def check_named(named: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    said = [message for message in caplog.messages if "plain cross-entropy" in message]
-    assert len(said) == (named is not None)
-    assert named is None or said[0].startswith(f"SPICE: the trainer trains by {named}, and samples are scored by")
 
 
 def test_the_sketch_that_is_said_to_fit_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
-from spice_trainer.trainer.checks import check_objective
+from spice_trainer.trainer.objective import check_objective
 from tests.support.models import tiny_lora_model
 from tests.support.traces import trainer_state
 from tests.support.trainers import (
