@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules or "all-linear",
+        # `None` leaves them to the selector.
+        target_modules=model.lora_target_modules,
         use_rslora=model.use_rslora,
         task_type="CAUSAL_LM",
     )

@@ -10,6 +10,7 @@ model costs, and nothing is asked of the target: it may be sharded, quantised, o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import DataCollator
 from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.proxy.targets import language_model_targets
 from spice_trainer.utils.fields import RealNumber, WholeNumber
 from spice_trainer.utils.random import seeded_random_state
 
@@ -120,15 +122,16 @@ class ProxyModel:
 
         Args:
             name_or_path (`str`):
-                A causal language model on the hub or in a folder.
+                A causal language model on the hub or in a folder, or a model that reads images, too.
             lora_config (`peft.LoraConfig`, *optional*):
-                The adapter. Defaults to the released code's: r 16, α 32, dropout 0.05, on all linear layers.
+                The adapter. Defaults to r 16, α 32 without dropout. Without `target_modules` it goes on the attention
+                and the MLPs of the language model: not on a vision tower, a router or experts.
             device (`torch.device` or `str`, *optional*):
                 Where it scores. Defaults to where `from_pretrained` puts it.
             processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
                 Its tokenizer. Defaults to the one beside the model.
             model_kwargs (`Mapping[str, Any]`, *optional*):
-                Arguments of `AutoModelForCausalLM.from_pretrained`: `dtype`, `quantization_config`, `revision`, ...
+                Arguments of the model's `from_pretrained`: `dtype`, `quantization_config`, `revision`, ...
             kwargs:
                 Those of [`ProxyModel`].
 
@@ -136,22 +139,34 @@ class ProxyModel:
             [`ProxyModel`]
         """
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         model_kwargs = dict(model_kwargs or {})
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **model_kwargs)
+        model = _load(name_or_path, model_kwargs)
         if processing_class is None:
             shared = ("revision", "token", "trust_remote_code", "gguf_file", "subfolder")
             beside = {key: value for key, value in model_kwargs.items() if key in shared}
             processing_class = AutoTokenizer.from_pretrained(name_or_path, **beside)
         if lora_config is None:
-            lora_config = LoraConfig(
-                r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
+            lora_config = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")
+        if lora_config.target_modules is None and not getattr(lora_config, "target_parameters", None):
+            lora_config = replace(lora_config, target_modules=language_model_targets(model))
         model = get_peft_model(model, lora_config)
         if device is not None:
             model = model.to(device)
         return cls(model, processing_class=processing_class, **kwargs)
+
+
+def _load(name_or_path: str, model_kwargs: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **model_kwargs)
+    except ValueError as error:
+        # Of some models that read images transformers makes causal language models, and of others not.
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return AutoModelForImageTextToText.from_pretrained(name_or_path, **model_kwargs)
 
 
 def resolve_proxy(

@@ -316,7 +316,7 @@ def test_a_proxy_is_loaded_by_name(tmp_path: Path) -> None:
     proxy = trainer._spice.sampler.proxy
     assert (proxy.learning_rate, proxy.update_every) == (1e-3, 2)
     adapter = proxy.model.peft_config["default"]
-    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (16, 32, 0.05)
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (16, 32, 0.0)
     assert next(proxy.model.parameters()).shape[-1] == 16
     trainer.train()
     assert trainer._spice.sampler.selector.scorer.learner.num_updates == 3

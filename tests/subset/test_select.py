@@ -25,6 +25,7 @@ from spice_trainer.subset.manifest import SubsetManifest, rebuild_subset
 from tests.proxy.test_proxy import LEARNING_RATE
 from tests.runs.test_side_effects import random_state
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.multimodal import MULTIMODAL, tiny_multimodal_model
 from tests.support.trainers import (
     make_trainer,
     read_records,
@@ -34,6 +35,7 @@ from tests.support.trainers import (
     trainable_weights,
     trained_indices,
 )
+from tests.support.versions import before
 
 pytestmark = pytest.mark.oldest
 
@@ -284,6 +286,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     rows = [json.loads(line) for line in (outputs[0] / "picked.jsonl").read_text().splitlines()]
     assert rows == [RAW[index] for index in manifest.indices]
     shutil.rmtree(outputs[0])
+
+
+@pytest.mark.skipif(before("transformers", "5"), reason="its experts are modules, not parameters")
+@pytest.mark.parametrize("architecture", ["gemma3", "mixtral"])
+def test_the_command_line_chooses_layers_that_score(tmp_path: Path, architecture: str) -> None:
+    """Where "all-linear" puts an adapter on a vision tower or on stacked experts."""
+    model = tiny_multimodal_model(architecture) if architecture in MULTIMODAL else tiny_model(architecture)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RAW))
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    flags += ["--output_dir", str(tmp_path / "subset"), "--dtype", "float32", "--pool_size", "10"]
+    run_select([*flags, "--num_selected", "4", "--samples_per_step", "8"])
+    manifest = SubsetManifest.load(tmp_path / "subset")
+    assert len(manifest.rows) == 16
+    targets = manifest.model["lora"]["target_modules"]
+    assert targets and not any("vision" in name or "experts" in name for name in targets)
 
 
 def test_the_command_line_reads_a_validation_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

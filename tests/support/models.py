@@ -60,6 +60,22 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_CONFIGS["falcon"] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Attention in one layer of two, a state space in the other.
+_CONFIGS["jamba"] = _LLAMA_LIKE | {
+    "num_experts": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
 # Models that scale their logits behind the head.
 _CONFIGS["granite"] = _LLAMA_LIKE | {"logits_scaling": 4.0}
 _CONFIGS["cohere"] = _LLAMA_LIKE | {"logit_scale": 0.25}
