@@ -153,6 +153,7 @@ _CHECKS: dict[str, Check] = {
     "proxy_update_every": WholeNumber(1, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": WholeNumber(0, "it counts pools"),
     "overlap_scoring": truth_value,
+    "pack_picks": truth_value,
     "record_id_column": column_name,
     "record_text_length": WholeNumber(0, "it counts letters, and 0 records none"),
 }
@@ -280,6 +281,13 @@ class SpiceConfig:
         overlap_scoring (`bool`, *optional*, defaults to `False`):
             Whether the proxy scores the next step's pools while the target trains on this one's. Changes no pick.
 
+        > Parameters that control the micro-batches
+
+        pack_picks (`bool`, *optional*, defaults to `False`):
+            Whether a step's picks are dealt to its micro-batches by their tokens, so that each holds about as many,
+            and not by their number: for collators that pack a micro-batch's rows without padding
+            (`SFTConfig(padding_free=True)`). Changes no pick.
+
         > Parameters that control the records
 
         record_id_column (`str`, *optional*):
@@ -389,6 +397,11 @@ class SpiceConfig:
     overlap_scoring: bool = field(
         default=False,
         metadata={"help": "Let the proxy score the next step's pools while the target trains on this one's."},
+    )
+
+    pack_picks: bool = field(
+        default=False,
+        metadata={"help": "Deal a step's picks to its micro-batches by their tokens, for padding-free training."},
     )
 
     record_id_column: str | None = field(

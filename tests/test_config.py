@@ -55,6 +55,7 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "proxy_update_every": ([1, 5, 50], {}),
     "proxy_check_pools": ([0, 3], {}),
     "overlap_scoring": ([True, False], {}),
+    "pack_picks": ([True, False], {}),
     "record_id_column": ([None, "id", "my key"], {}),
     "record_text_length": ([0, 80], {}),
 }
@@ -242,6 +243,7 @@ def test_defaults():
         "proxy_update_every": 1,
         "proxy_check_pools": 0,
         "overlap_scoring": False,
+        "pack_picks": False,
         "record_id_column": None,
         "record_text_length": 0,
     }
@@ -343,6 +345,7 @@ REALS = {
 OTHERS = {
     "proxy_model_name_or_path",
     "overlap_scoring",
+    "pack_picks",
     "scoring_target_modules",
     "gradient_centering",
     "record_id_column",
@@ -399,7 +402,7 @@ def test_prefilter_that_leaves_too_few():
     SpiceConfig(scoring_prefilter=0.1), SpiceConfig(scoring_prefilter=0.092, pool_size=120)
 
 
-@pytest.mark.parametrize("name", ["overlap_scoring", "gradient_centering"])
+@pytest.mark.parametrize("name", ["overlap_scoring", "pack_picks", "gradient_centering"])
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_switch_of_wrong_type(name, value):
     assert error_of(**{name: value}) == (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Any, Protocol
 
 import torch
@@ -71,11 +72,23 @@ class ScheduledEpoch:
         return (preview_step(self.schedule, 0, step) for step in range(self.schedule.steps_per_epoch))
 
 
-def deal(indices: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
-    """Cuts picks into contiguous slots whose sizes differ by at most one, the longer ones first."""
+def deal(indices: Sequence[int], num_slots: int, num_tokens: Sequence[int] = ()) -> tuple[tuple[int, ...], ...]:
+    """Cuts picks into contiguous slots whose sizes differ by at most one, the longer ones first.
+
+    With `num_tokens` of each pick it packs them instead: the longest first, each into the slot that holds the fewest
+    tokens, so that no slot holds more than 4/3 of the best packing's fullest. Within a slot they keep their order.
+    """
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots} must be at least 1.")
-    return cut(indices, spread(len(indices), num_slots))
+    if not num_tokens:
+        return cut(indices, spread(len(indices), num_slots))
+    slots: list[list[int]] = [[] for _ in range(num_slots)]
+    filled = [(0, slot) for slot in range(num_slots)]
+    for place in sorted(range(len(indices)), key=lambda place: (-num_tokens[place], place)):
+        tokens, slot = filled[0]
+        slots[slot].append(place)
+        heapreplace(filled, (tokens + num_tokens[place], slot))
+    return tuple(tuple(indices[place] for place in sorted(slot)) for slot in slots)
 
 
 def slot_index(rank: int, micro_batch: int, *, world_size: int) -> int:
@@ -139,7 +152,7 @@ class SpiceBatchSampler(Sampler[list[int]]):
             for _ in range(self.source.take_steps_to_skip() * self.slots.gradient_accumulation_steps):
                 yield []
         for selection in self.source.steps() if is_trained else self.source.preview():
-            dealt = deal(selection.indices, self.slots.number)
+            dealt = deal(selection.indices, self.slots.number, selection.num_tokens)
             filler = selection.indices[0] if selection.filler is None else selection.filler
             for micro_batch in range(self.slots.gradient_accumulation_steps):
                 rows = dealt[slot_index(self.slots.rank, micro_batch, world_size=self.slots.world_size)]

@@ -190,9 +190,10 @@ class SelectionRun:
     def finish_step(self) -> StepSelection:
         """Says that the step whose picks were asked for has been trained, and returns them; the position moves on."""
         selection, self._pending, self.updates.is_seen = self.pending, None, False
-        if not self._replay.replays(self.position.epoch):
-            self._replay.remember(self.position.epoch, self.position.step_in_epoch, selection.indices)
-        self.position.finish_step()
+        position = self.position
+        if not self._replay.replays(position.epoch):
+            self._replay.remember(position.epoch, position.step_in_epoch, selection.indices, selection.num_tokens)
+        position.finish_step()
         return selection
 
     def finish_epoch(self) -> None:

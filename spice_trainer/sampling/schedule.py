@@ -279,6 +279,13 @@ def build_schedule(
     """
     # A field may have been set since it was created.
     config.__post_init__()
+    if config.pack_picks and not token_normalized:
+        raise ValueError(
+            "SpiceConfig: pack_picks=True makes micro-batches of about equally many tokens and any number of rows. "
+            "This model's or trainer's loss is not normalised by num_items_in_batch over all devices, so each must "
+            "hold the same number of rows. Fix: set pack_picks=False, or use a trainer and model that normalise by "
+            "num_items_in_batch (average_tokens_across_devices=True)."
+        )
     shape = plan_step(
         pool_size=config.pool_size,
         num_selected=config.num_selected,

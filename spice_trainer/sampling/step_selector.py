@@ -73,6 +73,9 @@ class StepSelector:
                 indices=indices,
                 pools=tuple(pools),
                 num_fillers=max(0, self.shape.num_slots - len(indices)),
+                num_tokens=tuple(tokens for pool in pools for tokens in pool.num_tokens)
+                if self.config.pack_picks
+                else (),
                 times=StepTimes(
                     scoring=time.perf_counter() - started - seconds_selecting, selecting=seconds_selecting
                 ),

@@ -181,6 +181,7 @@ class StepSelection:
     pools: tuple[PoolSelection, ...] = ()  # Where they came from; empty in a replayed epoch.
     num_fillers: int = 0  # Micro-batches over all ranks that hold a neutral filler.
     filler: int | None = None  # The row that stands there, where one is known to be sound.
+    num_tokens: tuple[int, ...] = ()  # Of each pick, where they are to be packed.
     times: StepTimes = StepTimes()
     transfers: tuple[PoolTransfer, ...] = ()  # A proxy's scores of the first pools beside the target's.
 

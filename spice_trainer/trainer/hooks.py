@@ -178,7 +178,7 @@ class SpiceHooks:
             self._plan = plan_run(self.trainer, inputs, self.sampler.proxy)
             self._earlier = EarlierSample.of(inputs)
         warn_of_objective(self.trainer)
-        warn_of_preparation(self.trainer)
+        warn_of_preparation(self.trainer, inputs.rows)
         replaced = own_sampling(self.trainer)
         if replaced is not None:
             logger.warning(

@@ -147,7 +147,7 @@ def own_sampling(trainer: Any) -> str | None:
     return None
 
 
-def warn_of_preparation(trainer: Any) -> None:
+def warn_of_preparation(trainer: Any, rows: Sequence[CandidateRow]) -> None:
     """Says what TRL did to the rows it was given, where that makes the records' row numbers others than the user's."""
     args, dataset = trainer.args, trainer.train_dataset
     is_prepared = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
@@ -158,6 +158,7 @@ def warn_of_preparation(trainer: Any) -> None:
     changes = []
     if getattr(args, "packing", False):
         changes.append("packed the rows")
+        _warn_of_bins(args, rows)
     elif getattr(args, "max_length", None) is not None and num_given > len(dataset):
         dropped = f"{num_given - len(dataset):,} of {num_given:,} rows"
         changes.append(f"left out {dropped}, of which max_length={args.max_length} leaves no label token")
@@ -170,6 +171,25 @@ def warn_of_preparation(trainer: Any) -> None:
             "adds the beginning of each pick's text.",
             " and ".join(changes),
         )
+
+
+def _warn_of_bins(args: Any, rows: Sequence[CandidateRow]) -> None:
+    """Says what a pick is where TRL has packed the rows, and how to get rows."""
+    tokens = sum(row.num_tokens for row in rows) / len(rows)
+    # A bin tells its rows by positions that start anew; only the strategy "wrapped" has none.
+    positions = [row.inputs["position_ids"] for row in rows if not row.can_be_padded and "position_ids" in row.inputs]
+    if args.packing_strategy == "wrapped":
+        what, size = "a block that rows begin and end anywhere in", "as many rows as a micro-batch shall hold"
+    else:
+        per_bin = (len(rows) - len(positions) + sum(int((p == 0).sum()) for p in positions)) / len(rows)
+        what = f"a bin of about {per_bin:.3g} rows"
+        size = f"{max(1, round(per_bin * args.per_device_train_batch_size))} (rows, as many as its bins hold now)"
+    logger.warning(
+        "SPICE: packing=True, so a candidate, and with it a pick, is %s (about %.0f tokens). To select rows, set "
+        "packing=False, padding_free=True, max_length=None (with rows that are cut beforehand), "
+        "per_device_train_batch_size=%s and SpiceConfig(pack_picks=True): each step's picks are then packed.",
+        what, tokens, size,
+    )  # fmt: skip
 
 
 def build_trainer_schedule(

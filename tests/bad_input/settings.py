@@ -298,6 +298,14 @@ ROWS = (
         lambda scene: scene.attach(ADAPTIVE, model=mean_loss_model()),
     ),
     BadInput(
+        "packed_mean_loss",
+        "`pack_picks` with such a model",
+        ATTACHING,
+        ValueError,
+        ("pack_picks=True makes micro-batches of about equally many tokens", "Fix: set pack_picks=False"),
+        lambda scene: scene.attach({"pack_picks": True}, model=mean_loss_model()),
+    ),
+    BadInput(
         "adaptive_own_loss",
         "adaptive stopping with a `compute_loss` of a subclass that is a mean per micro-batch",
         ATTACHING,

@@ -93,6 +93,18 @@ def test_scoring_less(config: str, tmp_path: Path) -> None:
     assert heard == picks
 
 
+def test_packed_picks(tmp_path: Path) -> None:
+    """Each pick trains once on some process, in the epoch that selects and in the one that replays."""
+    spice = {"pack_picks": True, "selection_epochs": 1}
+    folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
+    single = setting.single_trainer(folder, tmp_path / "one", spice=spice)
+    single.train()
+    heard = train_on_two("multi_gpu", tmp_path / "two", f"model={folder}", f"spice={json.dumps(spice)}")
+    assert heard == trained_indices(tmp_path / "one") == trained_indices(tmp_path / "two" / "trained")
+    found = json.loads((tmp_path / "two" / "train.0.json").read_text())["losses"]
+    assert found == pytest.approx([entry["loss"] for entry in single.state.log_history if "loss" in entry], rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "ifd"])
 def test_strategies(strategy: str, tmp_path: Path) -> None:

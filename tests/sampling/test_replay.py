@@ -70,6 +70,21 @@ def test_a_resumed_replay_goes_on_with_the_same_steps() -> None:
     assert resumed.tensors()["picks_of_epoch"].tolist() == [*replay.tensors()["picks_of_epoch"].tolist(), 7]
 
 
+def test_the_tokens_of_picks_stay_with_them() -> None:
+    schedule, resumed = _schedule(), PickReplay(selection_epochs=1)
+    replay = PickReplay(selection_epochs=1)
+    for step in range(schedule.steps_per_epoch):
+        rows = [row for pool in schedule.pools(0, step).pools for row in pool[:3]]
+        replay.remember(0, step, rows, [1000 + row for row in rows])
+    resumed.load_state_dict(replay.state_dict(), replay.tensors(), num_rows=NUM_ROWS)
+    for step in range(schedule.steps_per_epoch):
+        replayed = [one.step(schedule, 1, step, global_step=9) for one in (replay, resumed)]
+        assert replayed[0] == replayed[1] and replayed[0].indices
+        assert replayed[0].num_tokens == tuple(1000 + row for row in replayed[0].indices)
+    replay.remember(1, 0, [5, 6])
+    assert "tokens_of_epoch" not in replay.tensors()
+
+
 def test_a_new_selecting_epoch_forgets_what_was_dealt() -> None:
     schedule = _schedule()
     replay = _trained(schedule)
@@ -82,6 +97,12 @@ def test_a_new_selecting_epoch_forgets_what_was_dealt() -> None:
 def test_saved_picks_of_another_kind_are_refused(picks: torch.Tensor) -> None:
     with pytest.raises(TypeError, match="no whole numbers in a row"):
         PickReplay(1).load_state_dict({"epoch": 0}, {"picks_of_epoch": picks}, num_rows=9)
+
+
+def test_saved_tokens_of_other_picks_are_refused() -> None:
+    saved = {"picks_of_epoch": torch.tensor([3, 4]), "tokens_of_epoch": torch.tensor([7])}
+    with pytest.raises(IndexError, match="2 replayed picks have the tokens of 1"):
+        PickReplay(1).load_state_dict({"epoch": 0}, saved, num_rows=9)
 
 
 @pytest.mark.parametrize("row", [-1, 9])

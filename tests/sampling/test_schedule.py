@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -507,6 +507,39 @@ def test_deal_by_hand():
     assert deal([5], 3) == ((5,), (), ())
     with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
         deal([1], 0)
+
+
+@many
+@given(num_tokens=st.lists(st.integers(1, 50), min_size=1, max_size=80), num_slots=small)
+def test_picks_are_packed_by_tokens(num_tokens, num_slots):
+    indices = list(range(100, 100 + len(num_tokens)))
+    tokens_of = dict(zip(indices, num_tokens, strict=True))
+    slots = deal(indices, num_slots, num_tokens)
+    assert len(slots) == num_slots and sorted(index for slot in slots for index in slot) == indices
+    assert all(list(slot) == sorted(slot) for slot in slots)
+    assert (() in slots) == (len(indices) < num_slots)
+    # What came last into the fullest slot came when that was the emptiest.
+    totals = [sum(tokens_of[index] for index in slot) for slot in slots]
+    fullest = slots[totals.index(max(totals))]
+    assert max(totals) - min(tokens_of[index] for index in fullest) <= min(totals)
+
+
+@many
+@given(num_tokens=st.lists(st.integers(1, 30), min_size=1, max_size=7), num_slots=st.integers(1, 3))
+def test_packed_picks_are_near_the_best_packing(num_tokens, num_slots):
+    def fullest(slots):
+        return max(sum(slot) for slot in slots)
+
+    best = min(
+        fullest([[t for t, s in zip(num_tokens, where, strict=True) if s == slot] for slot in range(num_slots)])
+        for where in product(range(num_slots), repeat=len(num_tokens))
+    )
+    assert 3 * fullest(deal(num_tokens, num_slots, num_tokens)) <= 4 * best
+
+
+def test_packed_picks_by_hand():
+    assert deal([5, 6, 7, 8, 9], 2, [1, 9, 2, 8, 4]) == ((5, 6, 7), (8, 9))
+    assert deal([5, 6], 3, [1, 2]) == ((6,), (5,), ())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -132,7 +132,7 @@ def make_sft_trainer(
         )
     trainer = SFTTrainer(
         model=tiny_lora_model(lora_dropout=lora_dropout) if model is None else model,
-        args=SFTConfig(**training_options(output_dir, bf16=False, completion_only_loss=True, **arguments)),
+        args=SFTConfig(**training_options(output_dir, bf16=False, **({"completion_only_loss": True} | arguments))),
         train_dataset=train_dataset,
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
