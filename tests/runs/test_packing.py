@@ -115,7 +115,7 @@ def test_a_resumed_run_packs_as_the_whole_one(selection_epochs: int | None, tmp_
     assert all(max(step) - min(step) <= 5 for step in whole.watch.steps()), whole.watch.steps()
 
 
-# What is said where TRL has packed already
+# Where TRL has packed already
 
 
 def _texts(num_rows: int = 60) -> Dataset:
@@ -127,9 +127,30 @@ def _said(messages: Sequence[str]) -> str:
     return line
 
 
+PACKED = {"packing": True, "max_length": 48, "completion_only_loss": None}
+
+
+def test_a_bin_is_scored_as_it_trains(tmp_path: Path) -> None:
+    """By the gradient of the stock loss of the bin alone, whose documents do not see each other."""
+    options: dict[str, Any] = {"train_dataset": _texts(), **PACKED}
+    spice = {"pool_size": 12, "num_selected": 4}
+    make_sft_trainer(tmp_path, spice=spice, verify=True, max_steps=1, **options).train()
+    stock = make_sft_trainer(tmp_path / "stock", **options)
+    model = stock.model.eval()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    picks = read_records(tmp_path, "selections")
+    assert len(picks) == 4
+    for pick in picks:
+        batch = stock.data_collator([stock.train_dataset[pick["index"]]])
+        assert int((batch["position_ids"] == 0).sum()) > 1
+        loss = stock.compute_loss(model, batch, num_items_in_batch=torch.tensor(pick["label_tokens"]))
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+        assert pick["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
 def test_what_a_pick_is_where_rows_are_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    options = {"train_dataset": _texts(), "packing": True, "max_length": 48, "completion_only_loss": None}
+    options = {"train_dataset": _texts(), **PACKED}
     trainer = make_sft_trainer(tmp_path, spice={}, **options)
     bins = [len(row["seq_lengths"]) for row in trainer.train_dataset]
     per_bin = sum(bins) / len(bins)
@@ -145,8 +166,9 @@ def test_what_a_pick_is_where_rows_are_packed(tmp_path: Path, caplog: pytest.Log
 
 
 def test_what_a_pick_is_where_rows_are_wrapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 40, "completion_only_loss": None}
-    make_sft_trainer(tmp_path, spice={}, train_dataset=_texts(), **options)
+    options = PACKED | {"packing_strategy": "wrapped", "max_length": 40}
+    trainer = make_sft_trainer(tmp_path, spice={}, train_dataset=_texts(), **options)
+    tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset) / len(trainer.train_dataset)
     line = _said(caplog.messages)
-    assert "is a block that rows begin and end anywhere in (about 4" in line or "(about 3" in line
+    assert f"is a block that rows begin and end anywhere in (about {tokens:.0f} tokens). To select rows" in line
     assert "per_device_train_batch_size=as many rows as a micro-batch shall hold" in line
