@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spice_trainer.data.rows import MAX_LISTED, CandidateRow, DataCollator, name_of, spread_positions
 from spice_trainer.data.sample import RowSample
+from spice_trainer.data.stream import is_stream
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
@@ -32,8 +33,10 @@ _PADDING_ADVICE = {
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "completion_mask"})
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any, *, may_be_stream: bool = False) -> None:
     """Refuses what is no dataset with rows by number: none, a name, a dict of splits, a stream, or no rows."""
+    if may_be_stream and is_stream(dataset):
+        return
     if dataset is None:
         raise ValueError("The trainer has no train_dataset, so there is nothing to select from. Pass one to it.")
     if isinstance(dataset, str | os.PathLike):
@@ -47,11 +50,12 @@ def check_dataset(dataset: Any) -> None:
             f"The training dataset ({type(dataset).__name__}) is a dict of splits or columns, {splits}, which has no "
             f"rows by number. Pass one of them, such as `dataset[{splits[0] if splits else 'train'!r}]`."
         )
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not _has_length(dataset):
+    if is_stream(dataset) or not _has_length(dataset):
         raise ValueError(
-            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access. "
-            "SPICE cuts pools from a permutation of all rows. Load it without `streaming=True`, or turn it into a "
-            "`datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and `load_from_disk`)."
+            f"The training dataset ({type(dataset).__name__}) is streamed: it has no length and no random access, and "
+            "only a Trainer trains on a stream, a torch.utils.data.IterableDataset. Load it without `streaming=True`, "
+            "or turn it into a `datasets.Dataset` first (`Dataset.from_generator`, or `.save_to_disk` and "
+            "`load_from_disk`)."
         )
     if len(dataset) == 0:
         raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spice_trainer.data.rows import CandidateRow, RowReference, TargetRows
+from spice_trainer.data.stream import StreamRows
 from spice_trainer.data.tokenized_rows import TokenizedRows
 
 ID_COLUMNS = ("id", "_id", "uuid", "idx", "row_id", "sample_id", "example_id")
@@ -46,7 +47,9 @@ class RowReferences:
             stored = None if column is None else dataset.with_format(None).select_columns([column])
         # A frozen instance is written to only while it is made.
         object.__setattr__(self, "_stored", stored)
-        object.__setattr__(self, "_listed", dataset if isinstance(dataset, list | tuple) else None)
+        # A proxy's own tokens of a stream's rows come without the other columns.
+        is_apart = isinstance(dataset, StreamRows) and dataset is not self.rows.dataset
+        object.__setattr__(self, "_listed", dataset if is_apart or isinstance(dataset, list | tuple) else None)
         tokenizer = getattr(self.rows.processing_class, "tokenizer", self.rows.processing_class)
         if self.text_length and not hasattr(tokenizer, "decode"):
             raise ValueError(

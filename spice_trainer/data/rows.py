@@ -8,6 +8,7 @@ Axes: N samples, S tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -120,20 +121,28 @@ def fetch_rows(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) 
     return rows
 
 
+def copy_row(row: Any) -> Any:
+    """A row that may be altered; what cannot be copied is handed out itself."""
+    try:
+        return copy.deepcopy(row)
+    except Exception:
+        return row
+
+
 @contextmanager
 def naming_unreadable(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> Iterator[None]:
     """Adds to an error of a dataset in the block which row it is about; it keeps its type, text and cause."""
     try:
         yield
     except Exception as error:
-        if not any(note.startswith(_READING) for note in getattr(error, "__notes__", ())):
+        if not any(note.startswith(READING) for note in getattr(error, "__notes__", ())):
             # What it asks of the dataset may fail too; the error itself is what matters.
             with suppress(Exception):
                 error.add_note(_describe_unreadable(dataset, indices, source))
         raise
 
 
-_READING = "SPICE was reading"
+READING = "SPICE was reading"
 
 
 def _describe_unreadable(dataset: Any, indices: Sequence[int], source: str) -> str:
@@ -141,13 +150,13 @@ def _describe_unreadable(dataset: Any, indices: Sequence[int], source: str) -> s
     length = len(dataset)
     if max(indices, default=-1) >= length:
         return (
-            f"{_READING} row {max(indices)} of {named}, which has {length} rows now. Likely cause: it shrank while it "
+            f"{READING} row {max(indices)} of {named}, which has {length} rows now. Likely cause: it shrank while it "
             "was being used. Fix: leave a dataset as it is until the run has ended, or give the trainer a copy."
         )
     failing = [index for index in indices if len(indices) == 1 or _cannot_be_read(dataset, index)]
     # Where each can be read alone the error is of all together.
     listed = ", ".join(map(str, (failing or indices)[:MAX_LISTED]))
-    return f"{_READING} row(s) {listed} of {named}. Fix: correct what it reads there, or leave the row(s) out."
+    return f"{READING} row(s) {listed} of {named}. Fix: correct what it reads there, or leave the row(s) out."
 
 
 def _cannot_be_read(dataset: Any, index: int) -> bool:

@@ -6,7 +6,6 @@ a collator may take apart what it is given.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 
 from spice_trainer.data.json_values import canonical_line
-from spice_trainer.data.rows import CandidateRow, DataCollator, collate_row, fetch_rows, spread_positions
+from spice_trainer.data.rows import CandidateRow, DataCollator, collate_row, copy_row, fetch_rows, spread_positions
+from spice_trainer.data.stream import StreamRows
 from spice_trainer.utils.random import preserved_random_state
 
 SAMPLE_ROWS = 18
@@ -53,7 +53,7 @@ class RowSample:
 
     def copies(self, indices: Sequence[int]) -> list[Any]:
         """Rows by their number in the dataset, for a collator to do with as it likes."""
-        return [_copy(self.rows[self.indices.index(index)]) for index in indices]
+        return [copy_row(self.rows[self.indices.index(index)]) for index in indices]
 
     def read_again(self, indices: Sequence[int]) -> list[Any]:
         """Reads some rows anew, from other random states: from the same ones, random rows are drawn alike."""
@@ -61,6 +61,8 @@ class RowSample:
             torch.rand(())
             random.random()
             np.random.random()
+            if isinstance(self.dataset, StreamRows):
+                return self.dataset.read_anew(indices)
             return fetch_rows(self.dataset, indices)
 
     @cached_property
@@ -80,11 +82,3 @@ def _digest(row: Any) -> str | None:
         return hashlib.sha256(canonical_line(row, "a row")).hexdigest()
     except TypeError:
         return None
-
-
-def _copy(row: Any) -> Any:
-    try:
-        return copy.deepcopy(row)
-    except Exception:
-        # What cannot be copied is handed out itself, as it would be with no sample.
-        return row

@@ -11,6 +11,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.scoring.memory import MemoryUse
 from spice_trainer.utils.logging import printable
 
@@ -67,9 +68,12 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         if plan.num_proxy_parameters is None
         else f"A proxy of {plan.num_proxy_parameters:,} parameters"
     )
+    rows = f"{plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
+    rows += f"{schedule.steps_per_epoch:,})."
+    if isinstance(schedule, StreamSchedule):
+        rows = f"{plan.total_steps:,} optimizer steps on a stream, of which they read {plan.num_rows:,} rows at most."
     lines = [
-        f"SPICE: {plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
-        f"{schedule.steps_per_epoch:,}).",
+        f"SPICE: {rows}",
         f"Each step {'scores' if config.takes_model else 'reads'} {shape.pools_per_step} "
         f"pool{'s' if shape.pools_per_step > 1 else ''} of "
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "

@@ -114,24 +114,24 @@ class FillerRow:
     """
 
     def __init__(self) -> None:
-        self._row: int | None = None
+        self.row: int | None = None
 
     def provide(self, selection: StepSelection) -> StepSelection:
         """Gives a step its filler, which is `None` while no row is known."""
         sound = _sound_row(selection)
         if sound is not None:
-            self._row = sound
-        return replace(selection, filler=self._row)
+            self.row = sound
+        return replace(selection, filler=self.row)
 
     def state_dict(self) -> int | None:
         """The row."""
-        return self._row
+        return self.row
 
     def load_state_dict(self, row: int | None, *, num_rows: int) -> None:
         """Restores [`FillerRow.state_dict`]; raises an `IndexError` if the dataset has no such row."""
         if row is not None and not 0 <= row < num_rows:
             raise IndexError(f"the filler is none of the {num_rows} rows")
-        self._row = row
+        self.row = row
 
 
 def _sound_row(selection: StepSelection) -> int | None:

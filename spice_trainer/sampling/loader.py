@@ -12,7 +12,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heapreplace
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.data.rows import DataCollator
 from spice_trainer.gradients.forward import move_inputs
-from spice_trainer.sampling.schedule import PoolSchedule, cut, spread
+from spice_trainer.sampling.schedule import PoolSchedule, StepPools, cut, spread
+from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.selection.results import StepSelection
 
 
@@ -45,11 +48,10 @@ class PickSource(Protocol):
         """Yields an epoch's steps without picking."""
 
 
-def preview_step(schedule: PoolSchedule, epoch: int, step_in_epoch: int) -> StepSelection:
-    """A step as if the first candidates of its pools, which come in random order, were picked."""
-    plan = schedule.pools(epoch, step_in_epoch)
+def preview_step(plan: StepPools) -> StepSelection:
+    """A step as if the first candidates of its pools were picked."""
     indices = tuple(row for pool, budget in zip(plan.pools, plan.budgets, strict=True) for row in pool[:budget])
-    return StepSelection(step=step_in_epoch, epoch=epoch, indices=indices)
+    return StepSelection(step=plan.step_in_epoch, epoch=plan.epoch, indices=indices)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,14 @@ class ScheduledEpoch:
 
     def preview(self) -> Iterator[StepSelection]:
         """Yields the steps without picking."""
-        return (preview_step(self.schedule, 0, step) for step in range(self.schedule.steps_per_epoch))
+        schedule = self.schedule
+        if isinstance(schedule, StreamSchedule):
+            schedule.rows.restart()
+        for step in takewhile(partial(schedule.has_step, 0), count()):
+            selection = preview_step(schedule.pools(0, step))
+            yield selection
+            if isinstance(schedule, StreamSchedule):
+                schedule.finish_step(0, step, keep=selection.indices[0])
 
 
 def deal(indices: Sequence[int], num_slots: int, num_tokens: Sequence[int] = ()) -> tuple[tuple[int, ...], ...]:
@@ -141,7 +150,9 @@ class SpiceBatchSampler(Sampler[list[int]]):
         return self._latest.get(threading.get_ident(), MicroBatch())
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, the same on every rank."""
+        """Micro-batches of an epoch, the same on every rank; a `TypeError` of a stream, as the Trainer expects."""
+        if isinstance(self.source.schedule, StreamSchedule):
+            raise TypeError("a stream has no length")
         return self.source.schedule.steps_per_epoch * self.slots.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.stream import StreamState
 from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow, find_broken_weight
 from spice_trainer.sampling.loader import preview_step
 from spice_trainer.sampling.position import RunPosition
 from spice_trainer.sampling.replay import PickReplay
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools
 from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.selection.results import StepSelection
 
 Listeners = Sequence[Callable[[StepSelection], None]]
@@ -58,7 +60,9 @@ class SelectionRun:
         self.config = config
         self.schedule = schedule
         self.selector = selector
-        self.position = RunPosition(schedule.steps_per_epoch)
+        self._stream = schedule if isinstance(schedule, StreamSchedule) else None
+        self._stream_state: StreamState | None = None
+        self.position = RunPosition(schedule.steps_per_epoch, has_open_end=self._stream is not None)
         # As accelerate's loader does (1.15), for datasets whose rows change from epoch to epoch.
         self._set_epoch = getattr(dataset, "set_epoch", None)
         self._total_steps = total_steps
@@ -122,7 +126,8 @@ class SelectionRun:
     def take_steps_to_skip(self) -> int:
         """Steps of the resumed epoch that the trainer is about to walk past; 0 from then on."""
         num_steps, self._steps_to_skip = self._steps_to_skip, 0
-        return num_steps
+        # At its end a run on a stream is, to the Trainer, at the beginning of another epoch.
+        return 0 if self.is_over else num_steps
 
     def steps(self) -> Iterator[StepSelection]:
         """Yields the picks of the steps that are left of an epoch, each when the step before it has been trained."""
@@ -140,7 +145,7 @@ class SelectionRun:
         if self._set_epoch is not None:
             self._set_epoch(epoch)
         # transformers (5.23) would train a run that is resumed at its last step one step further.
-        while position.epoch == epoch and not self.is_over:
+        while position.epoch == epoch and not self.is_over and self.schedule.has_step(epoch, position.step_in_epoch):
             selection = self.select_step()
             yield selection
             if not self._follows_trainer:
@@ -151,8 +156,15 @@ class SelectionRun:
                 raise RuntimeError(_NOT_TRAINED.format(step=selection.step))
 
     def preview(self) -> Iterator[StepSelection]:
-        """Yields an epoch's steps without picking: of a step that has no picks, the first candidates of its pools."""
+        """Yields an epoch's steps without picking: of a step that has no picks, the first candidates of its pools.
+
+        Of a stream, whose next rows are not read for a look, one step.
+        """
         epoch = self.position.epoch
+        if self._stream is not None:
+            selection = self._pending or preview_step(self._stream.held_pools(epoch, self.position.step_in_epoch))
+            yield from [selection] if selection.indices or selection.filler is not None else []
+            return
         for step_in_epoch in range(self.schedule.steps_per_epoch):
             if self._pending is not None and step_in_epoch == self.position.step_in_epoch:
                 yield self._pending
@@ -160,7 +172,7 @@ class SelectionRun:
                 selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)
                 yield self._with_filler(selection, epoch, step_in_epoch)
             else:
-                yield preview_step(self.schedule, epoch, step_in_epoch)
+                yield preview_step(self.schedule.pools(epoch, step_in_epoch))
 
     def select_step(self) -> StepSelection:
         """Scores the next step's pools at the current weights and picks from them, or replays earlier picks.
@@ -193,6 +205,8 @@ class SelectionRun:
         position = self.position
         if not self._replay.replays(position.epoch):
             self._replay.remember(position.epoch, position.step_in_epoch, selection.indices, selection.num_tokens)
+        if self._stream is not None:
+            self._stream.finish_step(position.epoch, position.step_in_epoch, keep=self._filler.row)
         position.finish_step()
         return selection
 
@@ -206,7 +220,9 @@ class SelectionRun:
         if selection.filler is not None or selection.indices:
             return selection
         # Of the next step: this one's own rows broke the forward.
-        next_step = (step_in_epoch + 1) % self.schedule.steps_per_epoch
+        next_step = step_in_epoch + 1 if self.schedule.has_step(epoch, step_in_epoch + 1) else 0
+        if self._stream is not None and next_step == 0:
+            next_step = step_in_epoch
         return replace(selection, filler=self.schedule.pools(epoch, next_step).pools[0][0])
 
     def _score_step(self, epoch: int, step_in_epoch: int) -> StepSelection:
@@ -227,10 +243,12 @@ class SelectionRun:
     def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:
         """The pools of the step after this one, if this run will score them."""
         step_in_epoch += 1
-        if step_in_epoch == self.schedule.steps_per_epoch:
+        if not self.schedule.has_step(epoch, step_in_epoch):
             epoch, step_in_epoch = epoch + 1, 0
         is_over = step_in_epoch == 0 if self._total_steps is None else self.global_step + 1 >= self._total_steps
-        return None if is_over or self._replay.replays(epoch) else self.schedule.pools(epoch, step_in_epoch)
+        if is_over or self._replay.replays(epoch) or not self.schedule.has_step(epoch, step_in_epoch):
+            return None
+        return self.schedule.pools(epoch, step_in_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the position, as JSON values."""
@@ -239,7 +257,7 @@ class SelectionRun:
             "empty_steps": self._empty_steps.state_dict(),
             "filler": self._filler.state_dict(),
             "selector": self.selector.scorer.state_dict(),
-        }
+        } | ({} if self._stream is None else {"stream": asdict(self._stream.rows.state(self.position.epoch))})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
@@ -253,6 +271,15 @@ class SelectionRun:
         self._empty_steps.load_state_dict(state["empty_steps"])
         self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
         self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)
+        self._stream_state = None if self._stream is None else StreamState.parse(state["stream"])
+
+    def read_on(self) -> None:
+        """Brings the stream of a resumed run to where the run stands."""
+        if self._stream is not None and self._stream_state is not None:
+            rows, position = self._stream.rows, self.position
+            rows.resume(self._stream_state, epoch=position.epoch, is_within=position.step_in_epoch > 0)
+            if self._filler.row not in rows:
+                self._filler = FillerRow()
 
 
 _PROXY = "proxy."

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Sampler
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.checks import configured_vocabulary_size
+from spice_trainer.data.checks import check_dataset, configured_vocabulary_size
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.data.sample import RowSample
@@ -146,6 +146,7 @@ class SpiceSampler(Sampler[int]):
                 "This SpiceSampler is attached to a trainer, which binds it itself when training starts. Build "
                 "another one for a loop of your own, or call detach_spice(trainer) first."
             )
+        check_dataset(dataset)
         processes = Processes() if accelerator is None else Processes.of(accelerator)
         model = without_wrapper(model)
         schedule = build_schedule(

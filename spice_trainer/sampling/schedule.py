@@ -13,7 +13,7 @@ Everything is a function of (rows, settings, seed, epoch): no weights, no global
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -239,8 +239,15 @@ class PoolSchedule:
         budgets = self.shape.budgets if is_full else self._last_budgets
         start = step_in_epoch * self.shape.pools_per_step * self.pool_size
         rows: list[int] = self._orders[epoch][start : start + len(budgets) * self.pool_size].tolist()
-        pools = tuple(tuple(rows[i : i + self.pool_size]) for i in range(0, len(rows), self.pool_size))
-        return StepPools(epoch=epoch, step_in_epoch=step_in_epoch, pools=pools, budgets=budgets)
+        return self._cut(rows, epoch, step_in_epoch, budgets)
+
+    def has_step(self, epoch: int, step_in_epoch: int) -> bool:
+        """Whether an epoch has such a step."""
+        return step_in_epoch < self.steps_per_epoch
+
+    def _cut(self, rows: Sequence[int], epoch: int, step_in_epoch: int, budgets: tuple[int, ...]) -> StepPools:
+        sizes = [self.pool_size] * len(budgets)
+        return StepPools(epoch=epoch, step_in_epoch=step_in_epoch, pools=cut(rows, sizes), budgets=budgets)
 
     def _unrounded_budgets(self, rows_left: int) -> tuple[int, ...]:
         num_pools = ceil_divide(rows_left, self.pool_size)
@@ -271,11 +278,12 @@ def build_schedule(
     token_normalized: bool,
     drop_last: bool,
     seed: int,
+    build: Callable[..., PoolSchedule] = PoolSchedule,
 ) -> PoolSchedule:
     """Builds the schedule of a run from its settings and batch size; raises a `ValueError` if they don't fit.
 
     With `token_normalized` micro-batches of unequal size are weighted by their label tokens. `seed` is the pools',
-    unless `config.pool_seed` is set.
+    unless `config.pool_seed` is set. `build` makes the schedule.
     """
     # A field may have been set since it was created.
     config.__post_init__()
@@ -296,7 +304,7 @@ def build_schedule(
         equal_slots=not token_normalized,
     )
     pool_seed = seed if config.pool_seed is None else config.pool_seed
-    return PoolSchedule(num_rows, shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
+    return build(num_rows, shape, pool_size=config.pool_size, seed=pool_seed, drop_last=drop_last)
 
 
 class EpochReplay:

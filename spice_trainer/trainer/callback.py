@@ -295,6 +295,7 @@ class SpiceCallback(TrainerCallback):
             self._window.load_state_dict(saved["window"])
             self.totals.load_state_dict(saved["totals"])
             self.transfers.load_state_dict(saved["transfers"])
+        self.sampler.run.read_on()
         if self._records is not None:
             self._records.resume(Path(checkpoint) / RECORDS_COPY)
 

@@ -30,6 +30,7 @@ from spice_trainer.gradients.backends import (
 from spice_trainer.gradients.verification import verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.sampling.schedule import PoolSchedule
+from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
 from spice_trainer.scoring.scorer import GradientScorer
@@ -48,7 +49,7 @@ def check_trainer(trainer: Any) -> None:
         )
     check_objective(trainer)
     args = trainer.args
-    check_dataset(trainer.train_dataset)
+    check_dataset(trainer.train_dataset, may_be_stream=True)
     if args.n_gpu > 1:
         raise ValueError(
             f"The trainer would run torch.nn.DataParallel over {args.n_gpu} GPUs, whose replicas bypass the hooks "
@@ -144,12 +145,14 @@ def check_run(
     """Warns of what fits badly, and refuses a run without memory for a pool or without labels."""
     warn_of_arguments(args)
     warn_of_quantization(scorer.get_model())
-    warn_of_schedule(
-        args,
-        steps_per_epoch=schedule.steps_per_epoch,
-        num_rows=schedule.num_rows,
-        samples_per_step=schedule.shape.samples_per_step,
-    )
+    # A stream's run has the steps it would have without SPICE.
+    if not isinstance(schedule, StreamSchedule):
+        warn_of_schedule(
+            args,
+            steps_per_epoch=schedule.steps_per_epoch,
+            num_rows=schedule.num_rows,
+            samples_per_step=schedule.shape.samples_per_step,
+        )
     check_memory(scorer, min(schedule.pool_size, schedule.num_rows), config)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(

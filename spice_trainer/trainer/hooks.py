@@ -291,7 +291,7 @@ class SpiceHooks:
     def begin_run(self) -> Callable[[], DataLoader[Any]]:
         """Binds the sampler to the trainer's rows and model; returns what builds loaders of them."""
         # It may be another one than when SPICE was attached.
-        check_dataset(self.trainer.train_dataset)
+        check_dataset(self.trainer.train_dataset, may_be_stream=True)
         inputs = self._build_inputs(self._original("get_train_dataloader"))
         plan = plan_run(self.trainer, inputs, self.sampler.proxy)
         run = self.sampler.prepare(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,8 @@ from transformers.training_args import OptimizerNames
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import configured_vocabulary_size
 from spice_trainer.data.rows import CandidateRow, TargetRows
-from spice_trainer.data.sample import RowSample
+from spice_trainer.data.sample import SAMPLE_ROWS, RowSample
+from spice_trainer.data.stream import StreamRows, is_stream
 from spice_trainer.distributed import Processes
 from spice_trainer.gradients.lora import check_predicts_next_tokens
 from spice_trainer.gradients.optimizer_state import MOMENTUM_SETTING as MOMENTUM
@@ -27,6 +29,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.schedule import PoolSchedule, build_schedule
 from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.trainer.checks import count_steps, num_parameters
 from spice_trainer.trainer.normalization import is_token_normalized
@@ -78,6 +81,12 @@ def build_inputs(
         # First: the Trainer leaves the rows of a headless model without labels, which would be missed otherwise.
         check_predicts_next_tokens(trainer.model)
     dataset, collate = training_rows(trainer, get_loader)
+    if isinstance(dataset, StreamRows) and proxy is not None and proxy.dataset is not None:
+        raise ValueError(
+            "The proxy has a dataset of its own, and the training dataset is a stream: row i of the one cannot be row "
+            "i of the other. Fix: leave `dataset` out of ProxyModel; a proxy with another tokenizer reads the raw "
+            "columns of the stream's rows, where they have them."
+        )
     sample = RowSample.read(dataset, device=trainer.args.device)
     rows = sample.collate(collate)
     schedule = build_trainer_schedule(trainer, config, dataset, rows)
@@ -115,9 +124,12 @@ def training_rows(
     trainer: Any, get_loader: Callable[[], DataLoader[Any]], *, name: str = "get_train_dataloader"
 ) -> tuple[Any, Callable[..., Any]]:
     """Dataset and collator of the trainer's own loader: unused columns removed, subclass overrides respected."""
-    loaders = trainer.accelerator._dataloaders
-    num_loaders = len(loaders)
+    loaders, settings = trainer.accelerator._dataloaders, trainer.accelerator.dataloader_config
+    num_loaders, dispatch_batches = len(loaders), settings.dispatch_batches
     signature_columns = getattr(trainer, "_signature_columns", None)
+    if is_stream(trainer.train_dataset) and trainer.args.world_size > 1:
+        # Else each process would have a part of the stream; now process 0 would read all of it, as each shall here.
+        settings.dispatch_batches = True
     try:
         with preserved_random_state(trainer.args.device):
             loader = get_loader()
@@ -125,8 +137,11 @@ def training_rows(
         # The accelerator keeps every loader it prepared, though this one is never iterated, and the trainer the
         # columns it found the model to take.
         del loaders[num_loaders:]
+        settings.dispatch_batches = dispatch_batches
         trainer._signature_columns = signature_columns
     dataset = getattr(loader, "dataset", None)
+    if is_stream(dataset) and name == "get_train_dataloader":
+        return open_stream(trainer, dataset), loader.collate_fn
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not hasattr(loader, "collate_fn"):
         raise ValueError(
             f"The trainer's {name} gave a {type(loader).__name__} over a {type(dataset).__name__}, "
@@ -134,6 +149,24 @@ def training_rows(
             "dataset with a length and random access."
         )
     return dataset, loader.collate_fn
+
+
+def open_stream(trainer: Any, dataset: Any) -> StreamRows:
+    """The rows of a stream, of which the first are read."""
+    if trainer.args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            f"The training dataset ({type(dataset).__name__}) was split over the processes by "
+            "datasets.distributed.split_dataset_by_node. With SPICE each process reads the whole stream, so that "
+            "picks do not depend on their number. Fix: give the trainer the stream as it was before."
+        )
+    rows = StreamRows(dataset)
+    with preserved_random_state(trainer.args.device):
+        if not rows.numbers(0, 0, SAMPLE_ROWS):
+            raise ValueError(
+                f"The training dataset ({type(dataset).__name__}) is a stream that gives no row, so there is nothing "
+                "to select from. Check the filters, the split, and that it can be iterated more than once."
+            )
+    return rows
 
 
 def own_sampling(trainer: Any) -> str | None:
@@ -150,16 +183,16 @@ def own_sampling(trainer: Any) -> str | None:
 def warn_of_preparation(trainer: Any, rows: Sequence[CandidateRow]) -> None:
     """Says what TRL did to the rows it was given, where that makes the records' row numbers others than the user's."""
     args, dataset = trainer.args, trainer.train_dataset
+    if is_stream(dataset) and not getattr(args, "packing", False):
+        return
     is_prepared = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
     if not is_prepared or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         return
-    # Its last step is a filter over a table that it has just written.
-    num_given = getattr(getattr(dataset, "data", None), "num_rows", len(dataset))
     changes = []
     if getattr(args, "packing", False):
         changes.append("packed the rows")
         _warn_of_bins(args, rows)
-    elif getattr(args, "max_length", None) is not None and num_given > len(dataset):
+    elif getattr(args, "max_length", None) is not None and (num_given := _num_given(dataset)) > len(dataset):
         dropped = f"{num_given - len(dataset):,} of {num_given:,} rows"
         changes.append(f"left out {dropped}, of which max_length={args.max_length} leaves no label token")
     if getattr(args, "shuffle_dataset", False):
@@ -192,14 +225,31 @@ def _warn_of_bins(args: Any, rows: Sequence[CandidateRow]) -> None:
     )  # fmt: skip
 
 
+def _num_given(dataset: Any) -> int:
+    # TRL's last step is a filter over a table that it has just written.
+    return int(getattr(getattr(dataset, "data", None), "num_rows", len(dataset)))
+
+
 def build_trainer_schedule(
     trainer: Any, config: SpiceConfig, dataset: Any, rows: Sequence[CandidateRow] = ()
 ) -> PoolSchedule:
     """The schedule of pools under the trainer's batch size, processes and seeds; its loss is tried on a row."""
     args = trainer.args
+    stream = dataset if isinstance(dataset, StreamRows) else None
+    if stream is not None and args.max_steps <= 0:
+        raise ValueError(
+            f"The training dataset ({type(stream.dataset).__name__}) is a stream, whose end is not known: "
+            "TrainingArguments needs max_steps, the number of optimizer steps. Fix: set it."
+        )
+    if stream is not None and config.selection_epochs is not None:
+        raise ValueError(
+            f"SpiceConfig: selection_epochs={config.selection_epochs} trains on earlier picks again, and the rows of "
+            "a stream are not kept. Fix: leave selection_epochs out, or load the dataset without streaming=True."
+        )
     return build_schedule(
         config,
-        len(dataset),
+        len(dataset) if stream is None else args.max_steps,
+        build=PoolSchedule if stream is None else partial(StreamSchedule, stream),
         per_device_train_batch_size=trainer._train_batch_size,
         num_slots=args.world_size * args.gradient_accumulation_steps,
         token_normalized=is_token_normalized(trainer, rows),
@@ -236,7 +286,8 @@ def build_trainer_selector(
             get_optimizer=lambda: trainer.optimizer,
             label_loss=label_loss_of(trainer),
         ),
-        describe_rows(trainer, dataset, collate, trainer.train_dataset),
+        # A stream's rows have their raw columns themselves.
+        describe_rows(trainer, dataset, collate, None if isinstance(dataset, StreamRows) else trainer.train_dataset),
         proxy=proxy,
         validation=validation_rows(trainer, config.strategy) if config.takes_validation else None,
     )

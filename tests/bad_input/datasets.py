@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from spice_trainer import SpiceSampler
+from spice_trainer.data.sample import SAMPLE_ROWS
+from tests.bad_input.scene import ATTACHING, CALLING, STARTING, TRAINING, BadInput, Scene
 from tests.support.models import tiny_lora_model
-from tests.support.trainers import tiny_dataset, tiny_rows
+from tests.support.streams import CountedStream
+from tests.support.trainers import collate, tiny_dataset, tiny_rows
 
 # Row 7 is none of those that are looked at before a run; 0 is.
 UNSEEN, SEEN = 7, 0
@@ -36,8 +39,14 @@ def _labels(value: int) -> Callable[[int], list[dict[str, Any]]]:
     return _rows(labels=lambda row: [value] * len(row["labels"]))
 
 
-def _dataset(dataset: Any, **options: Any) -> Callable[[Scene], Callable[[], Any]]:
-    return lambda scene: scene.attach(train_dataset=dataset() if callable(dataset) else dataset, **options)
+def _dataset(
+    dataset: Any, settings: dict[str, Any] | None = None, **options: Any
+) -> Callable[[Scene], Callable[[], Any]]:
+    return lambda scene: scene.attach(settings, train_dataset=dataset() if callable(dataset) else dataset, **options)
+
+
+def _trained_on(dataset: Callable[[], Any], **options: Any) -> Callable[[Scene], Callable[[], Any]]:
+    return lambda scene: scene.train(train_dataset=dataset(), **options)
 
 
 def _train(build: Callable[[int], list[dict[str, Any]]], **options: Any) -> Callable[[Scene], Callable[[], Any]]:
@@ -86,6 +95,24 @@ class UnreadableRow(list[Any]):
         return super().__getitem__(index)
 
 
+class ReadOnce(CountedStream):
+    """A generator behind the name of a stream."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        super().__init__(rows)
+        self.iterator = iter(rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.iterator
+
+
+class NoLength:
+    """Rows that can only be iterated."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(tiny_rows())
+
+
 def _changing() -> Any:
     """Rows that are made anew each time they are read."""
     import torch
@@ -106,12 +133,64 @@ ROWS = (
         "no_dataset", "no `train_dataset`", ATTACHING, ValueError, ("has no train_dataset", "Pass one"), _no_dataset
     ),
     BadInput(
-        "streamed",
-        "a streamed dataset",
+        "stream_without_rows",
+        "a stream that gives no row",
         ATTACHING,
         ValueError,
-        ("(IterableDataset) is streamed", "no random access", "without `streaming=True`"),
-        _dataset(lambda: Dataset.from_list(tiny_rows()).to_iterable_dataset(), max_steps=3),
+        ("(CountedStream) is a stream that gives no row", "iterated more than once"),
+        _dataset(lambda: CountedStream([]), max_steps=3),
+    ),
+    BadInput(
+        "stream_read_once",
+        "a stream that can be read only once",
+        ATTACHING,
+        ValueError,
+        ("(ReadOnce) gave 18 rows or more, and 0 when it was iterated once more", "let `__iter__` begin anew"),
+        _dataset(lambda: ReadOnce(tiny_rows(SAMPLE_ROWS)), max_steps=3),
+    ),
+    BadInput(
+        "stream_replayed",
+        "`selection_epochs` with a stream",
+        ATTACHING,
+        ValueError,
+        ("selection_epochs=1 trains on earlier picks again", "leave selection_epochs out"),
+        _dataset(lambda: tiny_dataset().to_iterable_dataset(), {"selection_epochs": 1}, max_steps=3),
+    ),
+    BadInput(
+        "stream_too_short",
+        "a stream shorter than a step, with `dataloader_drop_last`",
+        TRAINING,
+        ValueError,
+        ("stream ended after 15 rows, too few for one step", "2 pools of 10", "Set dataloader_drop_last=False"),
+        _trained_on(
+            lambda: tiny_dataset(15).to_iterable_dataset(),
+            max_steps=3,
+            dataloader_drop_last=True,
+            per_device_train_batch_size=8,
+        ),
+    ),
+    BadInput(
+        "stream_bound",
+        "a stream in a loop of one's own",
+        CALLING,
+        ValueError,
+        ("(IterableDataset) is streamed", "only a Trainer trains on a stream", "without `streaming=True`"),
+        lambda scene: (
+            lambda: SpiceSampler().bind(
+                tiny_lora_model(),
+                tiny_dataset().to_iterable_dataset(),
+                data_collator=collate,
+                per_device_train_batch_size=4,
+            )
+        ),
+    ),
+    BadInput(
+        "no_length",
+        "rows without a length that are no stream of torch's",
+        ATTACHING,
+        ValueError,
+        ("(NoLength) is streamed", "no random access", "without `streaming=True`"),
+        _dataset(NoLength, max_steps=3),
     ),
     BadInput(
         "no_rows",
@@ -291,7 +370,7 @@ ROWS = (
         "`trainer.train_dataset` replaced by a streamed one",
         STARTING,
         ValueError,
-        ("is streamed",),
+        ("(IterableDataset) is a stream, whose end is not known", "needs max_steps"),
         _replaced(lambda: tiny_dataset().to_iterable_dataset()),
     ),
     BadInput(

@@ -38,11 +38,24 @@ def _itself(scene: Scene) -> Callable[[], Any]:
     return scene.attach(model=model, proxy=ProxyModel(model))
 
 
+def _own_rows_of_a_stream(scene: Scene) -> Callable[[], Any]:
+    proxy = ProxyModel(tiny_lora_model(), dataset=tiny_dataset())
+    return scene.attach(proxy=proxy, train_dataset=tiny_dataset().to_iterable_dataset(), max_steps=3)
+
+
 def _by_name(name: str) -> Callable[[Scene], Callable[[], Any]]:
     return lambda scene: scene.attach({"proxy_model_name_or_path": str(scene.folder / name)})
 
 
 ROWS = (
+    BadInput(
+        "proxy_of_a_stream",
+        "a proxy with a dataset of its own, and a stream to train on",
+        ATTACHING,
+        ValueError,
+        ("The proxy has a dataset of its own, and the training dataset is a stream", "leave `dataset` out"),
+        _own_rows_of_a_stream,
+    ),
     BadInput(
         "name_as_proxy",
         "a name in place of a proxy",

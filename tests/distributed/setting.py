@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
@@ -58,6 +58,11 @@ def dataset() -> Dataset:
     input_ids = (rows[LONG_ROW]["input_ids"] * 15)[:60]
     rows[LONG_ROW] = {"input_ids": input_ids, "attention_mask": [1] * 60, "labels": [-100] * 5 + input_ids[5:]}
     return Dataset.from_list(rows)
+
+
+def stream() -> IterableDataset:
+    """The same as a stream behind a shuffle buffer, of shards that the stock loader deals out to the processes."""
+    return dataset().to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=8)
 
 
 def save_model(folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32) -> Path:

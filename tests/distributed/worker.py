@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets.distributed import split_dataset_by_node
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -162,6 +163,11 @@ class Worker:
     def train_and_listen(self) -> dict[str, Any]:
         """Trains, or goes on from a checkpoint, perhaps one of another number of processes."""
         spice, args = (json.loads(self.options.get(name, "{}")) for name in ("spice", "args"))
+        if "stream" in self.options:
+            stream = setting.stream()
+            if self.options["stream"] == "split":
+                stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
+            setting.dataset = lambda: stream
         proxy = setting.load_proxy(Path(self.options["proxy"]), seed=self.rank) if "proxy" in self.options else None
         trainer, _ = self.build("trained", spice=spice, proxy=proxy, **args)
         found = self.listen(trainer, resume_from_checkpoint=self.options.get("checkpoint"))
