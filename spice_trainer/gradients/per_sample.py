@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from spice_trainer.gradients.backends import (
     is_sharded,
@@ -250,6 +251,8 @@ class SampleGradients:
                 yield module.register_forward_hook(_detach_below)
             elif module._forward_hooks and not self._is_whole:
                 yield module.register_forward_hook(self._detach_leaf)
+            elif module._forward_hooks and not any(id(part) in scored for part in module.modules()):
+                yield module.register_forward_hook(self._end_at_images, with_kwargs=True)
         for index, layer in enumerate(self._layers):
             if not layer.takes_autograd:
                 yield layer.module.register_forward_hook(self._make_hook(index))
@@ -257,6 +260,16 @@ class SampleGradients:
     def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if torch.is_grad_enabled() and not self._is_backward:
             self._leaves.append(output.requires_grad_(True))
+
+    def _end_at_images(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """Ends the backward where hooks for checkpointing let a vision tower's embeddings require a gradient."""
+        if not isinstance(output, Tensor) or not output.requires_grad or self._is_backward:
+            return None
+        is_ours = any(output is leaf for leaf in self._leaves)
+        if is_ours or any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves((args, kwargs))):
+            return None
+        self._leaves.append(output.detach().requires_grad_(True))
+        return self._leaves[-1]
 
     def _detach_leaf(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Undoes what hooks for checkpointing do to embeddings, of images too: below the scored layers no graph."""
