@@ -127,7 +127,12 @@ def fetch_rows(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) 
 
 
 def copy_row(row: Any) -> Any:
-    """A row that may be altered; what cannot be copied is handed out itself."""
+    """A row that may be altered; what of it cannot be copied is handed out itself."""
+    # Lists of token ids, most of a row: `deepcopy` takes them one by one, eight times as long.
+    if type(row) is dict:
+        return {key: copy_row(value) for key, value in row.items()}
+    if type(row) is list:
+        return list(row) if {int, str, float, bool}.issuperset(map(type, row)) else [copy_row(item) for item in row]
     try:
         return copy.deepcopy(row)
     except Exception:

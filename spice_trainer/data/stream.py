@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -200,7 +200,7 @@ class StreamRows:
             next_first=self._next_first(),
             trained=trained,
             mark=mark,
-            digest=None if mark is None else self._digest(mark.row, trained),
+            digest=None if mark is None else self.digest(range(mark.row, trained)),
         )
 
     def resume(self, state: StreamState, *, epoch: int, is_within: bool) -> None:
@@ -234,10 +234,11 @@ class StreamRows:
         for _ in islice(self._iterator, num_past):
             pass
         self._read_until(trained)
-        return self._digest(mark.row, trained)
+        return self.digest(range(mark.row, trained))
 
-    def _digest(self, start: int, stop: int) -> str:
-        return hashlib.sha256(b"".join(_line(self._rows.get(index)) for index in range(start, stop))).hexdigest()
+    def digest(self, indices: Iterable[int]) -> str:
+        """A hash of the content of rows, as far as it can be written."""
+        return hashlib.sha256(b"".join(_line(self._rows.get(index)) for index in indices)).hexdigest()
 
     def _state(self) -> Any:
         """The stream's own state, as JSON values; `None` where it has none that could be kept so."""

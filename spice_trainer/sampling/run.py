@@ -17,6 +17,7 @@ import torch
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.stream import StreamState
+from spice_trainer.distributed import check_agreement
 from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow, find_broken_weight
 from spice_trainer.sampling.loader import preview_step
 from spice_trainer.sampling.position import RunPosition
@@ -145,7 +146,7 @@ class SelectionRun:
         if self._set_epoch is not None:
             self._set_epoch(epoch)
         # transformers (5.23) would train a run that is resumed at its last step one step further.
-        while position.epoch == epoch and not self.is_over and self.schedule.has_step(epoch, position.step_in_epoch):
+        while position.epoch == epoch and not self.is_over and self._has_step(epoch, position.step_in_epoch):
             selection = self.select_step()
             yield selection
             if not self._follows_trainer:
@@ -154,6 +155,22 @@ class SelectionRun:
                 self.finish_step()
             elif position.steps_trained == selection.step:
                 raise RuntimeError(_NOT_TRAINED.format(step=selection.step))
+
+    def _has_step(self, epoch: int, step_in_epoch: int) -> bool:
+        """Whether an epoch has such a step.
+
+        Of a stream a collective: it is read by each process, and may break, end or go another way on one alone.
+        """
+        if self._stream is None:
+            return self.schedule.has_step(epoch, step_in_epoch)
+        processes = self.selector.scorer.processes
+        with processes.failing_together("reading the training stream"):
+            plan = self._stream.pools(epoch, step_in_epoch)
+        if processes.world_size > 1:
+            ends = [row for pool in (*plan.pools[:1], *plan.pools[-1:]) for row in (pool[0], pool[-1])]
+            seen = f"rows {ends[0]} to {ends[-1]}, {self._stream.rows.digest(ends)[:12]}" if ends else "its end"
+            check_agreement(processes, {"what the training stream gives next": seen})
+        return bool(plan.budgets)
 
     def preview(self) -> Iterator[StepSelection]:
         """Yields an epoch's steps without picking: of a step that has no picks, the first candidates of its pools.
@@ -220,7 +237,7 @@ class SelectionRun:
         if selection.filler is not None or selection.indices:
             return selection
         # Of the next step: this one's own rows broke the forward.
-        next_step = step_in_epoch + 1 if self.schedule.has_step(epoch, step_in_epoch + 1) else 0
+        next_step = step_in_epoch + 1 if self._has_step(epoch, step_in_epoch + 1) else 0
         if self._stream is not None and next_step == 0:
             next_step = step_in_epoch
         return replace(selection, filler=self.schedule.pools(epoch, next_step).pools[0][0])
@@ -243,10 +260,10 @@ class SelectionRun:
     def _next_pools(self, epoch: int, step_in_epoch: int) -> StepPools | None:
         """The pools of the step after this one, if this run will score them."""
         step_in_epoch += 1
-        if not self.schedule.has_step(epoch, step_in_epoch):
+        if not self._has_step(epoch, step_in_epoch):
             epoch, step_in_epoch = epoch + 1, 0
         is_over = step_in_epoch == 0 if self._total_steps is None else self.global_step + 1 >= self._total_steps
-        if is_over or self._replay.replays(epoch) or not self.schedule.has_step(epoch, step_in_epoch):
+        if is_over or self._replay.replays(epoch) or not self._has_step(epoch, step_in_epoch):
             return None
         return self.schedule.pools(epoch, step_in_epoch)
 

@@ -8,6 +8,7 @@ has nothing but long rows to score.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def dataset() -> Dataset:
 def stream() -> IterableDataset:
     """The same as a stream behind a shuffle buffer, of shards that the stock loader deals out to the processes."""
     return dataset().to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=8)
+
+
+class OtherStream(torch.utils.data.IterableDataset[Any]):
+    """The rows, of which those behind the first step's come in another order, end, or break off."""
+
+    def __init__(self, kind: str) -> None:
+        self.rows = list(dataset())
+        self.kind = kind
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.rows[:20]
+        if self.kind == "broken":
+            raise OSError("the connection was closed")
+        rest = self.rows[20:] if self.kind != "ended" else []
+        yield from rest[::-1] if self.kind == "reversed" else rest
 
 
 def save_model(folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32) -> Path:

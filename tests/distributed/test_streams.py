@@ -50,3 +50,21 @@ def test_a_stream_that_is_split_already_is_refused(model_folder: Path, tmp_path:
     launched = fork("multi_gpu", tmp_path, "train", f"model={model_folder}", "stream=split", 'args={"max_steps": 3}')
     assert launched.returncode != 0
     assert "was split over the processes by datasets.distributed.split_dataset_by_node" in launched.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "errors"),
+    [
+        ("reversed", ["what the training stream gives next is 'rows 20 to 39, ", "on process 1"]),
+        ("ended", ["what the training stream gives next is 'rows 20 to 39, ", "and 'its end' on process 1"]),
+        ("broken", ["SPICE: process 1 of 2 failed while reading the training stream", "the connection was closed"]),
+    ],
+)
+def test_a_stream_that_goes_another_way_on_one_process(
+    kind: str, errors: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    """Both end, after the first step, and neither waits for the other."""
+    launched = fork("multi_gpu", tmp_path, "train", f"model={model_folder}", f"stream={kind}", 'args={"max_steps": 3}')
+    assert launched.returncode != 0 and not launched.timed_out
+    assert all(error in launched.stderr for error in errors), launched.stderr
+    assert len(read_records(tmp_path / "trained", "trained")) == 1

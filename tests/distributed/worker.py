@@ -167,6 +167,11 @@ class Worker:
             stream = setting.stream()
             if self.options["stream"] == "split":
                 stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
+            elif self.options["stream"] != "whole" and self.rank:
+                # The first step's rows are those of the other process.
+                stream = setting.OtherStream(self.options["stream"])
+            elif self.options["stream"] != "whole":
+                stream = setting.OtherStream("as it is")
             setting.dataset = lambda: stream
         proxy = setting.load_proxy(Path(self.options["proxy"]), seed=self.rank) if "proxy" in self.options else None
         trainer, _ = self.build("trained", spice=spice, proxy=proxy, **args)
