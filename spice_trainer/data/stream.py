@@ -254,6 +254,9 @@ class StreamRows:
         return kept if self._has_state else None
 
 
+_IS_PART = "_init_state_dict"
+
+
 def _own_stream(dataset: Any) -> tuple[Any, bool]:
     """A stream that nobody else iterates, where that can be had, and whether its state can be read and set.
 
@@ -263,8 +266,17 @@ def _own_stream(dataset: Any) -> tuple[Any, bool]:
     has_state = all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
     if not any(cls.__module__.partition(".")[0] == "datasets" for cls in type(dataset).__mro__):
         return dataset, has_state
+    # What its parts read from, their functions and arguments may hold all rows in memory, or a tokenizer.
+    shared: dict[int, Any] = {}
+    parts = [dataset._ex_iterable] if hasattr(dataset, "_ex_iterable") else []
+    for part in parts:
+        for name, value in vars(part).items():
+            inner = [item for item in (value if isinstance(value, list) else [value]) if hasattr(item, _IS_PART)]
+            parts += inner
+            if not inner and not name.startswith("_"):
+                shared[id(value)] = value
     try:
-        return copy.deepcopy(dataset), has_state
+        return copy.deepcopy(dataset, shared), has_state
     except Exception as error:
         logger.debug("SPICE: the stream cannot be copied: %s", error)
         return dataset, False

@@ -115,6 +115,23 @@ def test_others_may_iterate_a_stream_of_datasets_meanwhile() -> None:
     assert stream.epoch == 0 and len(list(stream)) == 55
 
 
+class Large(list[Any]):
+    """Rows, or a tokenizer, that must not be held twice."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+
+def test_what_a_stream_reads_from_is_not_copied() -> None:
+    rows = Large(tiny_rows())
+    source = IterableDataset.from_generator(lambda rows: iter(rows[0]), gen_kwargs={"rows": (rows,)})
+    mapped = source.map(lambda row, large: row, fn_kwargs={"large": rows}).shuffle(buffer_size=3)
+    stream = StreamRows(mapped.filter(lambda row: True))
+    train(stream, 0, range(2))
+    state = saved(stream, 0)
+    assert state.mark is not None and state.mark.state is not None
+
+
 def test_a_copy_shows_what_is_held() -> None:
     rows = StreamRows(tiny_stream())
     rows.numbers(0, 0, 10)
