@@ -30,6 +30,7 @@ ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 GradientPreconditioning = Literal["none", "adam"]
 Information = Literal["exact", "diagonal", "adafisher"]
+ScoringParameters = Literal["all", "lora"]
 
 DEFAULT_SKETCH_DIM = 32_768
 """Numbers kept of each sample gradient when `sketch_dim=-1`, measured by `tests/benchmarks/sketch_fidelity.py`."""
@@ -143,6 +144,7 @@ _CHECKS: dict[str, Check] = {
     "sketch_dim": WholeNumber(-1, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
     "scoring_tokens_per_batch": WholeNumber(1, "a scoring pass needs at least one token"),
     "scoring_layers": WholeNumber(1, "scoring needs at least one layer"),
+    "scoring_parameters": OneOf(get_args(ScoringParameters)),
     "scoring_target_modules": name_list,
     "scoring_max_tokens": WholeNumber(1, "a row without label tokens has no gradient"),
     "scoring_prefilter": RealNumber(
@@ -251,10 +253,13 @@ class SpiceConfig:
             Number of tokens, padding included, of one forward and backward pass of the scoring. Lower it to save
             memory; it changes no pick beyond rounding.
         scoring_layers (`int`, *optional*):
-            Scores by the LoRA modules of the last so many layers alone, and stops the backward there. `None`, or at
+            Scores by the modules of the last so many layers alone, and stops the backward there. `None`, or at
             least as many as the model has: all of them.
+        scoring_parameters (`str`, *optional*, defaults to `"all"`):
+            Scores by everything that trains (`"all"`), or by the LoRA weights alone (`"lora"`), where norms,
+            embeddings, `modules_to_save` or others train beside them.
         scoring_target_modules (`list[str]`, *optional*):
-            Scores by the LoRA modules of these names alone, such as `q_proj`: full names or the ends of names, as in
+            Scores by the modules of these names alone, such as `q_proj`: full names or the ends of names, as in
             `LoraConfig(target_modules=...)`. `None`: all of them.
         scoring_max_tokens (`int`, *optional*):
             Scores each row by its first so many label tokens; what comes after them is not computed. `None`: by all.
@@ -369,10 +374,13 @@ class SpiceConfig:
         default=2048, metadata={"help": "Number of tokens, padding included, of one scoring pass."}
     )
     scoring_layers: int | None = field(
-        default=None, metadata={"help": "Score by the LoRA modules of the last so many layers. None: all layers."}
+        default=None, metadata={"help": "Score by the modules of the last so many layers. None: all layers."}
+    )
+    scoring_parameters: ScoringParameters = field(
+        default="all", metadata={"help": "Score by everything that trains, or by the weights of LoRA alone."}
     )
     scoring_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Score by the LoRA modules of these names, such as q_proj. None: all."}
+        default=None, metadata={"help": "Score by the modules of these names, such as q_proj. None: all."}
     )
     scoring_max_tokens: int | None = field(
         default=None, metadata={"help": "Score each row by its first so many label tokens. None: by all."}

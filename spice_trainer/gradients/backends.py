@@ -121,14 +121,24 @@ def must_score_alone(model: nn.Module) -> bool:
 
 
 def score_alone(model: nn.Module, layer_name: str) -> None:
-    """From here on rows are scored one at a time; `layer_name` is a layer that needs it."""
-    if model not in _with_mixed_rows:
-        _with_mixed_rows.add(model)
+    """From here on rows are scored one at a time; `layer_name` is a layer that mixes them."""
+    _with_mixed_rows.add(model)
+    warn_of_scoring_alone(model, layer_name, "takes the tokens of all rows together")
+
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+def warn_of_scoring_alone(model: nn.Module, layer_name: str, why: str) -> None:
+    """Says so, once for a model."""
+    if model not in _warned:
+        _warned.add(model)
         logger.warning(
-            "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short: the LoRA layer %r "
-            "takes the tokens of all rows together. Leave it out of `target_modules`, or choose others by "
-            "SpiceConfig(scoring_target_modules=...), to score in batches.",
+            "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short: the layer %r %s. "
+            "Leave it out of what trains, or choose others by SpiceConfig(scoring_target_modules=...), to score in "
+            "batches.",
             layer_name,
+            why,
         )
 
 

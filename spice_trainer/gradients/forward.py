@@ -66,7 +66,7 @@ class ForwardLosses:
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Hooks the model's embedding and head; removing the handles undoes it."""
-        handles = [input_embedding(self.model).register_forward_hook(self._detach_embedded)]
+        handles = [input_embedding(self.model).register_forward_hook(self._note_embedded)]
         return handles if self.head is None else handles + self.head.attach()
 
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> tuple[Float[Tensor, "N"], Tensor]:
@@ -112,7 +112,5 @@ class ForwardLosses:
             )
         return logits_of(outputs)
 
-    def _detach_embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # PEFT lets it require a gradient where a model trains with checkpointing.
+    def _note_embedded(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._saw_embedding = True
-        return output.detach()

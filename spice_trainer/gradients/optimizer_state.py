@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class LayerState:
         """What is kept under this name, by coordinate; `None` where nothing is kept yet."""
         if not all(isinstance(state.get(name), Tensor) for state in self.parameters):
             return None
-        return torch.cat([state[name].detach().flatten() for state in self.parameters])
+        parts = [state[name].detach().flatten() for state in self.parameters]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -96,6 +97,10 @@ class SecondMoment:
     num_updates: int
     decay: float
     epsilon: float
+
+    def at(self, coordinates: slice | Tensor) -> SecondMoment:
+        """That of some coordinates."""
+        return self if self.values is None else replace(self, values=self.values[coordinates])
 
 
 def precondition_(gradients: Float[Tensor, "N D_l"], moment: SecondMoment) -> Float[Tensor, "N D_l"]:

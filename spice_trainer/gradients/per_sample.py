@@ -1,13 +1,15 @@
-"""Per-sample LoRA gradients from one batched forward and backward.
+"""Per-sample gradients of what trains from one batched forward and backward.
 
 For sample n with label tokens L_n (labels ≠ −100 after the causal shift) the gradient of the paper is
 
     g_n = ∇_θ ℓ_n,    ℓ_n = −(1/|L_n|) Σ_{s ∈ L_n} log p_θ(y_ns | y_n,<s)
 
-with θ the trainable LoRA weights and dropout off. A layer's input x, kept by a forward hook, and the gradient δ of its
-output, brought by a tensor hook, are all that its kind needs to form it (linear layers: Σ_s δ_ns x_nsᵀ). Rows of a
-batch don't interact, so one backward serves them all. Where a layer is fed the tokens of all rows in an order of its
-own, or its weights are used without a call (experts), rows go through one at a time.
+with θ the trainable weights (the paper: LoRA's) and dropout off. A layer's input x, kept by a forward hook, and the
+gradient δ of its output, brought by a tensor hook, are all that its kind needs to form it (linear layers:
+Σ_s δ_ns x_nsᵀ). Rows of a batch don't interact, so one backward serves them all. Where a layer is fed the tokens of
+all rows in an order of its own, or its weights are used without a call (experts), rows go through one at a time.
+Gradients of a layer are formed in pieces of bounded size, each given away before the next: those of a layer that
+trains in full never exist for all rows together.
 
     embedding ─ detached ─ layers below: no graph ─ lowest scored layers: y replaced by a leaf ─ … ─ head ─ ℓ
                                                     └──────────── backward, toward these leaves alone ────┘
@@ -24,13 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from spice_trainer.gradients.backends import (
     is_sharded,
@@ -38,20 +40,35 @@ from spice_trainer.gradients.backends import (
     needs_whole_graph,
     score_alone,
     scoring_mode,
+    warn_of_scoring_alone,
 )
 from spice_trainer.gradients.forward import ForwardLosses, input_embedding
 from spice_trainer.gradients.graph import LossGraph
 from spice_trainer.gradients.label_head import PLAIN, LabelLoss
-from spice_trainer.gradients.layers.registry import scored_layers
+from spice_trainer.gradients.layers.base import ScoredLayer
+from spice_trainer.gradients.layers.registry import score_by_autograd, scored_layers
 from spice_trainer.gradients.lora import why_switched_off
 from spice_trainer.gradients.loss_scale import LossScale
+
+# Numbers of a piece of gradients: 8 MB, which a CPU's caches may hold, and on a GPU 256 MB.
+PIECE_NUMBERS = {"cpu": 2**21}
+_PIECE_NUMBERS_ELSEWHERE = 2**26
+ALL = slice(None)
 
 
 class GradientSink(Protocol):
     """Takes one layer's sample gradients as soon as the backward has formed them."""
 
-    def add(self, module_index: int, gradients: Float[Tensor, "N D_l"]) -> None:
-        """Takes the gradients of layer `module_index`, float32, which the sink may overwrite."""
+    def add(self, module_index: int, gradients: Float[Tensor, "n w"], rows: slice = ALL, start: int = 0) -> None:
+        """Takes coordinates of layer `module_index` from `start` on, float32, which the sink may overwrite.
+
+        They are those of some `rows` of the batch; each coordinate of a row comes once.
+        """
+
+    def add_sparse(
+        self, module_index: int, row: int, coordinates: Int[Tensor, " w"], values: Float[Tensor, " w"]
+    ) -> None:
+        """Takes those of a row that are not 0, by which coordinates they are; no others come for it."""
 
     def restart(self, rows: Sequence[int]) -> None:
         """Forgets what came for these samples of the batch: what comes from here on is theirs alone, in this order."""
@@ -61,21 +78,34 @@ class _MixedRowsError(Exception):
     """A layer of this name was fed the tokens of several rows, which cannot be told apart."""
 
 
+class _BypassedError(Exception):
+    """The loss depends on the weights of these layers, by number, in a way that hooks do not see."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: what its gradients are formed from, by sample and position."""
+
+    layer: ScoredLayer
+    inputs: Tensor
+    output_gradients: Tensor
+
+
 class SampleGradients:
-    """Context manager that computes sample gradients of LoRA layers and leaves no trace behind.
+    """Context manager that computes sample gradients of layers and leaves no trace behind.
 
     While it is open every module is in evaluation mode (LoRA dropout, NEFTune and gradient checkpointing are off;
     quantised linear layers alone train), compiled modules run uncompiled and the hooks are in place. On exit, also
     after an exception, each module's own mode is restored and every hook removed.
 
-    The model comes without its DDP or DeepSpeed wrapper; `modules` are the layers of `find_lora_modules` or some of
+    The model comes without its DDP or DeepSpeed wrapper; `modules` are the layers of `find_trained_modules` or some of
     them, and below the lowest of these the others leave no graph. `can_repeat` says whether a batch may be run again
     for samples whose float16 gradient overflowed under the loss scale: with sharded weights a process cannot do so by
     itself, and such samples count as not finite. Gradients are those of `label_loss`.
 
     Example:
     ```python
-    >>> with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    >>> with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
     ...     losses = sample_gradients.compute(inputs, labels, sink)
     ```
     """
@@ -90,19 +120,16 @@ class SampleGradients:
     ) -> None:
         self.model = model
         self._is_whole = needs_whole_graph(model)
-        self.forward = ForwardLosses(model, takes_head=not self._is_whole, label_loss=label_loss)
-        self._layers = scored_layers(modules)
-        self._by_autograd = [index for index, layer in enumerate(self._layers) if layer.takes_autograd]
+        self._modules = dict(modules)
+        self._layers, self._by_autograd = self._find_layers()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        is_head_scored = head is not None and self._is_scored(head)
+        takes_head = not self._is_whole and not is_head_scored
+        self.forward = ForwardLosses(model, takes_head=takes_head, label_loss=label_loss)
         self._open = ExitStack()
         self._leaves: list[Tensor] = []
         self._sink: GradientSink | None = None
         self._num_samples = self._num_tokens = 0
-        if self._by_autograd and is_sharded(model):
-            raise RuntimeError(
-                f"LoRA on the expert parameters of {self._layers[self._by_autograd[0]].name!r} cannot be scored where "
-                'FSDP or ZeRO-3 shards them. Name the attention\'s layers alone in `target_modules` ("all-linear" '
-                'takes the experts in), or in SpiceConfig(scoring_target_modules=["q_proj", "v_proj"]), or use DDP.'
-            )
         # Something else than a scored layer makes activations require a gradient: the backward ends there, too.
         self._follows_others = False
         self._can_repeat = can_repeat
@@ -112,7 +139,35 @@ class SampleGradients:
         self._is_backward = False
         # By layer, the `grad_fn` of each call whose gradient has not come yet, and the sum of those that have.
         self._waiting: dict[int, dict[int, Any]] = {}
-        self._partial: dict[int, Tensor] = {}
+        self._arrived: dict[int, list[_Call]] = {}
+
+    def _find_layers(self) -> tuple[list[ScoredLayer], list[int]]:
+        """The layers, and which of them are left to autograd."""
+        layers = scored_layers(self._modules)
+        by_autograd = [index for index, layer in enumerate(layers) if layer.takes_autograd]
+        if by_autograd and is_sharded(self.model):
+            layer = layers[by_autograd[0]]
+            raise RuntimeError(
+                f"The trained parameters of {layer.name!r} ({type(layer.module).__name__}) cannot be scored where "
+                "FSDP or ZeRO-3 shards them: only autograd itself gives their gradients. Score by others: "
+                'SpiceConfig(scoring_parameters="lora"), or scoring_target_modules=["q_proj", "v_proj"] where LoRA '
+                'is on experts too ("all-linear" takes them in), or use DDP.'
+            )
+        return layers, by_autograd
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers' names, in the order of their numbers."""
+        return [layer.name for layer in self._layers]
+
+    def _is_scored(self, module: nn.Module) -> bool:
+        """Whether a module, or another that shares a weight of its own, is scored."""
+        weights = set(map(id, module.parameters(recurse=False)))
+        return any(
+            module is part.module or weights & set(map(id, layer.parameters))
+            for layer in self._layers
+            for part in layer.parts
+        )
 
     def __enter__(self) -> SampleGradients:
         with ExitStack() as opening:
@@ -130,28 +185,42 @@ class SampleGradients:
 
     def _forget(self) -> None:
         self._leaves, self._sink = [], None
-        self._waiting, self._partial = {}, {}
+        self._waiting, self._arrived = {}, {}
 
     def compute(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], sink: GradientSink) -> Float[Tensor, "N"]:
         """Runs one forward and one backward, and hands each layer's sample gradients to `sink`.
 
         Inputs come without labels; labels are unshifted, −100 where no loss is taken, as the Trainer's collators make
         them. Returns the mean negative log-likelihood of each sample's label tokens in float32, 0 for a sample
-        without any. A layer that the samples do not use has gradient 0. Raises a RuntimeError if the loss depends on
+        without any. Of a layer that no sample uses nothing comes. Raises a RuntimeError if the loss depends on
         a layer in a way that hooks do not see.
         """
         self._sink = sink
         rows = range(len(labels))
         try:
-            if len(rows) == 1 or not (self._by_autograd or must_score_alone(self.model)):
+            while True:
+                if self._by_autograd:
+                    layer = self._layers[self._by_autograd[0]]
+                    warn_of_scoring_alone(
+                        self.model, layer.name, f"({type(layer.module).__name__}) has no rule of its own"
+                    )
+                is_alone = len(rows) > 1 and (bool(self._by_autograd) or must_score_alone(self.model))
                 try:
-                    return self._compute_rows(inputs, labels, rows)
+                    return (self._compute_alone if is_alone else self._compute_rows)(inputs, labels, rows)
                 except _MixedRowsError as error:
                     score_alone(self.model, str(error))
-            return self._compute_alone(inputs, labels)
+                except _BypassedError as error:
+                    self._leave_to_autograd(error.args[0])
+                self._restart(rows)
         finally:
             # Also after an error, such as a lack of memory, after which the caller goes on with fewer samples.
             self._forget()
+
+    def _leave_to_autograd(self, indices: Sequence[int]) -> None:
+        layers = [self._layers[index] for index in indices]
+        warn_of_scoring_alone(self.model, layers[0].name, "is bypassed: its weights are used without calling it")
+        score_by_autograd([part.module for layer in layers for part in layer.parts])
+        self._layers, self._by_autograd = self._find_layers()
 
     def _compute_rows(
         self, inputs: Mapping[str, Any], labels: Int[Tensor, "M S"], rows: Sequence[int]
@@ -164,16 +233,18 @@ class SampleGradients:
             self._run(inputs, labels, rows, torch.tensor(again))
         return losses
 
-    def _compute_alone(self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"]) -> Float[Tensor, "N"]:
+    def _compute_alone(
+        self, inputs: Mapping[str, Any], labels: Int[Tensor, "N S"], rows: Sequence[int]
+    ) -> Float[Tensor, "N"]:
         """The same, a row at a time and without its padding."""
         if not self._can_repeat:
             raise RuntimeError(
-                "Some LoRA layers take the tokens of all rows together, so rows must be scored one at a time, and "
+                "Some layers take the tokens of all rows together, so rows must be scored one at a time, and "
                 "where weights are sharded all processes in step. Set SpiceConfig(scoring_tokens_per_batch=1), or "
                 "leave these layers out: SpiceConfig(scoring_target_modules=[...])."
             )
         losses = []
-        for row in range(len(labels)):
+        for row in rows:
             attended = inputs["attention_mask"][row].nonzero()
             length = int(attended[-1]) + 1 if len(attended) else labels.shape[1]
             part = {key: value[row : row + 1, :length] for key, value in inputs.items()}
@@ -202,7 +273,7 @@ class SampleGradients:
         chosen: Int[Tensor, "C"] | None,
     ) -> Float[Tensor, "M"]:
         self._num_samples, self._num_tokens = labels.shape
-        self._chosen, self._leaves, self._waiting, self._partial = chosen, [], {}, {}
+        self._chosen, self._leaves, self._waiting, self._arrived = chosen, [], {}, {}
         with torch.enable_grad():
             losses, logits = self.forward.compute(inputs, labels)
             self._loss_scale.start(logits, repeats=chosen is not None)
@@ -233,40 +304,33 @@ class SampleGradients:
         remaining = iter(found)
         for index in self._by_autograd:
             parts = [next(remaining).flatten() for _ in self._layers[index].parameters]
-            gradients = torch.cat(parts)[None].float()
+            gradients = torch.cat(parts)[None]
             self._loss_scale.watch(gradients)
             self._waiting[index] = {}
-            if self._sink is not None:
-                self._sink.add(index, gradients / self._loss_scale.value)
+            layer = self._layers[index]
+            for start, stop in layer.cuts(self._piece_numbers(gradients)):
+                self._give(index, gradients[:, start:stop].float(), slice(0, 1), start)
 
     def _attach(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield from self.forward.attach()
         if self._is_whole:
             yield input_embedding(self.model).register_forward_hook(self._start_at_embedding)
-        scored = {id(layer.module) for layer in self._layers}
+        scored = {id(part.module) for layer in self._layers for part in layer.parts}
+        scored |= {id(weight) for layer in self._layers for weight in layer.parameters}
         for module in self.model.modules():
-            if id(module) in scored:
+            if not scored.isdisjoint(map(id, (module, *module.parameters(recurse=False)))):
                 continue
             if any(weight.requires_grad for weight in module.parameters(recurse=False)):
                 yield module.register_forward_hook(_detach_below)
             elif module._forward_hooks and not self._is_whole:
                 yield module.register_forward_hook(self._detach_leaf)
-            elif module._forward_hooks and not any(id(part) in scored for part in module.modules()):
-                yield module.register_forward_hook(self._end_at_images, with_kwargs=True)
         for index, layer in enumerate(self._layers):
-            if not layer.takes_autograd:
-                yield layer.module.register_forward_hook(self._make_hook(index))
+            for part in layer.parts:
+                if not part.takes_autograd:
+                    yield part.module.register_forward_hook(self._make_hook(index, part), with_kwargs=True)
 
-    def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled() and not self._is_backward:
-            self._leaves.append(output.requires_grad_(True))
-
-    def _end_at_images(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        """Ends the backward where hooks for checkpointing let a vision tower's embeddings require a gradient."""
-        if not isinstance(output, Tensor) or not output.requires_grad or self._is_backward:
-            return None
-        is_ours = any(output is leaf for leaf in self._leaves)
-        if is_ours or any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves((args, kwargs))):
+    def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled() or self._is_backward or any(output is leaf for leaf in self._leaves):
             return None
         self._leaves.append(output.detach().requires_grad_(True))
         return self._leaves[-1]
@@ -276,18 +340,22 @@ class SampleGradients:
         is_leaf = isinstance(output, Tensor) and output.is_leaf and output.requires_grad
         return output.detach() if is_leaf and not any(output is leaf for leaf in self._leaves) else None
 
-    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        layer = self._layers[index]
-
-        def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _make_hook(self, index: int, layer: ScoredLayer) -> Callable[..., Any]:
+        def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             # Checkpointing that evaluation mode does not switch off (FSDP's) runs forwards again within the backward;
             # no gradient comes to their outputs.
-            if not output.requires_grad or self._is_backward:
+            if self._is_backward or not output.requires_grad or self._layers[index].takes_autograd:
                 return None
-            inputs = layer.by_sample(args[0].detach(), self._num_samples, self._num_tokens)
-            if inputs is None:
-                raise _MixedRowsError(layer.name)
-            if not args[0].requires_grad:
+            kept = layer.keep(args, kwargs, self._num_samples, self._num_tokens)
+            if len(output) == 1 < self._num_samples and kept is not None:
+                # Positions that all samples share.
+                output = output.expand(self._num_samples, *output.shape[1:])
+            given = (*args, *kwargs.values())
+            if any(isinstance(value, nn.Module) for value in given):
+                # DoRA calls layers within it, which may be scored: the backward comes here, and may go on.
+                self._leaves.append(output.new_zeros((), requires_grad=True))
+                output = output + self._leaves[-1]
+            elif not any(isinstance(value, Tensor) and value.requires_grad for value in given):
                 # Nothing below is scored: the backward ends here.
                 output = output.detach().requires_grad_(True)
                 self._leaves.append(output)
@@ -295,28 +363,57 @@ class SampleGradients:
             calls = self._waiting.setdefault(index, {})
             call = len(calls)
             calls[call] = output.grad_fn
-            output.register_hook(lambda gradient: self._receive(index, call, inputs, gradient))
+            output.register_hook(lambda gradient: self._receive(index, call, layer, kept, gradient))
             return output
 
         return keep_input
 
-    def _receive(self, index: int, call: int, inputs: Tensor, output_gradient: Tensor) -> None:
-        output_gradient = output_gradient.reshape(*inputs.shape[:2], -1)
+    def _receive(self, index: int, call: int, layer: ScoredLayer, kept: Any, output_gradient: Tensor) -> None:
+        if kept is None:
+            # Not before a gradient comes: DoRA calls its matrices with an identity first, of which none is taken.
+            raise _MixedRowsError(layer.name)
+        inputs = layer.inputs(kept)
+        output_gradient = output_gradient.detach().reshape(*inputs.shape[:2], -1)
         if self._chosen is not None:
             where = self._chosen.to(inputs.device)
             inputs, output_gradient = inputs[where], output_gradient[where]
         self._loss_scale.watch(output_gradient)
-        gradients = self._layers[index].sample_gradients(inputs, output_gradient.detach())
-        if self._loss_scale.value != 1.0:
-            gradients /= self._loss_scale.value
-        if index in self._partial:
-            gradients += self._partial.pop(index)
+        self._arrived.setdefault(index, []).append(_Call(layer, inputs, output_gradient))
         calls = self._waiting[index]
         del calls[call]
-        if calls:
-            self._partial[index] = gradients
-        elif self._sink is not None:
-            self._sink.add(index, gradients)
+        if not calls:
+            self._form(index)
+
+    def _form(self, index: int) -> None:
+        """Gives the sink the gradients of a layer, once those of all its calls' outputs have come."""
+        calls, layer = self._arrived.pop(index), self._layers[index]
+        num_samples, limit = len(calls[0].inputs), self._piece_numbers(calls[0].inputs)
+        if layer.is_sparse and len(calls) == 1 and limit < num_samples * layer.num_coordinates:
+            for row in range(num_samples):
+                only = slice(row, row + 1)
+                coordinates, values = layer.sparse_gradients(calls[0].inputs[only], calls[0].output_gradients[only])
+                if self._sink is not None:
+                    self._sink.add_sparse(index, row, coordinates, values / self._loss_scale.value)
+            return
+        for start, stop in layer.cuts(limit // num_samples):
+            # All rows together, or fewer where a piece of one weight's row is too many.
+            step = max(1, limit // (stop - start))
+            for first in range(0, num_samples, step):
+                rows = slice(first, min(first + step, num_samples))
+                parts = [
+                    call.layer.sample_gradients(call.inputs[rows], call.output_gradients[rows], start, stop)
+                    for call in calls
+                ]
+                self._give(index, parts[0] if len(parts) == 1 else torch.stack(parts).sum(0), rows, start)
+
+    def _give(self, index: int, gradients: Tensor, rows: slice, start: int) -> None:
+        if self._loss_scale.value != 1.0:
+            gradients = gradients / self._loss_scale.value
+        if self._sink is not None:
+            self._sink.add(index, gradients, rows, start)
+
+    def _piece_numbers(self, like: Tensor) -> int:
+        return PIECE_NUMBERS.get(like.device.type, _PIECE_NUMBERS_ELSEWHERE)
 
     def _complete(self, total: Tensor) -> bool:
         """Gives the sink what is left: layers that the loss does not depend on, or not through every call.
@@ -333,14 +430,16 @@ class SampleGradients:
         bypassed = [
             index
             for index in missing
-            if index not in self._partial and any(map(graph.has_weight, self._layers[index].parameters))
+            if index not in self._arrived and any(map(graph.has_weight, self._layers[index].parameters))
         ]
-        self._check_unused(missing, sorted({*unreached, *bypassed}))
-        num_samples = self._num_samples if self._chosen is None else len(self._chosen)
+        used = sorted({*unreached, *bypassed})
+        if used and not self._is_whole and not is_sharded(self.model):
+            raise _BypassedError(used)
+        self._check_unused(missing, used)
         for index in missing:
-            size = num_samples, self._layers[index].num_coordinates
-            zeros = torch.zeros(size, dtype=torch.float32, device=total.device)
-            self._sink.add(index, self._partial.pop(index, zeros))
+            # Of a layer that is not used nothing comes: its gradient is 0.
+            if index in self._arrived:
+                self._form(index)
         return True
 
     def _check_unused(self, missing: Sequence[int], used: Sequence[int]) -> None:
@@ -357,7 +456,7 @@ class SampleGradients:
             return
         names = [self._layers[index].name for index in used]
         raise RuntimeError(
-            f"{len(names)} of {len(self._layers)} LoRA layers got no gradient while scoring: {', '.join(names[:5])}"
+            f"{len(names)} of {len(self._layers)} scored layers got no gradient while scoring: {', '.join(names[:5])}"
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. {reason}"
         )
 

@@ -1,4 +1,4 @@
-"""Which LoRA layers of a model train at the moment. Looked at again in each step, since callbacks freeze layers.
+"""Which modules of a model train at the moment. Looked at again in each step, since callbacks freeze layers.
 
 What trains is what requires a gradient and is in the optimizer, as far as that is known: a layer unfrozen after the
 Trainer has made its optimizer gets gradients that nobody applies.
@@ -15,17 +15,23 @@ from zlib import crc32
 
 from torch import nn
 
+from spice_trainer.config import ScoringParameters
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_lora_modules, split_adapter
+from spice_trainer.gradients.lora import find_trained_modules, split_adapter
 from spice_trainer.utils.logging import logger
 
 
 class TrainedLayers:
-    """Follows the LoRA layers that train; `modules` are those of now, at first those of `find_lora_modules`."""
+    """Follows what trains; `modules` are those of now, at first those of `find_trained_modules`."""
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], get_optimizer: Callable[[], Any] = lambda: None
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        get_optimizer: Callable[[], Any] = lambda: None,
+        scoring_parameters: ScoringParameters = "all",
     ) -> None:
+        self._scoring_parameters: ScoringParameters = scoring_parameters
         self.modules = dict(modules)
         self._model = model
         self._get_optimizer = get_optimizer
@@ -37,14 +43,14 @@ class TrainedLayers:
 
     @property
     def names(self) -> list[str]:
-        """All LoRA layers of the model, also those that are frozen."""
-        return [name for name in self._named if split_adapter(name)[1]]
+        """What may train: LoRA layers and others that hold weights, also those that are frozen."""
+        return [name for name, module in self._named.items() if split_adapter(name)[1] or module._parameters]
 
     def follow(self, processes: Processes) -> bool:
         """Looks again; whether something changed. A collective.
 
         A RuntimeError if nothing trains any more, the adapter is another one or the processes train different layers,
-        an UnsupportedModelError if something trains now that cannot be scored.
+        an UnsupportedModelError if what trains now cannot be scored.
         """
         with processes.failing_together("looking at which layers train"):
             is_changed = self._follow()
@@ -52,7 +58,7 @@ class TrainedLayers:
         for rank, theirs in enumerate(everyones):
             if theirs != everyones[0]:
                 raise RuntimeError(
-                    f"Process {rank} of {len(everyones)} trains {theirs[0]} LoRA layers, and process 0 trains "
+                    f"Process {rank} of {len(everyones)} trains {theirs[0]} layers, and process 0 trains "
                     f"{everyones[0][0]}{' others' if theirs[0] == everyones[0][0] else ''}. Likely cause: a callback "
                     "that freezes layers on some of the processes. Fix: let it do the same on all."
                 )
@@ -68,7 +74,7 @@ class TrainedLayers:
             return False
         if not any(flags):
             raise RuntimeError(
-                "Every LoRA layer was frozen since the last step, so nothing trains and there is no gradient to score "
+                "Every layer was frozen since the last step, so nothing trains and there is no gradient to score "
                 "by. Likely cause: a callback that freezes layers. Fix: let it leave one that trains, or end the run "
                 "with `control.should_training_stop = True`."
             )
@@ -77,8 +83,11 @@ class TrainedLayers:
             # There is none yet, or it has others in their place.
             held = {id(parameter) for module in self._holders for parameter in module.parameters(recurse=False)}
         self._warn_of_idle(held)
-        found = find_lora_modules(
-            self._model, self._named, lambda parameter: parameter.requires_grad and id(parameter) in held
+        found = find_trained_modules(
+            self._model,
+            self._named,
+            lambda parameter: parameter.requires_grad and id(parameter) in held,
+            scoring_parameters=self._scoring_parameters,
         )
         is_same = flags == self._flags and found.keys() == self.modules.keys()
         self.modules, self._flags, self._num_held = found, flags, num_held

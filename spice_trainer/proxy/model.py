@@ -18,7 +18,7 @@ from torch import nn
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import DataCollator
-from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.gradients.lora import UnsupportedModelError, find_trained_modules, is_lora
 from spice_trainer.proxy.targets import language_model_targets
 from spice_trainer.utils.fields import RealNumber, WholeNumber
 from spice_trainer.utils.random import seeded_random_state
@@ -96,12 +96,19 @@ class ProxyModel:
         counts_cycles = WholeNumber(1, "it counts cycles; learning_rate=0 keeps the proxy as it is")
         self.update_every = counts_cycles("ProxyModel", "update_every", update_every)
         try:
-            self.modules = find_lora_modules(model)
+            self.modules = find_trained_modules(model)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"This proxy cannot score. {error} A proxy without an adapter gets one with "
                 '`get_peft_model(model, LoraConfig(target_modules="all-linear"))`.'
             ) from error
+        others = [name for name in self.modules if not is_lora(name)]
+        if others:
+            raise UnsupportedModelError(
+                f"This proxy trains {len(others)} modules beside LoRA, such as {others[0]!r}, and a proxy learns by a "
+                "LoRA adapter alone. A model without one gets it with `get_peft_model(model, LoraConfig("
+                'target_modules="all-linear"))`; leave `modules_to_save` and the like out.'
+            )
         self.model = model
         self.processing_class = processing_class
         self.dataset = dataset

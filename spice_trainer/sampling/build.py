@@ -12,7 +12,7 @@ from typing import Any
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import TargetRows
-from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.gradients.lora import UnsupportedModelError, find_trained_modules
 from spice_trainer.gradients.optimizer_state import check_adam, check_momentum, unwrap_optimizer
 from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.proxy.model import ProxyModel
@@ -70,7 +70,8 @@ def build_selector(
 def _build_scorer(
     config: SpiceConfig, runtime: Runtime, rows: TargetRows, validation: ValidationRows | None
 ) -> GradientScorer:
-    return GradientScorer(runtime, find_lora_modules(runtime.get_model()), rows, config, validation)
+    modules = find_trained_modules(runtime.get_model(), scoring_parameters=config.scoring_parameters)
+    return GradientScorer(runtime, modules, rows, config, validation)
 
 
 def _validation_rows(

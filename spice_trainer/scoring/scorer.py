@@ -56,9 +56,9 @@ _Pools = dict[int, tuple[int, ...]]
 
 
 class GradientScorer:
-    """Scores pools of candidates with a model's own LoRA gradients, or by less where the rule asks for less.
+    """Scores pools of candidates with a model's own gradients, or by less where the rule asks for less.
 
-    Of the trainable LoRA layers `modules` the settings may choose some. Rules that need an `alignment` compare
+    Of the trainable `modules` the settings may choose some. Rules that need an `alignment` compare
     candidates with the `validation` rows.
     """
 
@@ -79,7 +79,7 @@ class GradientScorer:
         self.config = config
         self.validation = validation
         self.vocabulary = token_id_limits(self.get_model())
-        self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer)
+        self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer, config.scoring_parameters)
         self.passes = ScoringPasses(runtime, self._chosen(modules), config)
 
     def with_config(self, config: SpiceConfig) -> GradientScorer:
@@ -100,7 +100,7 @@ class GradientScorer:
         self.passes = ScoringPasses(self.runtime, self._chosen(now, self.trained.names), self.config, self.budget)
         if is_told and before.keys() != now.keys():
             logger.info(
-                "SPICE: %d LoRA layers were frozen and %d unfrozen: candidates are scored by %d from here on, whose "
+                "SPICE: %d layers were frozen and %d unfrozen: candidates are scored by %d from here on, whose "
                 "gradients have %s numbers.",
                 len(before.keys() - now.keys()), len(now.keys() - before.keys()), len(self.modules),
                 f"{self.dimension:,}",
@@ -108,7 +108,7 @@ class GradientScorer:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The LoRA layers that candidates are scored by."""
+        """The modules that candidates are scored by."""
         return self.passes.modules
 
     @property

@@ -20,14 +20,15 @@ from transformers import Trainer, TrainingArguments
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, embedding_size
 from spice_trainer.data.rows import CandidateRow
-from spice_trainer.distributed import Processes, check_parallelism
+from spice_trainer.distributed import check_parallelism
 from spice_trainer.gradients.backends import (
     changes_when_training_begins,
     is_sharded,
     num_values,
     warn_of_quantization,
 )
-from spice_trainer.gradients.forward import base_model, forward_parameters
+from spice_trainer.gradients.lora import find_trained_modules
+from spice_trainer.gradients.unscored import unscored_share
 from spice_trainer.gradients.verification import verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.sampling.schedule import PoolSchedule
@@ -155,7 +156,6 @@ def check_run(
             samples_per_step=schedule.shape.samples_per_step,
         )
     check_memory(scorer, min(schedule.pool_size, schedule.num_rows), config)
-    check_kinds(rows, scorer.processes)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be trained "
@@ -163,44 +163,22 @@ def check_run(
         )
 
 
-def check_kinds(rows: Sequence[CandidateRow], processes: Processes) -> None:
-    """Refuses rows with and without images where every process must call the same modules."""
-    by_kind = {row.other_inputs: row.index for row in rows}
-    if len(by_kind) < 2 or () not in by_kind or not (processes.lockstep and processes.world_size > 1):
-        return
-    named, index = next((", ".join(names), index) for names, index in by_kind.items() if names)
-    raise ValueError(
-        f"Row {index} of the training dataset has {named} and row {by_kind[()]} has not, and FSDP or ZeRO-3 shards "
-        "the weights: a process with the first gathers a vision tower's from all others, which wait for something "
-        "else, and none goes on. Fix: give rows of text a blank image, train on rows of one kind, or use DDP."
-    )
-
-
 def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Callable[[], None] | None:
     """Compares sample gradients with autograd's, now and, where that tells too little, when training begins.
 
     Returned is what to call then, on every process: where weights are partitioned or not on their device yet, or the
-    trainer replaces layers as it begins. Of each kind of rows (with an image, without) the two shortest with labels
-    are used.
+    trainer replaces layers as it begins.
     """
-    kinds: dict[tuple[str, ...], list[CandidateRow]] = {}
-    for row in sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens):
-        kinds.setdefault(row.shape.keys, []).append(row)
-    shortest = [row for of_kind in kinds.values() for row in of_kind[:2]]
     model, accelerator, processes = scorer.get_model(), trainer.accelerator, scorer.processes
     settings: dict[str, Any] = {"autocast": accelerator.autocast, "label_loss": scorer.runtime.label_loss}
-    is_target = model is trainer.model
+    is_target, shortest = model is trainer.model, _shortest(rows)
 
     def verify_when_wrapped() -> None:
         scorer.follow(is_told=False)
         error = verify_directions(scorer.get_model(), scorer.modules, shortest, device=scorer.device, **settings)
         logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
 
-    # Of a model that will be sharded only the main process may have the weights yet. A forward there alone would also
-    # leave it another model: transformers adds hooks when hidden states are first asked for, before ZeRO-3's or after.
-    is_ready = not (processes.lockstep or is_sharded(model))
-    is_ready = is_ready and (not is_target or input_device(model).type == accelerator.device.type)
-    is_ready = processes.broadcast(is_ready)
+    is_ready = _is_ready(trainer, scorer)
     if is_ready:
         with processes.failing_together("verifying the sample gradients"):
             if processes.is_main:
@@ -208,6 +186,57 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
                 logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
     changes = is_target and changes_when_training_begins(trainer.args)
     return verify_when_wrapped if not is_ready or changes else None
+
+
+def _shortest(rows: Sequence[CandidateRow]) -> list[CandidateRow]:
+    """Of each kind of rows the two shortest with labels."""
+    kinds: dict[tuple[str, ...], list[CandidateRow]] = {}
+    for row in sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens):
+        kinds.setdefault(row.shape.keys, []).append(row)
+    return [row for of_kind in kinds.values() for row in of_kind[:2]]
+
+
+def _is_ready(trainer: Any, scorer: GradientScorer) -> bool:
+    """Whether the main process can run the model by itself. A collective."""
+    model = scorer.get_model()
+    # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
+    is_there = model is not trainer.model or input_device(model).type == trainer.accelerator.device.type
+    return scorer.processes.broadcast(not is_sharded(model) and is_there)
+
+
+def warn_of_unscored(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> None:
+    """Says what trains and does not score under `scoring_parameters="lora"`, and how much of the gradient that is.
+
+    A collective.
+    """
+    if scorer.config.scoring_parameters != "lora":
+        return
+    model, scored = scorer.get_model(), scorer.trained.modules
+    trained = find_trained_modules(model)
+    left_out = [name for name in trained if name not in scored]
+    if not left_out:
+        return
+    share = "of a share of the gradient that is not known where weights are sharded"
+    is_ready = _is_ready(trainer, scorer)
+    with scorer.processes.failing_together("measuring what is left out of the score"):
+        if is_ready and scorer.processes.is_main:
+            measured = unscored_share(
+                model,
+                trained,
+                scored,
+                _shortest(rows),
+                device=input_device(model),
+                autocast=trainer.accelerator.autocast,
+                label_loss=scorer.runtime.label_loss,
+            )
+            share = f"with {measured:.1%} of a row's squared gradient norm at these weights"
+    logger.warning(
+        'SPICE: scoring_parameters="lora" leaves %d modules that train out of the score (%s), %s. '
+        'scoring_parameters="all" takes them in.',
+        len(left_out),
+        ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else ""),
+        share,
+    )
 
 
 def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, rows: Sequence[CandidateRow]) -> None:
@@ -224,14 +253,6 @@ def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, r
             f"A training row holds the token id {largest:,}, and the proxy's vocabulary ends at "
             f"{embedding_size(proxy.model) - 1:,}. It was tokenised for another model: pass "
             "`ProxyModel(..., processing_class=...)` with the proxy's own tokenizer, or a dataset tokenised by it."
-        )
-    takes, named = forward_parameters(proxy.model), sorted({name for row in rows for name in row.other_inputs})
-    if "input_ids" in takes and not takes.keys() >= set(named):
-        raise ValueError(
-            f"The training rows have {', '.join(named)}, and the proxy ({type(base_model(proxy.model)).__name__}) "
-            "reads token ids alone: it would take the tokens that stand for images for words. Fix: a proxy that reads "
-            "images, such as a smaller model of the target's family, or `ProxyModel(..., processing_class=...)` with "
-            "another tokenizer of its own, by which it reads the rows' text alone."
         )
     ours, theirs = num_parameters(proxy.model), num_parameters(target)
     if ours > theirs:

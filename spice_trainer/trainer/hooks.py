@@ -35,7 +35,7 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import PickSource, ScheduledEpoch, SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run
+from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run, warn_of_unscored
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.inputs import (
     EarlierSample,
@@ -189,6 +189,7 @@ class SpiceHooks:
         # Without a backward there is no gradient to verify.
         if verify and self.sampler.config.takes_gradients:
             self._verify_later = verify_run(self.trainer, scorer, candidates)
+            warn_of_unscored(self.trainer, scorer, candidates)
             if inputs.selector.scorer.target_scorer is not None:
                 self._verify_later = verify_run(self.trainer, inputs.selector.scorer.target_scorer, inputs.rows)
 

@@ -116,7 +116,7 @@ def describe_for_others(inputs: RunInputs, config: SpiceConfig, fingerprint: str
         "the SPICE configuration": config,
         "the seed of the pools": inputs.schedule.seed,
         "the number of optimizer steps of an epoch": inputs.schedule.steps_per_epoch,
-        "the number of LoRA layers": len(inputs.selector.gradient_scorer.modules),
+        "the number of layers that train": len(inputs.selector.gradient_scorer.modules),
     }
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModel,
@@ -110,10 +110,8 @@ def _inactive() -> nn.Module:
     return model
 
 
-def _norm() -> nn.Module:
-    model = tiny_lora_model()
-    model.get_base_model().model.norm.weight.requires_grad_(True)
-    return model
+def _frozen() -> nn.Module:
+    return tiny_model().requires_grad_(False)
 
 
 def _broken(name: str) -> nn.Module:
@@ -153,11 +151,14 @@ def _no_forward(scene: Scene) -> Callable[[], Any]:
 ROWS = (
     BadInput(
         "no_adapter",
-        "a model without LoRA (full fine-tuning)",
+        '`scoring_parameters="lora"` without LoRA (full fine-tuning)',
         ATTACHING,
         UnsupportedModelError,
-        ("(LlamaForCausalLM) trains 19,424 parameters but has no trainable LoRA", "peft_config=LoraConfig(...)"),
-        _model(tiny_model),
+        (
+            'SpiceConfig: scoring_parameters="lora", and of the 21 modules of LlamaForCausalLM that train none is of',
+            'Fix: leave it out (scoring_parameters="all"), or train a LoRA adapter',
+        ),
+        lambda scene: scene.attach({"scoring_parameters": "lora"}, model=tiny_model()),
     ),
     BadInput(
         "frozen",
@@ -172,7 +173,7 @@ ROWS = (
         "an adapter merged into the model (`merge_and_unload`)",
         ATTACHING,
         UnsupportedModelError,
-        ("(LlamaForCausalLM) has no trainable parameter and no trainable LoRA layer",),
+        ("(LlamaForCausalLM) has no trainable parameter", "peft_config=LoraConfig(...)"),
         _model(lambda: tiny_lora_model().merge_and_unload()),
     ),
     BadInput(
@@ -180,7 +181,7 @@ ROWS = (
         "a merged adapter",
         ATTACHING,
         UnsupportedModelError,
-        ("a merged LoRA adapter; call `model.unmerge_adapter()`", "q_proj.lora_A.default"),
+        ("q_proj' is merged into the base weights", "call `model.unmerge_adapter()`"),
         _model(_merged),
     ),
     BadInput(
@@ -196,55 +197,18 @@ ROWS = (
         "training another adapter than the active one",
         ATTACHING,
         RuntimeError,
-        ("28 of 28 LoRA layers got no gradient", "q_proj.lora_A.default", "`model.set_adapter('default')`"),
+        ("28 of 28 scored layers got no gradient", "q_proj.lora_A.default", "`model.set_adapter('default')`"),
         _model(_inactive),
-    ),
-    BadInput(
-        "another_kind",
-        "another kind of adapter than LoRA",
-        ATTACHING,
-        UnsupportedModelError,
-        ("no trainable LoRA layer",),
-        _model(lambda: get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM"))),
-    ),
-    BadInput(
-        "dora",
-        "DoRA, or another variant of LoRA",
-        ATTACHING,
-        UnsupportedModelError,
-        ("the LoRA variant DoRA (`use_dora`); use plain LoRA",),
-        _model(lambda: tiny_lora_model(use_dora=True)),
-    ),
-    BadInput(
-        "modules_to_save",
-        "`modules_to_save`",
-        ATTACHING,
-        UnsupportedModelError,
-        ("(`modules_to_save`); leave them out", "lm_head.modules_to_save.default.weight"),
-        _model(lambda: tiny_lora_model(modules_to_save=["lm_head"])),
-    ),
-    BadInput(
-        "embedding",
-        "LoRA on an embedding",
-        ATTACHING,
-        UnsupportedModelError,
-        ("LoRA on an embedding; leave it out", "embed_tokens.lora_embedding_A.default"),
-        _model(lambda: tiny_lora_model(target_modules=["embed_tokens", "q_proj"])),
-    ),
-    BadInput(
-        "norm",
-        "weights outside the adapter that train",
-        ATTACHING,
-        UnsupportedModelError,
-        ("parameters outside the adapter; freeze them with `requires_grad_(False)`", "model.norm.weight"),
-        _model(_norm),
     ),
     BadInput(
         "bypassed",
         "fused LoRA kernels that don't call the layers",
         ATTACHING,
-        RuntimeError,
-        ("2 of 28 LoRA layers got no gradient", "layers.1.mlp.up_proj.lora_A.default", "Switch the fused kernels off"),
+        None,
+        (
+            "candidates are scored one at a time, which is slow",
+            "layers.1.mlp.up_proj.lora_A.default' is bypassed",
+        ),
         _no_forward,
     ),
     BadInput(
@@ -252,7 +216,7 @@ ROWS = (
         "LoRA on a vision tower alone, and rows without images",
         ATTACHING,
         ValueError,
-        ("No LoRA layer gets a gradient from rows", "`target_modules` names only a part of the model"),
+        ("No scored layer gets a gradient from rows", "`target_modules` names only a part of the model"),
         _model(lambda: add_lora(tiny_multimodal_model("llava"), target_modules=r".*vision_tower.*q_proj")),
     ),
     BadInput(
@@ -340,7 +304,7 @@ ROWS = (
         "merging the adapter after attaching",
         STARTING,
         UnsupportedModelError,
-        ("a merged LoRA adapter",),
+        ("q_proj' is merged into the base weights", "call `model.unmerge_adapter()`"),
         _later(lambda trainer: trainer.model.merge_adapter()),
     ),
     BadInput(
@@ -349,7 +313,7 @@ ROWS = (
         TRAINING,
         RuntimeError,
         (
-            "Every LoRA layer was frozen since the last step",
+            "Every layer was frozen since the last step",
             "a callback that freezes",
             "`control.should_training_stop",
         ),
@@ -381,10 +345,10 @@ ROWS = (
     ),
     BadInput(
         "replaced_later",
-        "another model, without LoRA, after attaching",
+        "another model, with nothing that trains, after attaching",
         STARTING,
         UnsupportedModelError,
-        ("(LlamaForCausalLM) trains", "no trainable LoRA layer"),
-        _later(lambda trainer: vars(trainer).update(model=tiny_model(), model_wrapped=tiny_model())),
+        ("(LlamaForCausalLM) has no trainable parameter",),
+        _later(lambda trainer: vars(trainer).update({name: _frozen() for name in ("model", "model_wrapped")})),
     ),
 )

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset
-
 from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, CREATING, SETTINGS, STARTING, BadInput, Scene
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
-from tests.support.multimodal import collator, multimodal_rows, tiny_multimodal_model
 from tests.support.trainers import tiny_dataset
 
 
@@ -25,7 +22,7 @@ def _attach(proxy: Callable[[], Any], settings: Any = None, **options: Any) -> C
         if isinstance(built, ProxyModel):
             scene.models.append(built.model)
         models = {"model": options["model"]()} if "model" in options else {}
-        return scene.attach(settings, proxy=built, **options | models)
+        return scene.attach(settings, proxy=built, **models)
 
     return prepare
 
@@ -72,7 +69,11 @@ ROWS = (
         "a proxy without a LoRA adapter",
         CREATING,
         UnsupportedModelError,
-        ("This proxy cannot score", "no trainable LoRA layer", 'LoraConfig(target_modules="all-linear")'),
+        (
+            "This proxy trains 21 modules beside LoRA",
+            "by a LoRA adapter alone",
+            'LoraConfig(target_modules="all-linear"',
+        ),
         _create(lambda: ProxyModel(tiny_model())),
     ),
     BadInput(
@@ -149,11 +150,15 @@ ROWS = (
     ),
     BadInput(
         "check_without_adapter",
-        "`proxy_check_pools` with a target without LoRA",
+        "`proxy_check_pools` with a target that trains nothing SPICE can score by",
         ATTACHING,
         UnsupportedModelError,
-        ("proxy_check_pools=1 compares", "Fix: set proxy_check_pools=0", "no trainable LoRA layer"),
-        _attach(lambda: ProxyModel(tiny_lora_model()), {"proxy_check_pools": 1}, model=tiny_model),
+        ("proxy_check_pools=1 compares", "Fix: set proxy_check_pools=0", "has no trainable parameter"),
+        _attach(
+            lambda: ProxyModel(tiny_lora_model()),
+            {"proxy_check_pools": 1},
+            model=lambda: tiny_model().requires_grad_(False),
+        ),
     ),
     BadInput(
         "fewer_rows_for_proxy",
@@ -186,20 +191,6 @@ ROWS = (
         ValueError,
         ("holds the token id 60, and the proxy's vocabulary ends at 39",),
         _attach(lambda: ProxyModel(add_lora(tiny_model(vocab_size=40)))),
-    ),
-    BadInput(
-        "text_proxy",
-        "a proxy that reads no images for rows with images",
-        ATTACHING,
-        ValueError,
-        ("rows have pixel_values, and the proxy (LlamaForCausalLM) reads token ids alone", "Fix: a proxy that reads"),
-        _attach(
-            lambda: ProxyModel(add_lora(tiny_model(vocab_size=64))),
-            model=lambda: add_lora(tiny_multimodal_model("llava")),
-            train_dataset=Dataset.from_list(multimodal_rows([0, 1] * 20)),
-            data_collator=collator("llava"),
-            remove_unused_columns=False,
-        ),
     ),
     BadInput(
         "large_proxy",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spice_trainer import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.selection.pool import select_pool
 from tests.benchmarks.clock import ratios, rotated, shown, timed
 from tests.benchmarks.methods import gram_clock
@@ -72,7 +72,7 @@ def sweeps(
     by_rank = []
     for rank in ranks:
         other = workload.make_model(rank=rank)
-        dimension = sum(module.weight.numel() for module in find_lora_modules(other).values())
+        dimension = sum(module.weight.numel() for module in find_trained_modules(other).values())
         # Exact features: with a sketch nothing but the projection would grow.
         by_rank.append(point(dimension, other, rows, [list(range(small))], sketch_dim=0))
     return {

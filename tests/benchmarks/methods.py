@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from tests.benchmarks.clock import Open, timed
 from tests.benchmarks.comparators import COMPARATORS, MicroBatch, summed_losses
 from tests.benchmarks.workload import Workload, as_candidate
@@ -44,7 +44,7 @@ class Contestants:
     def __init__(self, workload: Workload, model: nn.Module, *, vmap_chunk: int = 4) -> None:
         self.workload, self.model, self.vmap_chunk = workload, model, vmap_chunk
         self.rows = workload.rows()
-        self.modules = find_lora_modules(model)
+        self.modules = find_trained_modules(model)
         self.parameters = [module.weight for module in self.modules.values()]
         self.plan, self.batches = workload.sorted_batches(self.rows)
         self.arrivals = workload.arrival_batches(self.rows)

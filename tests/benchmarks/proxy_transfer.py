@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.proxy.transfer import compare_pools
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.gram import normalization_weights, normalized_gram
@@ -63,7 +63,7 @@ class Contender:
     def score(self, pool: Sequence[int], config: SpiceConfig) -> PoolScores:
         """Scores a pool of places in `rows`, gradients as they are."""
         if self.scorer is None:
-            modules = find_lora_modules(self.model)
+            modules = find_trained_modules(self.model)
             self.scorer = make_scorer(self.model, config, modules=modules, rows=self.rows, collate=collate, seed=0)
         started = time.perf_counter()
         (scores,) = self.scorer.score([pool])

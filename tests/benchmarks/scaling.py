@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from spice_trainer import SpiceConfig
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from tests.benchmarks.real_model import add_lora, load_model, read_rows
 from tests.support.scorers import make_scorer
 
@@ -91,7 +91,7 @@ def work(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     def collate(items: list[Any]) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([items[0].input_ids]), "labels": torch.tensor([items[0].labels])}
 
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     configs = {"exact": SpiceConfig(sketch_dim=0), "sketch": SpiceConfig(sketch_dim=arguments.sketch_dim)}
     pool_size = arguments.rows // arguments.pools
     pools = [list(range(start, start + pool_size)) for start in range(0, pool_size * arguments.pools, pool_size)]

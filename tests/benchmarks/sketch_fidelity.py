@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.gradients.layers.registry import scored_layers
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.sketch import GradientSketch
 from tests.benchmarks.fidelity import compare_pool, summarize
@@ -154,7 +154,7 @@ def score_pool(model: nn.Module, rows: list[Row], *, seed: int, tokens_per_batch
     started = time.perf_counter()
     order = sorted(range(len(rows)), key=lambda position: len(rows[position].input_ids))
     ordered = [rows[position] for position in order]
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     sink = FidelitySink(modules, len(rows), seed=seed)
     losses = torch.zeros(len(rows))
     with SampleGradients(model, modules) as sample_gradients:

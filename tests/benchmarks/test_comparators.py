@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from tests.benchmarks.comparators import COMPARATORS, GradientTable, Unavailable, summed_losses
 from tests.support.gradient_loop import batched_gradients, collate, example_rows, looped_gradients, relative_error
 from tests.support.models import tiny_lora_model
@@ -31,7 +31,7 @@ def collected(name: str, model: torch.nn.Module, **options: bool) -> Tensor:
     """All rows' gradients in the order of `ROWS`, computed twice by the same hooks."""
     batches = [collate([ROWS[index] for index in group]) for group in GROUPS]
     try:
-        with COMPARATORS[name].open(model, find_lora_modules(model), batches, **options) as collect:
+        with COMPARATORS[name].open(model, find_trained_modules(model), batches, **options) as collect:
             collect()
             found = collect()
     except Unavailable as reason:
@@ -88,7 +88,7 @@ def test_a_library_that_is_not_there_says_what_to_install(
         monkeypatch.setitem(sys.modules, module, None)
     with (
         pytest.raises(Unavailable, match=f"Error: .*{package}.*; pip install {COMPARATORS[name].requirement}"),
-        COMPARATORS[name].open(model, find_lora_modules(model), [collate(ROWS)]),
+        COMPARATORS[name].open(model, find_trained_modules(model), [collate(ROWS)]),
     ):
         pass
 
@@ -99,7 +99,7 @@ def test_the_summed_losses_and_their_place_in_the_table(label_columns: bool, mod
     model.eval()
     batches = [collate([ROWS[index] for index in group]) for group in GROUPS]
     losses, gradients = looped_gradients(model, ROWS)
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     table = GradientTable(modules, batches)
     for number, (inputs, labels) in enumerate(batches):
         found = summed_losses(model, inputs, labels, label_columns=label_columns)

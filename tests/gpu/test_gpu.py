@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spice_trainer.gradients.backends import rows_influence_each_other
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import CollectingSink, batched_gradients, collate, example_rows, relative_error
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
@@ -42,14 +42,14 @@ def gradients_on_gpu(model: nn.Module, rows: Any) -> list[torch.Tensor]:
     """Batched sample gradients, brought to the CPU."""
     inputs, labels = collate(rows)
     sink = CollectingSink()
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.compute({key: value.cuda() for key, value in inputs.items()}, labels.cuda(), sink)
     return [gradients.cpu() for gradients in sink.by_module()]
 
 
 def gradients_one_at_a_time(model: nn.Module, rows: Any) -> list[torch.Tensor]:
     """The loop: each row alone, the model's own loss, plain autograd."""
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     per_row = []
     model.eval()
     for input_ids, labels in rows:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spice_trainer.gradients.backends
 from spice_trainer.gradients.backends import uncompiled
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import CollectingSink, collate, example_rows, looped_gradients, relative_error
 from tests.support.models import add_lora, tiny_model
@@ -107,7 +107,7 @@ def test_models_compiled_by_their_user(compile_model: Callable[[nn.Module], nn.M
     before = num_graphs()
     assert before > 0
     sink = CollectingSink()
-    with SampleGradients(compiled, find_lora_modules(compiled)) as sample_gradients:
+    with SampleGradients(compiled, find_trained_modules(compiled)) as sample_gradients:
         sample_gradients.compute(*collate(rows), sink)
     assert relative_error(sink.by_module(), expected) < 1e-5
     assert num_graphs() == before
@@ -120,7 +120,7 @@ def test_without_the_context_hooks_would_be_compiled(monkeypatch: pytest.MonkeyP
     """What the test above would miss if nothing could be compiled while scoring."""
     monkeypatch.setattr(spice_trainer.gradients.backends, "uncompiled", lambda model: torch.enable_grad())
     model = compile_layer(add_lora(tiny_model(num_hidden_layers=1), target_modules=["q_proj"]))
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.compute(*collate(example_rows()), CollectingSink())
     assert num_graphs() > 0
 

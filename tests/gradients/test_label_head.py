@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import spice_trainer.gradients.label_head
 from spice_trainer.gradients.label_head import LabelHead, sample_losses, token_losses
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
     CollectingSink,
@@ -190,11 +190,11 @@ def test_scoring_uses_it_after_one_look() -> None:
     shapes: list[tuple[int, ...]] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     sinks, losses = (CollectingSink(), CollectingSink()), []
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         losses.append(sample_gradients.compute(inputs, labels, sinks[0]))
         losses.append(sample_gradients.compute(inputs, labels, CollectingSink()))
         assert torch.equal(*losses)
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.forward.head = None
         losses[1] = sample_gradients.compute(inputs, labels, sinks[1])
     assert [shape[1] for shape in shapes] == [1, 1, 1, int((labels[:, 1:] != -100).any(0).sum())]

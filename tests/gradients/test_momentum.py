@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.data.rows import RowShape
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.sketch import GradientSketch
 from spice_trainer.scoring.features import FeatureBuffer
@@ -45,7 +45,7 @@ def momentum_of(model: nn.Module, optimizer: Any, *, applied: bool) -> Tensor:
     """The momentum of all LoRA weights as the optimizer holds it, or as it would apply it; 0 before the first step."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     parts = []
-    for module in find_lora_modules(model).values():
+    for module in find_trained_modules(model).values():
         weight, state = module.weight, optimizer.state.get(module.weight)
         if not state:
             parts.append(torch.zeros(weight.numel(), dtype=torch.float64))
@@ -158,7 +158,7 @@ def test_cosines_with_a_vector_of_any_length(scale: float) -> None:
 
 def test_it_is_read_in_the_layers_order_with_biases() -> None:
     model = tiny_lora_model("gpt_neox", lora_bias=True)
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW([{"params": weights[::2]}, {"params": weights[1::2], "betas": (0.5, 0.9)}])
     momentum, moments = (

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
     CollectingSink,
@@ -82,7 +82,7 @@ def test_batched_gradients_equal_one_at_a_time_autograd(kind: str) -> None:
     torch.testing.assert_close(losses, expected_losses, rtol=TOLERANCE, atol=1e-6)
     assert relative_error(found, expected) < TOLERANCE
     # Each module too, against its share: a small module that is wrong would drown in the sum.
-    for name, ours, oracle in zip(find_lora_modules(model), found, expected, strict=True):
+    for name, ours, oracle in zip(find_trained_modules(model), found, expected, strict=True):
         scale = oracle.norm(dim=1) + 1e-2 * torch.cat(expected, dim=1).norm(dim=1)
         assert float(((ours - oracle).norm(dim=1) / scale).max()) < 5 * TOLERANCE, name
 
@@ -113,7 +113,7 @@ def test_left_padding_gives_the_same_gradients() -> None:
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     labels = torch.stack([value.roll(shift) for value, shift in zip(labels, shifts, strict=True)])
     sink = CollectingSink()
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.compute(inputs, labels, sink)
     assert relative_error(sink.by_module(), expected) < TOLERANCE
 
@@ -127,7 +127,7 @@ def test_texts_packed_into_a_row_do_not_see_each_other() -> None:
         "position_ids": torch.tensor([[position for ids in texts for position in range(len(ids))]]),
     }
     labels = inputs["input_ids"].masked_fill(inputs["position_ids"] == 0, -100)
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.compute(inputs, labels, sink)
     num_labels = torch.tensor([len(ids) - 1.0 for ids in texts])
     _, alone = looped_gradients(model, [(ids, list(ids)) for ids in texts])
@@ -155,7 +155,7 @@ def test_dropout_and_checkpointing_are_off_while_scoring() -> None:
 def test_the_initial_adapter_moves_b_alone() -> None:
     model = tiny_lora_model(randomize=False)
     _, found = batched_gradients(model, example_rows())
-    for name, gradients in zip(find_lora_modules(model), found, strict=True):
+    for name, gradients in zip(find_trained_modules(model), found, strict=True):
         assert (".lora_A." in name) == (float(gradients.abs().max()) == 0), name
 
 
@@ -210,7 +210,7 @@ def test_float16_gradients_do_not_overflow_by_the_loss_scale(factor: float, repe
     losses, exact = batched_gradients(model, rows)
     with (
         torch.autocast("cpu", dtype=torch.float16),
-        SampleGradients(model, find_lora_modules(model)) as sample_gradients,
+        SampleGradients(model, find_trained_modules(model)) as sample_gradients,
     ):
         half_losses = sample_gradients.compute(*collate(rows), sink)
     assert sink.rows == repeats
@@ -234,7 +234,7 @@ def test_what_float16_cannot_hold_is_not_finite_and_its_batch_mates_are_right(ca
     assert exact.isfinite().all()
     with (
         torch.autocast("cpu", dtype=torch.float16),
-        SampleGradients(model, find_lora_modules(model), can_repeat=can_repeat) as sample_gradients,
+        SampleGradients(model, find_trained_modules(model), can_repeat=can_repeat) as sample_gradients,
     ):
         losses = sample_gradients.compute(*collate(rows), sink)
     found = torch.cat(sink.by_module(), dim=1)
@@ -277,7 +277,7 @@ def test_a_sample_without_labels_has_zero_gradient_and_loss() -> None:
 def test_one_context_serves_many_batches() -> None:
     model, rows = tiny_lora_model(), example_rows()
     _, expected = looped_gradients(model, rows)
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         for batch in (slice(0, 2), slice(2, 3), slice(3, 5)):
             sink = CollectingSink()
             sample_gradients.compute(*collate(rows[batch]), sink)
@@ -288,7 +288,7 @@ def test_weights_changed_between_batches_are_seen() -> None:
     model, rows = tiny_lora_model(), example_rows()
     before = batched_gradients(model, rows)[1]
     with torch.no_grad():
-        for module in find_lora_modules(model).values():
+        for module in find_trained_modules(model).values():
             module.weight.mul_(1.5)
     after = batched_gradients(model, rows)[1]
     assert relative_error(after, looped_gradients(model, rows)[1]) < TOLERANCE
@@ -297,13 +297,13 @@ def test_weights_changed_between_batches_are_seen() -> None:
 
 def test_a_sink_may_overwrite_what_it_gets() -> None:
     class Overwriting(CollectingSink):
-        def add(self, module_index: int, gradients: Tensor) -> None:
-            super().add(module_index, gradients)
+        def add(self, module_index: int, gradients: Tensor, *where: Any) -> None:
+            super().add(module_index, gradients, *where)
             gradients.fill_(float("nan"))
 
     model, rows = _lora_model("shared_layer"), example_rows()
     sink = Overwriting()
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         sample_gradients.compute(*collate(rows), sink)
     assert relative_error(sink.by_module(), looped_gradients(model, rows)[1]) < TOLERANCE
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spice_trainer.gradients.layers.registry import scored_layers
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
     CollectingSink,
@@ -58,9 +58,9 @@ def test_expert_parameters_that_are_named_equal_autograd(architecture: str, chec
         enable_checkpointing(model.train(), use_reentrant=True)
     _check(model)
     # Alone, below all else that is scored.
-    modules = {name: module for name, module in find_lora_modules(model).items() if ".mlp.experts.lora_A" in name}
+    modules = {name: module for name, module in find_trained_modules(model).items() if ".mlp.experts.lora_A" in name}
     found = batched_gradients(model, example_rows(), modules=modules)[1]
-    whole = dict(zip(find_lora_modules(model), _check(model), strict=True))
+    whole = dict(zip(find_trained_modules(model), _check(model), strict=True))
     assert relative_error(found, [whole[name] for name in modules]) < TOLERANCE
 
 
@@ -76,8 +76,10 @@ def test_expert_parameters_in_float16_are_scaled() -> None:
 def test_sharded_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora_model("mixtral", **EXPERTS)
     monkeypatch.setattr("spice_trainer.gradients.per_sample.is_sharded", lambda model: True)
-    with pytest.raises(RuntimeError, match=r"0\.mlp\.experts.*Name the attention's layers.*scoring_target_mod"):
-        SampleGradients(model, find_lora_modules(model))
+    with pytest.raises(
+        RuntimeError, match=r"0\.mlp\.experts.*ParamWrapper\).*scoring_parameters=\"lora\".*scoring_target_mod"
+    ):
+        SampleGradients(model, find_trained_modules(model))
 
 
 class _Expert(nn.Module):
@@ -124,13 +126,13 @@ def test_rows_are_alone_where_a_layer_mixes_them(
             with torch.autocast("cpu", dtype=precision):
                 assert relative_error(batched_gradients(model, example_rows())[1], exact) < 0.02
     told = [record.getMessage() for record in caplog.records if ALONE in record.getMessage()]
-    assert len(told) == is_alone and all("layers.0.mlp" in text and "`target_modules`" in text for text in told)
+    assert len(told) == is_alone and all("layers.0.mlp" in text and "scoring_target_modules" in text for text in told)
 
 
 def test_with_sharded_weights_the_setting_for_single_rows_is_named() -> None:
     model = _route(tiny_model())
     with (
-        SampleGradients(model, find_lora_modules(model), can_repeat=False) as sample_gradients,
+        SampleGradients(model, find_trained_modules(model), can_repeat=False) as sample_gradients,
         pytest.raises(RuntimeError, match=r"SpiceConfig\(scoring_tokens_per_batch=1\)"),
     ):
         sample_gradients.compute(*collate(example_rows()), CollectingSink())
@@ -148,7 +150,7 @@ def test_activations_that_the_model_makes_require_a_gradient_change_nothing(wher
     else:
         attention = model.base_model.model.model.layers[0].self_attn
         attention.q_proj.forward = lambda x, forward=attention.q_proj.forward: forward(x.clone().requires_grad_(True))
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         for _ in range(2):
             sink = CollectingSink()
             sample_gradients.compute(*collate(rows), sink)
@@ -161,7 +163,7 @@ def test_activations_that_the_model_makes_require_a_gradient_change_nothing(wher
 def test_a_mixture_of_experts_trains(tmp_path: Path, sketch_dim: int) -> None:
     """Also by a sketch and with Adam's second moments, which go by a layer's coordinates."""
     model = tiny_lora_model("qwen3_moe")
-    assert any(layer.takes_autograd for layer in scored_layers(find_lora_modules(model)))
+    assert any(layer.takes_autograd for layer in scored_layers(find_trained_modules(model)))
     settings = {"sketch_dim": sketch_dim, "gradient_preconditioning": "adam"}
     trainer = make_trainer(tmp_path, model=model, spice=settings, verify=True, max_steps=3)
     trainer.train()

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.gradient_loop import (
     CollectingSink,
@@ -101,7 +101,7 @@ def test_training_around_scoring_is_bit_identical(checkpointing: str) -> None:
 
 
 class _FailingSink:
-    def add(self, module_index: int, gradients: Tensor) -> None:
+    def add(self, module_index: int, gradients: Tensor, *where: Any) -> None:
         raise FloatingPointError("the sink failed")
 
 
@@ -128,7 +128,7 @@ def test_an_exception_leaves_no_trace(
 ) -> None:
     model = _training_model("off")
     modes, hooks, random_state = _modes(model), _hooks(model), _random_state()
-    with pytest.raises(error), SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with pytest.raises(error), SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         fail(model, sample_gradients)
     assert _modes(model) == modes
     assert _hooks(model) == hooks
@@ -143,7 +143,7 @@ def test_an_exception_leaves_no_trace(
 
 def test_an_exception_while_opening_leaves_no_trace() -> None:
     model = _training_model("off")
-    modes, hooks, modules = _modes(model), _hooks(model), find_lora_modules(model)
+    modes, hooks, modules = _modes(model), _hooks(model), find_trained_modules(model)
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("no hook here")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.verification import verify_gradients
 from tests.support.gradient_loop import (
@@ -40,10 +40,10 @@ CPU = torch.device("cpu")
 
 def score(model: nn.Module, row: CandidateRow) -> list[Tensor]:
     """One row's gradients by layer, as scoring takes them."""
-    sink = CollectingSink()
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    sink, modules = CollectingSink(), find_trained_modules(model)
+    with SampleGradients(model, modules) as sample_gradients:
         sample_gradients.compute(*pad_rows([row]), sink)
-    return [gradients[0] for gradients in sink.by_module()]
+    return [gradients[0] for gradients in sink.by_module(modules)]
 
 
 def _skip(layer: Any) -> None:
@@ -111,7 +111,7 @@ def test_rows_with_and_without_images_equal_autograd(architecture: str, targets:
     assert used[2] == used[3] == len(expected[0]) and used[0] == used[1]
     if targets != LANGUAGE_ATTENTION or architecture == "mllama":
         assert used[0] < used[2], "a row without an image must leave something unused"
-    assert verify_gradients(model, find_lora_modules(model), rows, device=CPU) < TOLERANCE
+    assert verify_gradients(model, find_trained_modules(model), rows, device=CPU) < TOLERANCE
 
 
 def test_a_row_that_uses_no_scored_layer_has_gradient_0_everywhere() -> None:
@@ -119,19 +119,19 @@ def test_a_row_that_uses_no_scored_layer_has_gradient_0_everywhere() -> None:
     text, image = collated("llava", [0, 1])
     assert not any(gradient.any() for gradient in score(model, text))
     assert all(gradient.any() for gradient in score(model, image))
-    assert verify_gradients(model, find_lora_modules(model), [text, image], device=CPU) < TOLERANCE
-    with pytest.raises(ValueError, match=r"No LoRA layer gets a gradient from rows 0 of the training dataset"):
-        verify_gradients(model, find_lora_modules(model), [text], device=CPU)
+    assert verify_gradients(model, find_trained_modules(model), [text, image], device=CPU) < TOLERANCE
+    with pytest.raises(ValueError, match=r"No scored layer gets a gradient from rows 0 of the training dataset"):
+        verify_gradients(model, find_trained_modules(model), [text], device=CPU)
 
 
-def test_a_bypass_shows_also_where_other_layers_are_unused() -> None:
+def test_a_bypass_shows_also_where_other_layers_are_unused(caplog: pytest.LogCaptureFixture) -> None:
     model = add_lora(tiny_multimodal_model("llava"))
     layer = model.get_submodule("base_model.model.model.language_model.layers.0.mlp.up_proj")
     weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     layer.forward = lambda hidden: layer.base_layer(hidden) + hidden @ weights[0].T @ weights[1].T
-    for row in collated("llava", [0, 1]):
-        with pytest.raises(RuntimeError, match=r"2 of \d+ LoRA layers got no gradient.*0\.mlp\.up_proj.*fused"):
-            score(model, row)
+    rows = collated("llava", [0, 1])
+    assert verify_gradients(model, find_trained_modules(model), rows, device=CPU) < TOLERANCE
+    assert "up_proj.lora_A.default' is bypassed: its weights are used without calling it" in caplog.text
 
 
 def test_a_kind_of_rows_that_attaching_never_saw_does_not_end_the_run(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from spice_trainer import SpiceConfig, SpiceSampler, attach_spice
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.optimizer_state import AdamMoments, SecondMoment, precondition_
 from spice_trainer.selection.results import StepSelection
 from tests.runs.test_strategies import dual_gain
@@ -59,7 +59,7 @@ def preconditioned(model: nn.Module, optimizer: Any, gradients: list[Tensor]) ->
     """Every row's gradient, module by module, through [`adam_step`]."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     parts = []
-    for module, of_module in zip(find_lora_modules(model).values(), gradients, strict=True):
+    for module, of_module in zip(find_trained_modules(model).values(), gradients, strict=True):
         parts.append(torch.stack([adam_step(one, optimizer, module.weight) for one in of_module]))
     return torch.cat(parts, dim=1)
 
@@ -100,7 +100,7 @@ def test_extreme_gradients_neither_vanish_nor_overflow() -> None:
 def test_moments_come_in_the_layers_order(tmp_path: Path) -> None:
     """With biases, several groups, and within Accelerate's wrapper; what the optimizer holds, not what it was."""
     model = tiny_lora_model("gpt_neox", lora_bias=True)
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [{"params": weights[::2], "betas": (0.9, 0.95)}, {"params": weights[1::2], "eps": 1e-4}]
     optimizer = torch.optim.AdamW(groups)

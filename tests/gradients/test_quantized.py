@@ -24,7 +24,7 @@ from spice_trainer.gradients.backends import (
     warn_of_quantization,
 )
 from spice_trainer.gradients.layers.linear import LinearLayer
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.gradients.verification import TOLERANCES, verify_gradients
 from tests.support.gradient_loop import batched_gradients, example_rows, looped_gradients, relative_error
@@ -146,7 +146,7 @@ def test_the_check_at_attach_time(folder: Path, bits: int, prepare: bool, tmp_pa
     model = load_quantized(folder, bits, prepare=prepare, randomize=False)
     before = quantized_weights(model, bits)
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
-    assert verify_gradients(model, find_lora_modules(model), rows, device=torch.device("cpu")) < 1e-5
+    assert verify_gradients(model, find_trained_modules(model), rows, device=torch.device("cpu")) < 1e-5
     make_trainer(tmp_path, model=model, spice={}, verify=True)
     assert quantized_weights(model, bits) == before, "the check changed the base"
 
@@ -158,7 +158,7 @@ def test_the_check_still_catches_a_wrong_gradient(folder: Path, monkeypatch: pyt
     factor = 1 + 4 * TOLERANCES[torch.bfloat16]
     monkeypatch.setattr(LinearLayer, "sample_gradients", lambda *args: factor * right(*args))
     with pytest.raises(RuntimeError, match="differs from autograd's by"):
-        verify_gradients(model, find_lora_modules(model), rows, device=torch.device("cpu"))
+        verify_gradients(model, find_trained_modules(model), rows, device=torch.device("cpu"))
 
 
 @BITS
@@ -238,7 +238,7 @@ def test_rows_that_influence_each_other_are_scored_alone(
     trainer.train()
     assert sizes == [1] * 10
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
-    verify_gradients(trainer.model, find_lora_modules(trainer.model), rows, device=torch.device("cpu"))
+    verify_gradients(trainer.model, find_trained_modules(trainer.model), rows, device=torch.device("cpu"))
     assert sizes == [1] * 12
 
 

@@ -18,7 +18,7 @@ import spice_trainer.gradients.trained
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.data.rows import TargetRows
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.validation import ValidationRows
@@ -102,7 +102,7 @@ def test_scores_after_a_freeze_are_autograds(caplog: pytest.LogCaptureFixture) -
     assert scorer.dimension == gradients.shape[1]
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "SPICE: 14 LoRA layers were frozen and 0 unfrozen: candidates are scored by 14 from here on, whose gradients "
+        "SPICE: 14 layers were frozen and 0 unfrozen: candidates are scored by 14 from here on, whose gradients "
         f"have {gradients.shape[1]:,} numbers."
     ]
 
@@ -152,7 +152,7 @@ def test_what_is_given_to_the_optimizer_scores() -> None:
     _set(model, "layers.1.", False)
     optimizer = Accelerator(cpu=True).prepare(_trained_a_step(model))
     scorer = _scorer(model, optimizer)
-    assert len(find_lora_modules(model)) == len(scorer.modules) == 14
+    assert len(find_trained_modules(model)) == len(scorer.modules) == 14
     _set(model, "layers.1.", True)
     next(scorer.score([POOL]))
     assert len(scorer.modules) == 14
@@ -177,8 +177,7 @@ def test_a_bias_that_is_frozen_is_followed() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.requires_grad_(name.endswith(".bias"))
-    with pytest.raises(UnsupportedModelError, match="a LoRA bias whose layer's weight is frozen.*freeze both"):
-        next(scorer.score([POOL]))
+    assert torch.equal(next(scorer.score([POOL])).gram, next(_scorer(model, None).score([POOL])).gram)
 
 
 def _second(model: Any) -> None:
@@ -201,7 +200,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "unloaded": (lambda model: model.unload(), "was taken out of the model in mid-run.*keep the adapter"),
     "deleted": (lambda model: model.delete_adapter("default"), "was deleted in mid-run"),
     "off": (lambda model: model.base_model.disable_adapter_layers(), "was switched off .*enable_adapter_layers"),
-    "all frozen": (lambda model: _set(model, "", False), "Every LoRA layer was frozen .*should_training_stop = True"),
+    "all frozen": (lambda model: _set(model, "", False), "Every layer was frozen .*should_training_stop = True"),
 }
 
 
@@ -234,12 +233,13 @@ def test_what_is_undone_or_does_not_work_ends_nothing(change: Callable[[Any], An
     torch.testing.assert_close(next(scorer.score([POOL])).gram, before.gram, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_cannot_be_scored_ends_the_run_by_name() -> None:
+def test_a_norm_that_is_unfrozen_scores_too() -> None:
     model = tiny_lora_model()
     scorer = _scorer(model, None)
+    before = scorer.dimension
     _norm(model)
-    with pytest.raises(UnsupportedModelError, match="model.norm.weight"):
-        next(scorer.score([POOL]))
+    assert torch.equal(next(scorer.score([POOL])).gram, next(_scorer(model, None).score([POOL])).gram)
+    assert scorer.dimension == before + 32
     # One that the optimizer does not have stays as it is.
     model = tiny_lora_model()
     scorer = _scorer(model, _trained_a_step(model))
@@ -276,11 +276,11 @@ def test_a_look_that_finds_nothing_new_reads_flags_alone(monkeypatch: pytest.Mon
     """0.7 ms for 504 layers, where finding them takes 40."""
     model = tiny_lora_model()
     optimizer = _trained_a_step(model)
-    layers = TrainedLayers(model, find_lora_modules(model), lambda: optimizer)
+    layers = TrainedLayers(model, find_trained_modules(model), lambda: optimizer)
     # Only now it is known what the optimizer has.
     assert not layers.follow(Processes())
-    finds = Mock(side_effect=find_lora_modules)
-    monkeypatch.setattr(spice_trainer.gradients.trained, "find_lora_modules", finds)
+    finds = Mock(side_effect=find_trained_modules)
+    monkeypatch.setattr(spice_trainer.gradients.trained, "find_trained_modules", finds)
     assert not layers.follow(Processes()) and not finds.called
     _set(model, "layers.1.", False)
     assert layers.follow(Processes()) and finds.call_count == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spice_trainer.data.rows import collate_row
 from spice_trainer.gradients.layers.linear import LinearLayer
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.verification import GradientMismatchError, verify_directions
 from tests.gradients.test_verification import _bypass_both, _call_twice_on_halves, _flatten_batch, _mix_rows
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
@@ -21,7 +21,7 @@ from tests.support.trainers import collate, make_trainer, tiny_rows
 
 def verify_two_rows(model: nn.Module, **settings: Any) -> float:
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
-    return verify_directions(model, find_lora_modules(model), rows, device=torch.device("cpu"), **settings)
+    return verify_directions(model, find_trained_modules(model), rows, device=torch.device("cpu"), **settings)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
@@ -45,7 +45,7 @@ def test_other_sound_models_pass(build: Callable[[], nn.Module]) -> None:
     assert verify_two_rows(build()) < 1e-5
 
 
-@pytest.mark.parametrize("change", [_call_twice_on_halves, _flatten_batch])
+@pytest.mark.parametrize("change", [_call_twice_on_halves, _flatten_batch, _bypass_both])
 def test_a_layer_that_is_called_in_another_way_is_followed(change: Callable[[nn.Module], None]) -> None:
     model = tiny_lora_model()
     change(model)
@@ -55,7 +55,6 @@ def test_a_layer_that_is_called_in_another_way_is_followed(change: Callable[[nn.
 @pytest.mark.parametrize(
     ("break_model", "error", "words"),
     [
-        (_bypass_both, RuntimeError, r"2 of 28 LoRA layers got no gradient .*layers\.0\.self_attn\.q_proj.*fused"),
         (_mix_rows, GradientMismatchError, r"differs from autograd's by .*rows of a batch influence each other"),
     ],
 )
@@ -68,14 +67,22 @@ def test_models_that_the_hooks_cannot_follow_are_caught(
         verify_two_rows(model)
 
 
+def test_a_bypassed_layer_is_refused_where_weights_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora_model()
+    _bypass_both(model)
+    monkeypatch.setattr("spice_trainer.gradients.per_sample.is_sharded", lambda model: True)
+    with pytest.raises(RuntimeError, match=r"2 of 28 scored layers got no gradient .*self_attn\.q_proj.*fused"):
+        verify_two_rows(model)
+
+
 @pytest.mark.parametrize("factor", [1.1, -1.0, 0.0, float("nan")])
 @pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
 def test_a_wrong_gradient_is_caught(matrix: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = LinearLayer.sample_gradients
 
-    def scaled(self: LinearLayer, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+    def scaled(self: LinearLayer, inputs: Tensor, output_gradients: Tensor, *cut: int) -> Tensor:
         is_matrix_a = output_gradients.shape[-1] == 4
-        gradients = right(self, inputs, output_gradients)
+        gradients = right(self, inputs, output_gradients, *cut)
         return gradients * factor if is_matrix_a == (matrix == "lora_A") else gradients
 
     monkeypatch.setattr(LinearLayer, "sample_gradients", scaled)

@@ -374,9 +374,9 @@ def test_scoring_with_a_proxy_needs_no_lockstep(tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_a_peft_model_without_the_lora_is_refused() -> None:
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(UnsupportedModelError, match=r"(?s)This proxy cannot score\. .*DoRA"):
+def test_a_proxy_that_trains_more_than_lora_is_refused() -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(UnsupportedModelError, match=r"1 modules beside LoRA, such as '.*lm_head\..*modules_to_save"):
         ProxyModel(model)
 
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from spice_trainer import attach_spice
 from spice_trainer.config import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from tests.runs.audit_oracle import Witness, expect_pool, num_label_tokens
 from tests.support.models import tiny_lora_model
 from tests.support.scorers import make_scorer
@@ -322,7 +322,7 @@ def test_float16_overflow_while_scoring(sketch_dim: int, tokens_per_batch: int) 
 
     def score(autocast: Any) -> Any:
         config = SpiceConfig(sketch_dim=sketch_dim, scoring_tokens_per_batch=tokens_per_batch)
-        modules = find_lora_modules(model)
+        modules = find_trained_modules(model)
         return next(
             make_scorer(model, config, modules=modules, rows=rows, collate=collate, autocast=autocast).score([pool])
         )

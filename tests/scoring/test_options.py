@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import collate_row, keep_first_labels, spread_positions
 from spice_trainer.data.sample import SAMPLE_ROWS
-from spice_trainer.gradients.lora import choose_modules, find_lora_modules
+from spice_trainer.gradients.lora import choose_modules, find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.pool import select_pool
@@ -33,7 +33,7 @@ POOLS = [[3, 17, 5, 20, 9, 1], [11, 0, 8, 2, 6, 7]]
 
 def scorer_of(model: nn.Module, rows: Any = ROWS, **settings: Any) -> GradientScorer:
     config = SpiceConfig(**({"sketch_dim": 0, "pool_size": 6, "num_selected": 1} | settings))
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     return make_scorer(model, config, modules=modules, rows=rows, collate=collate)
 
 
@@ -47,7 +47,7 @@ def scorer_of(model: nn.Module, rows: Any = ROWS, **settings: Any) -> GradientSc
 )
 def test_gradients_of_some_modules_are_autograds(architecture: str, options: dict[str, Any]) -> None:
     model = tiny_lora_model(architecture)
-    every = find_lora_modules(model)
+    every = find_trained_modules(model)
     if "names" in options:
         modules = {name: module for name, module in every.items() if options["names"] in name}
     elif "target_modules" in options:
@@ -65,7 +65,7 @@ def test_gradients_of_some_modules_are_autograds(architecture: str, options: dic
 
 
 def test_chosen_modules() -> None:
-    every = find_lora_modules(tiny_lora_model())
+    every = find_trained_modules(tiny_lora_model())
     assert list(choose_modules(every)) == list(every)
     last = choose_modules(every, layers=1)
     assert len(last) == len(every) // 2 and all(".layers.1." in name for name in last)
@@ -84,10 +84,10 @@ def test_layers_are_counted_by_the_first_number_of_a_name() -> None:
 
 
 def test_names_that_fit_nothing_are_refused() -> None:
-    every = find_lora_modules(tiny_lora_model())
+    every = find_trained_modules(tiny_lora_model())
     with pytest.raises(
         ValueError,
-        match=r"scoring_target_modules has 'proj', which is the name of none of the modules that LoRA adapts\. Fix: "
+        match=r"scoring_target_modules has 'proj', which is the name of none of the modules that train\. Fix: "
         r"use names among 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'\.",
     ):
         choose_modules(every, target_modules=["q_proj", "proj"])
@@ -111,7 +111,7 @@ def test_what_lies_below_has_no_graph() -> None:
                 {name: (output[0] if isinstance(output, tuple) else output).requires_grad}
             )
         )
-    every = find_lora_modules(model)
+    every = find_trained_modules(model)
     batched_gradients(model, example_rows(), modules=choose_modules(every, layers=1))
     assert requires == {"below": False, "attention": True, "above": True}
     mlp = choose_modules(every, layers=1, target_modules=["down_proj"])
@@ -128,7 +128,7 @@ def test_a_run_of_the_trainer_scores_by_the_chosen_modules(tmp_path: Path) -> No
     lines = read_records(tmp_path, "selections")
     # At the first step the weights are those of a fresh model.
     model = tiny_lora_model()
-    every = find_lora_modules(model)
+    every = find_trained_modules(model)
     names = choose_modules(every, layers=1, target_modules=["q_proj", "down_proj"])
     rows = tiny_rows()
     first = [line for line in lines if line["step"] == 0]
@@ -287,7 +287,7 @@ def test_a_filtered_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_losses_alone_are_those_of_the_backward() -> None:
     model = tiny_lora_model()
     inputs, labels = collate_pairs(example_rows())
-    with SampleGradients(model, find_lora_modules(model)) as sample_gradients:
+    with SampleGradients(model, find_trained_modules(model)) as sample_gradients:
         found = sample_gradients.losses(inputs, labels)
     assert not found.requires_grad
     torch.testing.assert_close(found, batched_gradients(model, example_rows())[0])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import spice_trainer.scoring.passes
 import spice_trainer.scoring.scorer
 from spice_trainer.config import SpiceConfig
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.scoring.scorer import FeatureBuffer, GradientScorer
 from spice_trainer.selection.scores import PoolScores
 from tests.support.gradient_loop import looped_gradients
@@ -223,7 +223,7 @@ def test_progress_counts_every_candidate(buffer_bytes: int, monkeypatch: pytest.
 def test_the_training_precision_is_used() -> None:
     model = tiny_lora_model()
     seen: set[torch.dtype] = set()
-    layer = next(iter(find_lora_modules(model).values()))
+    layer = next(iter(find_trained_modules(model).values()))
     layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
     half = next(_scorer(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16)).score(POOLS))
     assert seen == {torch.bfloat16}

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.layers.registry import scored_layers
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from tests.support.models import VOCAB_SIZE
 
@@ -45,50 +46,74 @@ def collate(rows: Sequence[Row], *, extra_padding: int = 0) -> tuple[dict[str, T
 
 
 class CollectingSink:
-    """Keeps every module's gradients by row, and complains when one arrives twice."""
+    """Keeps every module's gradients by row, and complains when a coordinate arrives twice."""
 
     def __init__(self) -> None:
-        self.gradients: dict[int, dict[int, Tensor]] = {}
+        # By module and row, coordinates and their values as they came.
+        self.gradients: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
         self.restarted: list[list[int]] = []
-        self._again: set[int] = set()
 
     @property
     def rows(self) -> list[int] | None:
         """Rows that came again."""
         return self.restarted[-1] if self.restarted else None
 
-    def add(self, module_index: int, gradients: Tensor) -> None:
-        assert gradients.dtype == torch.float32
-        assert module_index not in self._again
-        self._again.add(module_index)
-        rows = self.restarted[-1] if self.restarted else range(len(gradients))
-        self.gradients.setdefault(module_index, {}).update(zip(rows, gradients.clone(), strict=True))
+    def add(self, module_index: int, gradients: Tensor, rows: slice = slice(None), start: int = 0) -> None:
+        places = (self.rows or list(range(1000)))[rows]
+        coordinates = torch.arange(start, start + gradients.shape[1])
+        for row, gradient in zip(places[: len(gradients)], gradients, strict=True):
+            self._keep(module_index, row, coordinates, gradient)
+
+    def add_sparse(self, module_index: int, row: int, coordinates: Tensor, values: Tensor) -> None:
+        self._keep(module_index, row if self.rows is None else self.rows[row], coordinates, values)
+
+    def _keep(self, module_index: int, row: int, coordinates: Tensor, values: Tensor) -> None:
+        assert values.dtype == torch.float32
+        pieces = self.gradients.setdefault(module_index, {}).setdefault(row, [])
+        known = torch.cat([coordinates, *(earlier for earlier, _ in pieces)])
+        assert len(known.unique()) == len(known)
+        pieces.append((coordinates, values.clone().cpu()))
 
     def restart(self, rows: Sequence[int]) -> None:
         self.restarted.append(list(rows))
-        self._again = set()
+        for by_row in self.gradients.values():
+            for row in rows:
+                by_row.pop(row, None)
 
-    def by_module(self) -> list[Tensor]:
-        """Gradients `(N, D_l)` of each module."""
-        found = [self.gradients[index] for index in range(len(self.gradients))]
-        return [torch.stack([by_row[row] for row in range(len(by_row))]) for by_row in found]
+    def by_module(self, modules: Mapping[str, nn.Module] | None = None) -> list[Tensor]:
+        """Gradients `(N, D_l)` of each layer, 0 where nothing came; without the `modules` all must have come."""
+        num_rows = 1 + max((row for by_row in self.gradients.values() for row in by_row), default=0)
+        if modules is None:
+            pieces = [self.gradients[index] for index in range(len(self.gradients))]
+            sizes = [1 + max(int(part.max()) for row in by_row.values() for part, _ in row) for by_row in pieces]
+        else:
+            sizes = [layer.num_coordinates for layer in scored_layers(modules)]
+        found = []
+        for index, size in enumerate(sizes):
+            gradients = torch.zeros(num_rows, size)
+            for row, pieces in self.gradients.get(index, {}).items():
+                for coordinates, values in pieces:
+                    gradients[row, coordinates.cpu()] = values
+            found.append(gradients)
+        return found
 
 
 def batched_gradients(
     model: nn.Module, rows: Sequence[Row], *, extra_padding: int = 0, modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses and, per module, the sample gradients `(N, D_l)` of one batch."""
+    modules = find_trained_modules(model) if modules is None else modules
     sink = CollectingSink()
-    with SampleGradients(model, find_lora_modules(model) if modules is None else modules) as sample_gradients:
+    with SampleGradients(model, modules) as sample_gradients:
         losses = sample_gradients.compute(*collate(rows, extra_padding=extra_padding), sink)
-    return losses, sink.by_module()
+    return losses, sink.by_module(modules)
 
 
 def looped_gradients(
     model: nn.Module, rows: Sequence[Row], *, allow_unused: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """The same by one forward and one `torch.autograd.grad` a row, unpadded."""
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     losses, gradients = [], []
@@ -101,13 +126,7 @@ def looped_gradients(
             if labels[position + 1] != -100
         ]
         loss = -sum(predictions) / len(predictions)
-        parameters = [
-            # Of expert parameters those of its own matrices, not of what it wraps.
-            [module.lora_A["default"].weight, module.lora_B["default"].weight]
-            if hasattr(module, "lora_A")
-            else [weight for weight in module.parameters() if weight.requires_grad]
-            for module in modules.values()
-        ]
+        parameters = [layer.parameters for layer in scored_layers(modules)]
         weights = [parameter for group in parameters for parameter in group]
         flat = iter(torch.autograd.grad(loss, weights, allow_unused=allow_unused, materialize_grads=allow_unused))
         gradients.append([torch.cat([next(flat).flatten() for _ in group]) for group in parameters])

@@ -27,7 +27,7 @@ from transformers import (
 
 from spice_trainer.data.rows import CandidateRow, collate_row
 from spice_trainer.gradients.layers.registry import scored_layers
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 
 IMAGE = 60
 _TEXT: dict[str, Any] = {
@@ -266,7 +266,7 @@ def collated(architecture: str, num_images: Sequence[int]) -> list[CandidateRow]
 
 def autograd_gradients(model: nn.Module, row: CandidateRow) -> list[Tensor]:
     """Gradients of one row's mean loss by layer, by one forward of the model and plain autograd."""
-    layers = scored_layers(find_lora_modules(model))
+    layers = scored_layers(find_trained_modules(model))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     logits = model(**row.inputs).logits[0, :-1]

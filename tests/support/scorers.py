@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spice_trainer import PoolScores, ProxyModel, SpiceConfig
 from spice_trainer.data.rows import RowShape, TargetRows
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_lora_modules
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.scoring.features import OwnedFeatures
 from spice_trainer.scoring.measure import from_features, from_shapes
@@ -38,7 +38,7 @@ def make_scorer(
     runtime = Runtime(
         lambda: model, seed, processes or Processes(), nullcontext if autocast is None else autocast, get_optimizer
     )
-    modules = find_lora_modules(model) if modules is None else modules
+    modules = find_trained_modules(model) if modules is None else modules
     return GradientScorer(runtime, modules, TargetRows(rows, collate), config, validation)
 
 

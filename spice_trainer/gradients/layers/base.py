@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-LAYER_KINDS: dict[type[nn.Module], type[ScoredLayer]] = {}
+# By class, or by the full name of one whose library need not be there.
+LAYER_KINDS: dict[type[nn.Module] | str, type[ScoredLayer]] = {}
 
 
 class ScoredLayer(ABC):
@@ -21,10 +24,19 @@ class ScoredLayer(ABC):
     """
 
     takes_autograd = False
+    # It is scored by the parameters of modules within it.
+    owns_children = False
+    # Most coordinates of a sample are 0, and `sparse_gradients` gives the others.
+    is_sparse = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether this module of a registered class is of the kind after all."""
+        return True
 
     @property
     @abstractmethod
@@ -36,18 +48,35 @@ class ScoredLayer(ABC):
     def shapes(self) -> Sequence[tuple[int, ...]]:
         """Their whole shapes, known also where a wrapper has sharded them."""
 
-    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
-        """A call's input with axes of samples and positions in front, or `None` if it cannot be told apart.
+    @property
+    def parts(self) -> Sequence[ScoredLayer]:
+        """The layers whose calls the parameters are used in: several where they are tied."""
+        return [self]
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, num_tokens: int) -> Any:
+        """What of a call is kept until the gradient of its output comes, or `None` if it mixes samples.
 
         The samples are padded to `num_tokens` tokens.
         """
         raise NotImplementedError
 
-    def sample_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Float[Tensor, "N D_l"]:
-        """Sample gradients in float32, from one call's input by sample and ∂(Σ_n ℓ_n)/∂output with the same axes.
+    def inputs(self, kept: Any) -> Tensor:
+        """Of what was kept, what the gradients are formed from, with axes of samples and positions in front."""
+        inputs: Tensor = kept
+        return inputs
 
-        A sample that the call did not use has gradient 0. An autocast may be in force.
+    def sample_gradients(
+        self, inputs: Tensor, output_gradients: Tensor, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "N _"]:
+        """Coordinates `start` to `stop` (one of `cuts`) of sample gradients, in float32.
+
+        They are formed from one call's inputs and ∂(Σ_n ℓ_n)/∂output, with axes of samples and positions in front. A
+        sample that the call did not use has gradient 0. An autocast may be in force.
         """
+        raise NotImplementedError
+
+    def sparse_gradients(self, inputs: Tensor, output_gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of one sample's gradient, each once, and their values in float32; from those of its one row."""
         raise NotImplementedError
 
     def output(self, inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -59,13 +88,24 @@ class ScoredLayer(ABC):
         """D_l, known also where a wrapper has sharded the parameters."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    def cuts(self, max_numbers: int) -> Iterator[tuple[int, int]]:
+        """Ranges of coordinates that are formed at a time: of at most so many, but at least of a parameter's row."""
+        start = 0
+        for shape in self.shapes:
+            width = math.prod(shape[1:])
+            stop, step = start + math.prod(shape), max(1, max_numbers // width) * width
+            yield from ((begin, min(begin + step, stop)) for begin in range(start, stop, step))
+            start = stop
 
-def register_layer(*classes: type[nn.Module]) -> Callable[[type[ScoredLayer]], type[ScoredLayer]]:
+
+def register_layer(*classes: type[nn.Module] | str) -> Callable[[type[ScoredLayer]], type[ScoredLayer]]:
     """Class decorator: modules of these classes, and of subclasses without a kind of their own, are scored by it.
+
+    A class is given by its full name where its library need not be installed.
 
     Example:
     ```python
-    >>> @register_layer(MyLinear)
+    >>> @register_layer(MyLinear, "other.library.Linear")
     ... class MyLinearLayer(ScoredLayer): ...
     ```
     """
@@ -73,8 +113,33 @@ def register_layer(*classes: type[nn.Module]) -> Callable[[type[ScoredLayer]], t
     def register(kind: type[ScoredLayer]) -> type[ScoredLayer]:
         for cls in classes:
             if cls in LAYER_KINDS:
-                raise ValueError(f"{cls.__name__} is scored by {LAYER_KINDS[cls].__name__} already.")
+                name = cls if isinstance(cls, str) else cls.__name__
+                raise ValueError(f"{name} is scored by {LAYER_KINDS[cls].__name__} already.")
             LAYER_KINDS[cls] = kind
         return kind
 
     return register
+
+
+def by_sample(values: Tensor, num_samples: int, num_tokens: int, *, may_be_flat: bool = True) -> Tensor | None:
+    """(N, S, ...) with one axis of positions: any where N is 1, and (N·S, F) if it `may_be_flat`; `None` of others."""
+    if len(values) == num_samples and values.dim() == 3:
+        return values
+    if num_samples == 1 or (len(values) == num_samples and values.dim() > 3):
+        # Not -1: an expert may get no token at all.
+        return values.reshape(num_samples, math.prod(values.shape[:-1]) // num_samples, values.shape[-1])
+    is_flat = may_be_flat and values.dim() == 2 and len(values) == num_samples * num_tokens
+    return values.view(num_samples, num_tokens, -1) if is_flat else None
+
+
+_whole_shapes: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def whole_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a module's parameter as it was when it was first asked for: before a wrapper sharded it."""
+    shapes = _whole_shapes.setdefault(module, {})
+    if name not in shapes:
+        parameter = getattr(module, name)
+        # ZeRO-3 may have loaded it in parts.
+        shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return shapes[name]

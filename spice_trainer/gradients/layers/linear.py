@@ -1,8 +1,8 @@
-"""`nn.Linear`, from what went in and the gradient of what came out.
+"""`nn.Linear` and GPT-2's `Conv1D`, from what went in and the gradient of what came out.
 
     y = W x + b,    δ_ns = ∂(Σ_n ℓ_n)/∂y_ns,    ∂ℓ_n/∂W = Σ_s δ_ns x_nsᵀ,    ∂ℓ_n/∂b = Σ_s δ_ns
 
-Axes: N samples, S tokens, I/O input and output features, D_l = O·I, plus O where the bias trains (PEFT's `lora_bias`).
+`Conv1D` keeps Wᵀ. Axes: N samples, S tokens, I/O input and output features, D_l = O·I, plus O where the bias trains.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, register_layer
+from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, register_layer
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 # CUDA's product of 16-bit numbers with a result in float32, of newer torch.
@@ -24,7 +25,7 @@ _HAS_WIDE_BMM = "dtype" in torch.ops.aten.bmm.overloads()
 
 @register_layer(nn.Linear)
 class LinearLayer(ScoredLayer):
-    """Weight first (row-major O×I), then the bias if it trains."""
+    """Weight first (row-major O×I), then the bias, each if it trains."""
 
     module: nn.Linear
 
@@ -33,45 +34,92 @@ class LinearLayer(ScoredLayer):
         # `layers.0.experts.3.up_proj`, beside `layers.0.fc1`.
         self._is_routed = len(_NUMBERS.findall(name)) > 1
         self._has_bias = module.bias is not None and module.bias.requires_grad
+        # Of what is sharded the flag may be lost.
+        self._has_weight = module.weight.requires_grad or not self._has_bias
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """W, and b if it trains."""
-        return [self.module.weight, self.module.bias] if self._has_bias else [self.module.weight]
+        """W and b, each if it trains."""
+        found = [self.module.weight] if self._has_weight else []
+        return [*found, self.module.bias] if self._has_bias else found
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def _num_outputs(self) -> int:
+        return self.module.out_features
 
     @property
     def shapes(self) -> Sequence[tuple[int, ...]]:
-        """(O, I), and (O,) if the bias trains."""
-        num_outputs = self.module.out_features
-        weight = (num_outputs, self.module.in_features)
-        return [weight, (num_outputs,)] if self._has_bias else [weight]
+        """(O, I) and (O,), each if it trains."""
+        found: list[tuple[int, ...]] = [self._weight_shape] if self._has_weight else []
+        return [*found, (self._num_outputs,)] if self._has_bias else found
 
-    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
-        """(N, S, I): of any input where N is 1, of (N·S, I) but for one of several like layers."""
-        if len(inputs) == num_samples and inputs.dim() == 3:
-            return inputs
-        if num_samples == 1 or (len(inputs) == num_samples and inputs.dim() > 3):
-            # Not -1: an expert may get no token at all.
-            return inputs.reshape(num_samples, math.prod(inputs.shape[:-1]) // num_samples, inputs.shape[-1])
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, num_tokens: int) -> Tensor | None:
+        """The input (N, S, I): of any input where N is 1, of (N·S, I) but for one of several like layers."""
         # An expert gets the tokens that are routed to it, in any order, which by chance may be as many as there are.
-        is_flat = inputs.dim() == 2 and len(inputs) == num_samples * num_tokens
-        return inputs.view(num_samples, num_tokens, -1) if is_flat and not self._is_routed else None
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return by_sample(inputs.detach(), num_samples, num_tokens, may_be_flat=not self._is_routed)
 
     def sample_gradients(
-        self, inputs: Float[Tensor, "N S I"], output_gradients: Float[Tensor, "N S O"]
-    ) -> Float[Tensor, "N D_l"]:
+        self,
+        inputs: Float[Tensor, "N S I"],
+        output_gradients: Float[Tensor, "N S O"],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "N _"]:
         """Σ_s δ_ns x_nsᵀ, then Σ_s δ_ns."""
+        left, right = self._factors(inputs, output_gradients)
+        size = math.prod(self._weight_shape) if self._has_weight else 0
+        stop = self.num_coordinates if stop is None else stop
+        parts = []
         # float32 products whatever the training precision: a Gram matrix of rounded gradients would not be one. An
         # autocast around the backward reaches the hooks too, and would round the product to bfloat16.
         with torch.autocast(inputs.device.type, enabled=False):
-            weight = _float32_bmm(output_gradients.transpose(1, 2), inputs).flatten(1)
-            if not self._has_bias:
-                return weight
-            return torch.cat([weight, output_gradients.sum(1, dtype=torch.float32)], dim=1)
+            if start < size:
+                rows = slice(start // right.shape[2], min(stop, size) // right.shape[2])
+                parts.append(_float32_bmm(left[:, :, rows].transpose(1, 2), right).flatten(1))
+            if stop > size:
+                parts.append(output_gradients.sum(1, dtype=torch.float32)[:, max(start - size, 0) : stop - size])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _factors(self, inputs: Tensor, output_gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """What makes the weight's rows, and its columns."""
+        return output_gradients, inputs
 
     def output(self, inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """V x, or V x + v."""
-        return nn.functional.linear(inputs, *parameters)
+        weight, bias = self._split(inputs, parameters)
+        return nn.functional.linear(inputs, weight, bias)
+
+    def _split(self, inputs: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        weight = parameters[0] if self._has_weight else inputs.new_zeros(self._weight_shape)
+        return weight, parameters[-1] if self._has_bias else None
+
+
+@register_layer("transformers.pytorch_utils.Conv1D")
+class TransposedLinearLayer(LinearLayer):
+    """The same with a weight of I×O."""
+
+    module: Any
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.module.nx, self.module.nf
+
+    @property
+    def _num_outputs(self) -> int:
+        return int(self.module.nf)
+
+    def _factors(self, inputs: Tensor, output_gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs, output_gradients
+
+    def output(self, inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Vᵀ x, or Vᵀ x + v."""
+        weight, bias = self._split(inputs, parameters)
+        return nn.functional.linear(inputs, weight.T, bias)
 
 
 def _float32_bmm(left: Float[Tensor, "N O S"], right: Float[Tensor, "N S I"]) -> Float[Tensor, "N O I"]:

@@ -55,20 +55,20 @@ def test_the_output_is_that_of_other_parameters(bias: bool) -> None:
 @pytest.mark.parametrize("shape", [(2, 5, 3), (10, 3), (2, 4, 5, 3)])
 def test_an_input_of_several_samples_is_told_apart(shape: tuple[int, ...]) -> None:
     inputs = torch.arange(math.prod(shape)).float().view(shape)
-    assert torch.equal(_layer(3, 2).by_sample(inputs, 2, 5), inputs.reshape(2, -1, 3))
+    assert torch.equal(_layer(3, 2).keep((inputs,), {}, 2, 5), inputs.reshape(2, -1, 3))
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (1, 10, 3), (5, 2, 3), (2, 3)])
 def test_an_input_in_which_samples_are_mixed_is_not(shape: tuple[int, ...]) -> None:
-    assert _layer(3, 2).by_sample(torch.zeros(shape), 2, 5) is None
+    assert _layer(3, 2).keep((torch.zeros(shape),), {}, 2, 5) is None
     # A sample alone is all of it, also where nothing of it comes here.
-    assert _layer(3, 2).by_sample(torch.zeros(shape), 1, 5).shape == (1, math.prod(shape) // 3, 3)
-    assert _layer(3, 2).by_sample(torch.zeros(0, 3), 1, 5).shape == (1, 0, 3)
+    assert _layer(3, 2).keep((torch.zeros(shape),), {}, 1, 5).shape == (1, math.prod(shape) // 3, 3)
+    assert _layer(3, 2).keep((torch.zeros(0, 3),), {}, 1, 5).shape == (1, 0, 3)
 
 
 def test_an_experts_tokens_are_in_any_order_also_if_all_come() -> None:
     shared, expert = (
         LinearLayer(f"model.layers.0.mlp.{name}.up_proj", nn.Linear(3, 2)) for name in ("shared_expert", "experts.1")
     )
-    assert shared.by_sample(torch.zeros(10, 3), 2, 5) is not None
-    assert expert.by_sample(torch.zeros(10, 3), 2, 5) is None
+    assert shared.keep((torch.zeros(10, 3),), {}, 2, 5) is not None
+    assert expert.keep((torch.zeros(10, 3),), {}, 2, 5) is None

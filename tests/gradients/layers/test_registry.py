@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from spice_trainer.data.rows import collate_row
 from spice_trainer.gradients.layers import registry
 from spice_trainer.gradients.layers.base import LAYER_KINDS, ScoredLayer, register_layer
 from spice_trainer.gradients.layers.linear import LinearLayer
-from spice_trainer.gradients.lora import UnsupportedModelError, find_lora_modules
+from spice_trainer.gradients.layers.parameters import ParameterLayer
+from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.optimizer_state import layer_states
 from spice_trainer.gradients.verification import GradientMismatchError, verify_directions, verify_gradients
 from tests.support.gradient_loop import batched_gradients, example_rows, looped_gradients, relative_error
@@ -45,12 +47,14 @@ class TransposedLayer(ScoredLayer):
     def shapes(self) -> Sequence[tuple[int, ...]]:
         return [tuple(self.module.weight.shape), tuple(self.module.bias.shape)]
 
-    def by_sample(self, inputs: Tensor, num_samples: int, num_tokens: int) -> Tensor | None:
-        return inputs if len(inputs) == num_samples else None
+    def keep(self, args: Any, kwargs: Any, num_samples: int, num_tokens: int) -> Tensor | None:
+        return args[0].detach() if len(args[0]) == num_samples else None
 
-    def sample_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+    def sample_gradients(
+        self, inputs: Tensor, output_gradients: Tensor, start: int = 0, stop: int | None = None
+    ) -> Tensor:
         weight = torch.einsum("nsi,nso->nio", inputs, output_gradients).flatten(1)
-        return torch.cat([weight, output_gradients.sum(1)], dim=1)
+        return torch.cat([weight, output_gradients.sum(1)], dim=1)[:, start:stop]
 
     def output(self, inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         return inputs @ parameters[0] + parameters[1]
@@ -73,7 +77,7 @@ def _model() -> nn.Module:
 
 def test_a_registered_kind_is_found_and_its_gradients_are_autograds(registered: None) -> None:
     model, rows = _model(), example_rows()
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     assert [type(module) for module in modules.values()] == [Transposed, nn.Linear] * 14
     losses, found = batched_gradients(model, rows)
     expected_losses, expected = looped_gradients(model, rows)
@@ -86,17 +90,17 @@ def test_a_registered_kind_is_found_and_its_gradients_are_autograds(registered: 
 def test_both_checks_follow_it(verify: object, registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     rows = [collate_row(number, tiny_rows()[number], collate) for number in (0, 1)]
-    arguments = (model, find_lora_modules(model), rows)
+    arguments = (model, find_trained_modules(model), rows)
     assert 0 < verify(*arguments, device=torch.device("cpu")) < 1e-5
     right = TransposedLayer.sample_gradients
-    monkeypatch.setattr(TransposedLayer, "sample_gradients", lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(TransposedLayer, "sample_gradients", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     with pytest.raises(GradientMismatchError, match=r"lora_A\.default"):
         verify(*arguments, device=torch.device("cpu"))
 
 
 def test_the_optimizers_state_has_its_coordinates(registered: None) -> None:
     model = _model()
-    modules = find_lora_modules(model)
+    modules = find_trained_modules(model)
     optimizer = torch.optim.AdamW(parameter for module in modules.values() for parameter in module.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
@@ -106,12 +110,22 @@ def test_the_optimizers_state_has_its_coordinates(registered: None) -> None:
         torch.testing.assert_close(state.flat("exp_avg"), momentum)
 
 
-def test_what_is_not_registered_is_refused() -> None:
-    model = _model()
-    with pytest.raises(UnsupportedModelError, match=r"LoRA on a layer that is not linear .*q_proj\.lora_A\.default"):
-        find_lora_modules(model)
-    with pytest.raises(TypeError, match="'some.layer' is a Transposed"):
-        registry.scored_layers({"some.layer": Transposed(nn.Linear(2, 2))})
+def test_what_is_not_registered_is_left_to_autograd() -> None:
+    model, rows = _model(), example_rows()
+    found = batched_gradients(model, rows)[1]
+    assert relative_error(found, looped_gradients(model, rows)[1]) < 1e-5
+    assert registry.layer_kind(Transposed(nn.Linear(2, 2))) is ParameterLayer
+
+
+def test_a_class_of_a_library_goes_by_its_name() -> None:
+    name = f"{Transposed.__module__}.Transposed"
+    register_layer(name)(TransposedLayer)
+    try:
+        assert registry.layer_kind(Transposed(nn.Linear(2, 2))) is TransposedLayer
+        with pytest.raises(ValueError, match=r"Transposed is scored by TransposedLayer already"):
+            register_layer(name)(TransposedLayer)
+    finally:
+        del LAYER_KINDS[name]
 
 
 def test_a_class_has_one_kind_and_passes_it_on() -> None:
@@ -119,7 +133,7 @@ def test_a_class_has_one_kind_and_passes_it_on() -> None:
         register_layer(nn.Linear)(TransposedLayer)
     # As FSDP makes them when it shards a layer.
     assert registry.layer_kind(type("FSDPLinear", (nn.Linear,), {})(2, 2)) is LinearLayer
-    assert registry.layer_kind(nn.LayerNorm(2)) is None
+    assert registry.layer_kind(nn.Conv2d(1, 1, 1)) is ParameterLayer
 
 
 def test_a_file_in_the_folder_is_all_that_a_kind_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
