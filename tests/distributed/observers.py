@@ -1,12 +1,12 @@
 """What the worker sees of a run: whole weights from sharded models, and what scoring found.
 
-Weights are read where they are whole in every mode: inside a LoRA layer's forward, where FSDP and ZeRO-3 have
+Weights are read where they are whole in every mode: inside a layer's forward, where FSDP and ZeRO-3 have
 gathered them. Nothing is asked of the wrappers, so nothing is added to what they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class LoaderWalk(TrainerCallback):
 
 
 class WeightProbe(TrainerCallback):
-    """Copies the adapter's whole weights from the first training forward of every step."""
+    """Copies what trains, whole, from the first training forward of every step."""
 
     def __init__(self) -> None:
         self.before_step: list[dict[str, Tensor]] = []
@@ -60,13 +60,14 @@ class WeightProbe(TrainerCallback):
     def watch(self, model: nn.Module) -> None:
         """Sets the hooks."""
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and (".lora_A." in name or ".lora_B." in name):
-                module.register_forward_pre_hook(self._hook(plain_name(name)))
+            keys = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
+            if keys:
+                module.register_forward_pre_hook(self._hook(plain_name(name), keys))
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, keys: Sequence[str]) -> Any:
         def copy(module: nn.Module, args: Any) -> None:
-            if self._current is not None and name not in self._current:
-                self._current[name] = module.weight.detach().clone()
+            for key in keys if self._current is not None else ():
+                self._current.setdefault(f"{name}.{key}", getattr(module, key).detach().clone())
 
         return copy
 

@@ -81,12 +81,20 @@ class OtherStream(torch.utils.data.IterableDataset[Any]):
         yield from rest[::-1] if self.kind == "reversed" else rest
 
 
-def save_model(folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32) -> Path:
+def save_model(
+    folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32, **lora: Any
+) -> Path:
     """Writes the base model and its adapter, which every process loads; `randomize` as in `add_lora`."""
     base = tiny_model(hidden_size=hidden_size, intermediate_size=2 * hidden_size)
-    model = add_lora(base, lora_dropout=lora_dropout, randomize=randomize)
+    model = add_lora(base, lora_dropout=lora_dropout, randomize=randomize, **lora)
     model.save_pretrained(folder / "adapter")
     model.unload().save_pretrained(folder / "base")
+    return folder
+
+
+def save_full_model(folder: Path) -> Path:
+    """Writes a model that trains in full, its head tied to its embedding."""
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "base")
     return folder
 
 
@@ -117,6 +125,8 @@ def load_model(folder: Path, *, quantized: bool = False) -> nn.Module:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
     model = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
+    if not (folder / "adapter").exists():
+        return model
     return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
 
 

@@ -21,15 +21,22 @@ from tests.support.trainers import read_records, trained_indices
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# Configuration, processes, gradient checkpointing.
+# Configuration, processes, gradient checkpointing, what trains.
 MODES = {
-    "ddp": ("multi_gpu", 2, "reentrant"),
-    "ddp-4": ("multi_gpu", 4, None),
-    "fsdp1": ("fsdp1", 2, None),
-    "fsdp2": ("fsdp2", 2, "non-reentrant"),
-    "zero1": ("deepspeed_zero1", 2, None),
-    "zero2": ("deepspeed_zero2", 2, "reentrant"),
-    "zero3": ("deepspeed_zero3", 2, "non-reentrant"),
+    "ddp": ("multi_gpu", 2, "reentrant", "lora"),
+    "ddp-4": ("multi_gpu", 4, None, "lora"),
+    "fsdp1": ("fsdp1", 2, None, "lora"),
+    "fsdp2": ("fsdp2", 2, "non-reentrant", "lora"),
+    "zero1": ("deepspeed_zero1", 2, None, "lora"),
+    "zero2": ("deepspeed_zero2", 2, "reentrant", "lora"),
+    "zero3": ("deepspeed_zero3", 2, "non-reentrant", "lora"),
+    "ddp-full": ("multi_gpu", 2, None, "full"),
+    "fsdp2-full": ("fsdp2", 2, None, "full"),
+    "zero2-full": ("deepspeed_zero2", 2, None, "full"),
+    "zero3-full": ("deepspeed_zero3", 2, None, "full"),
+    "ddp-dora": ("multi_gpu", 2, None, "dora"),
+    "ddp-saved": ("multi_gpu", 2, None, "saved"),
+    "zero3-saved": ("deepspeed_zero3", 2, None, "saved"),
 }
 TOLERANCE = 1e-5
 
@@ -37,44 +44,53 @@ TOLERANCE = 1e-5
 class Run:
     """What the processes of one mode wrote."""
 
-    def __init__(self, folder: Path, num_processes: int) -> None:
+    def __init__(self, folder: Path, num_processes: int, model_folder: Path) -> None:
         self.folder = folder
         self.results = [json.loads((folder / f"all.{rank}.json").read_text()) for rank in range(num_processes)]
         self.result = self.results[0]
         self.scores = [load_file(folder / f"scores.{rank}.safetensors") for rank in range(num_processes)]
         self.weights = load_file(folder / "weights.safetensors")
+        self.model_folder = model_folder
 
     def adapter(self, step: int) -> dict[str, Tensor]:
-        """The adapter before a step, by module."""
+        """What trains before a step, by name."""
         prefix = f"step{step}."
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that every process loads."""
-    return setting.save_model(tmp_path_factory.mktemp("model"))
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models that every process loads, by what trains."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "full", "dora", "saved")}
+    setting.save_model(folders["lora"])
+    setting.save_full_model(folders["full"])
+    setting.save_model(folders["dora"], use_dora=True)
+    setting.save_model(folders["saved"], modules_to_save=["lm_head", "norm"])
+    return folders
 
 
 @pytest.fixture(scope="module", params=MODES)
-def run(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(
+    request: pytest.FixtureRequest, model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """One launch of a mode."""
-    config, num_processes, checkpointing = MODES[request.param]
+    config, num_processes, checkpointing, kind = MODES[request.param]
+    model_folder = model_folders[kind]
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp(request.param)
     options = [f"model={model_folder}"] + ([] if checkpointing is None else [f"checkpointing={checkpointing}"])
     start = launch if num_processes == 2 else fork
     start(config, folder, "all", *options, num_processes=num_processes).check()
-    return Run(folder, num_processes)
+    return Run(folder, num_processes, model_folder)
 
 
 def put_adapter(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Gives a model the adapter of a run."""
-    modules = {name: module for name, module in model.named_modules() if ".lora_A." in name or ".lora_B." in name}
-    assert modules.keys() == weights.keys()
-    for name, module in modules.items():
-        module.weight.data.copy_(weights[name])
+    """Gives a model what trained in a run."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert {name for name, value in parameters.items() if value.requires_grad} == weights.keys()
+    for name, value in weights.items():
+        parameters[name].data.copy_(value)
 
 
 def gram_error(ours: Tensor, theirs: Tensor) -> float:
@@ -91,8 +107,8 @@ def test_every_process_got_the_same_picks_and_they_were_recorded(run: Run) -> No
     assert any(setting.LONG_ROW in pool["candidates"] for pool in read_records(run.folder / "scored", "pools"))
 
 
-def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
-    trainer = setting.single_trainer(model_folder, tmp_path)
+def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, tmp_path: Path) -> None:
+    trainer = setting.single_trainer(run.model_folder, tmp_path)
     trainer._spice.begin_run()
     sampler = trainer._spice.sampler
     for step, picks in enumerate(run.result["picks"]):
@@ -108,8 +124,8 @@ def test_picks_and_gram_matrices_are_those_of_one_process(run: Run, model_folder
         assert picks == expected, f"picks of step {step}"
 
 
-def test_sample_gradients_are_those_of_one_process(run: Run, model_folder: Path, tmp_path: Path) -> None:
-    trainer = setting.single_trainer(model_folder, tmp_path, spice={"information": "diagonal"})
+def test_sample_gradients_are_those_of_one_process(run: Run, tmp_path: Path) -> None:
+    trainer = setting.single_trainer(run.model_folder, tmp_path, spice={"information": "diagonal"})
     trainer._spice.begin_run()
     sampler = trainer._spice.sampler
     largest = 0.0

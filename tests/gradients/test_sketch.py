@@ -213,3 +213,73 @@ def test_an_empty_module_is_refused() -> None:
 def test_gradients_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="module 0 has 4 coordinates, got 6"):
         GradientSketch([4, 6], 8, seed=0).fold_(torch.zeros(2, 8), 0, torch.zeros(2, 6))
+
+
+# Modules of layers that train in full: one rotation, blocks of a prime number of coordinates
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is large from four blocks on."""
+    monkeypatch.setattr("spice_trainer.gradients.sketch._MAX_ROTATIONS", 4)
+
+
+@pytest.fixture(params=[2**26, 97])
+def num_signs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A table of signs for all coordinates, and one that goes around."""
+    monkeypatch.setattr("spice_trainer.gradients.sketch._MAX_SIGNS", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("large", "num_signs")
+@pytest.mark.parametrize("sizes", [[400], [100, 7, 300], [64, 65]])
+def test_pieces_and_scattered_coordinates_are_folded_as_the_whole_is(sizes: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sketch = GradientSketch(sizes, 16, seed=3)
+    for index, size in enumerate(sizes):
+        gradients = torch.randn(3, size, dtype=torch.float64, generator=generator)
+        whole = sketch.fold_(torch.zeros(3, 16, dtype=torch.float64), index, gradients.clone())
+        for width in (1, 5, 16, 37, size):
+            found = torch.zeros_like(whole)
+            for start in range(0, size, width):
+                sketch.fold_(found, index, gradients[:, start : start + width].clone(), start)
+            torch.testing.assert_close(found, whole)
+        order = torch.randperm(size, generator=generator)
+        scattered = sketch.fold_sparse_(
+            torch.zeros(16, dtype=torch.float64), index, order, gradients[1, order].clone()
+        )
+        torch.testing.assert_close(scattered, whole[1])
+
+
+@pytest.mark.usefixtures("large", "num_signs")
+@pytest.mark.parametrize("sketch_dim", [16, 64])
+def test_large_modules_are_unbiased_with_the_variance_of_theory(sketch_dim: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [600, 500]
+    g = torch.randn(1100, dtype=torch.float64, generator=generator)
+    h = 0.3 * g + torch.randn(1100, dtype=torch.float64, generator=generator)
+    estimates = _estimates(g, h, sizes, sketch_dim, 600)
+    bound = float(g @ g * (h @ h) + (g @ h) ** 2) / sketch_dim
+    assert abs(float(estimates.mean() - g @ h)) < 4.5 * math.sqrt(bound / 600)
+    assert float(estimates.var()) < 1.4 * bound
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("stride", [64, 32, 48, 63])
+def test_no_column_of_a_large_module_falls_into_one_bucket(stride: int) -> None:
+    num_rows = 60
+    sketch = GradientSketch([num_rows * stride], 64, seed=0)
+    column = torch.arange(num_rows) * stride + 5
+    buckets = torch.stack(
+        [
+            sketch.fold_sparse_(torch.zeros(64), 0, coordinate[None], torch.ones(1)).abs().argmax()
+            for coordinate in column
+        ]
+    )
+    assert len(buckets.unique()) == num_rows
+
+
+def test_as_many_signs_as_coordinates_are_those_of_before() -> None:
+    # Only models of more coordinates than the table has share signs.
+    sketch = GradientSketch([10, 20], 8, seed=1)
+    assert sketch._places == [0, 10] and sketch._flips == [1, 1]

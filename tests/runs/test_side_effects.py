@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,11 +87,15 @@ def noisy_collate(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tens
     return batch
 
 
-def run(output_dir: Any, **options: Any) -> tuple[Snapshots, dict[str, Tensor], tuple[Any, ...]]:
+def run(
+    output_dir: Any, *, build: Callable[[], nn.Module] | None = None, **options: Any
+) -> tuple[Snapshots, dict[str, Tensor], tuple[Any, ...]]:
     """Two epochs with everything on that draws random numbers, and all random states seeded before it."""
     random.seed(1)
     np.random.seed(1)
     snapshots = Snapshots()
+    if build is not None:
+        options["model"] = build()
     trainer = make_trainer(
         output_dir,
         spice={"scoring_tokens_per_batch": 64},

@@ -58,19 +58,29 @@ class ScaleLayer(ScoredLayer):
     def inputs(self, kept: Any) -> Tensor:
         """a(x), or of a bias alone something of no meaning."""
         args, kwargs, num_samples = kept
-        shape = whole_shape(self.module, self._names[0])
-        first = args[0] if args else next(iter(kwargs.values()))
-        weights = self.module.weight if "weight" in self._names else self.module.bias
+        first: Tensor = args[0] if args else next(iter(kwargs.values()))
+        slope = first if "weight" not in self._names else self._run(1.0, args, kwargs) - self._run(0.0, args, kwargs)
+        return slope.reshape(num_samples, -1, slope.shape[-1])
 
-        def run(value: float) -> Tensor:
-            weight = torch.full(shape, value, dtype=weights.dtype, device=first.device)  # type: ignore[arg-type]
-            output: Tensor = torch.func.functional_call(self.module, {"weight": weight}, args, kwargs)
-            return output
-
-        if "weight" not in self._names:
-            return torch.as_tensor(first.reshape(num_samples, -1, first.shape[-1]))
-        slope = run(1.0) - run(0.0)
-        return slope.view(num_samples, -1, slope.shape[-1])
+    def _run(self, weight: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The layer's output with another weight, and no bias."""
+        attributes = vars(self.module)
+        before = dict(attributes)
+        # As attributes, which come before parameters: those of sharded models may not be there at this moment. Past
+        # the module's hooks, which gather them.
+        for key in ("weight", "bias"):
+            parameter = getattr(self.module, key, None)
+            if isinstance(parameter, Tensor):
+                value, shape = weight if key == "weight" else 0.0, whole_shape(self.module, key)
+                attributes[key] = torch.full(shape, value, dtype=parameter.dtype, device=parameter.device)
+        try:
+            output: Tensor = self.module.forward(*args, **kwargs)
+        finally:
+            for key in ("weight", "bias"):
+                attributes.pop(key, None)
+                if key in before:
+                    attributes[key] = before[key]
+        return output
 
     def sample_gradients(
         self,
