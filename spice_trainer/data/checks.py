@@ -104,11 +104,17 @@ def configured_vocabulary_size(model: nn.Module) -> int | None:
 def token_id_limits(model: nn.Module) -> tuple[int | None, int | None]:
     """Rows of a model's input embedding and of its output layer; `None` where they cannot be told."""
     sizes: list[int | None] = []
+    weights: list[Any] = []
     for getter, attribute in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):
         get = getattr(model, getter, None)
-        size = getattr(get(), attribute, None) if callable(get) else None
+        module = get() if callable(get) else None
+        size = getattr(module, attribute, None)
         sizes.append(size if isinstance(size, int) and size > 0 else None)
+        weights.append(getattr(module, "weight", None))
     num_inputs, num_outputs = sizes
+    if weights[0] is weights[1]:
+        # PEFT's copy of a tied head (`ensure_weight_tying=True`) has its sizes exchanged.
+        num_outputs = num_inputs
     return num_inputs, num_outputs if num_outputs is not None else num_inputs
 
 

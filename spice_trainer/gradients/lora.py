@@ -25,7 +25,8 @@ _OTHER_TASKS = tuple(
     for task in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 )
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
-_ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
+# What PEFT puts below a module that it adapts.
+_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter)(?:\.|$)")
 _LORA_LAYER = re.compile(r"(?:^|\.)lora_[AB]\.([^.]+)")
 # Names listed in an error.
 _MAX_LISTED = 8
@@ -48,6 +49,7 @@ def find_trained_modules(
     they were `named` before. Raises an UnsupportedModelError if there are none, or an adapter is merged.
     """
     check_predicts_next_tokens(model)
+    _check_keeps_length(model)
     named = dict(model.named_modules()) if named is None else named
     found: dict[str, nn.Module] = {}
     num_others = 0
@@ -101,6 +103,17 @@ def check_predicts_next_tokens(model: nn.Module) -> None:
         )
 
 
+def _check_keeps_length(model: nn.Module) -> None:
+    """Refuses PEFT's prompt tuning; prefix tuning, which goes by the cache, leaves rows as they are."""
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != "PREFIX_TUNING":  # type: ignore[union-attr]
+        raise UnsupportedModelError(
+            f"The model trains virtual tokens in front of each row ({type(adapter).__name__}), whose logits stand at "
+            "other places than the row's labels: SPICE cannot score that. Fix: train a LoRA adapter (LoraConfig) or "
+            "a prefix (PrefixTuningConfig) instead."
+        )
+
+
 def why_switched_off(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
     """Why an adapter with one of these LoRA matrices does not act in a forward, and the fix; `None` if all do."""
     wanted = set(map(id, modules))
@@ -134,9 +147,9 @@ def choose_modules(
     """The modules that candidates are scored by, in the order of `modules`.
 
     `layers` keeps those of the last so many of the model's layers that train, and nothing outside of them;
-    `target_modules` those whose adapted module has one of these names, or a name that ends with one of them. Raises a
-    ValueError if a name fits none of `names`, which may be frozen (by default those of `modules`), nothing is left, or
-    the layers have no numbers.
+    `target_modules` those whose adapted module has one of these names, or a name that ends with one of them. What
+    shares a weight with one that is kept is kept, too. Raises a ValueError if a name fits none of `names`, which may
+    be frozen (by default those of `modules`), nothing is left, or the layers have no numbers.
     """
     chosen = dict(modules)
     if layers is not None:
@@ -163,7 +176,13 @@ def choose_modules(
                 f"SpiceConfig: scoring_target_modules={list(target_modules)} with scoring_layers={layers}: no module "
                 f"of these names {where}. Fix: raise scoring_layers, or name other modules."
             )
-    return chosen
+    # A weight's gradient is the sum over all modules that use it (tied embeddings).
+    weights = {id(weight) for module in chosen.values() for weight in module.parameters(recurse=False)}
+    return {
+        name: module
+        for name, module in modules.items()
+        if name in chosen or not weights.isdisjoint(map(id, module.parameters(recurse=False)))
+    }
 
 
 def split_adapter(name: str) -> tuple[str, str]:

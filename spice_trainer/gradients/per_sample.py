@@ -321,13 +321,18 @@ class SampleGradients:
             if not scored.isdisjoint(map(id, (module, *module.parameters(recurse=False)))):
                 continue
             if any(weight.requires_grad for weight in module.parameters(recurse=False)):
-                yield module.register_forward_hook(_detach_below)
+                # Of a module around a scored one the output has a graph, whatever its inputs.
+                if scored.isdisjoint(map(id, module.modules())):
+                    yield module.register_forward_hook(_detach_below)
             elif module._forward_hooks and not self._is_whole:
                 yield module.register_forward_hook(self._detach_leaf)
+        # Before the user's own hooks, which may change the output. Those of FSDP and ZeRO-3 gather weights first.
+        is_first = not is_sharded(self.model)
         for index, layer in enumerate(self._layers):
             for part in layer.parts:
                 if not part.takes_autograd:
-                    yield part.module.register_forward_hook(self._make_hook(index, part), with_kwargs=True)
+                    hook = self._make_hook(index, part)
+                    yield part.module.register_forward_hook(hook, with_kwargs=True, prepend=is_first)
 
     def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled() or self._is_backward or any(output is leaf for leaf in self._leaves):
@@ -344,21 +349,23 @@ class SampleGradients:
         def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             # Checkpointing that evaluation mode does not switch off (FSDP's) runs forwards again within the backward;
             # no gradient comes to their outputs.
-            if self._is_backward or not output.requires_grad or self._layers[index].takes_autograd:
+            if self._is_backward or self._layers[index].takes_autograd:
+                return None
+            given = (*args, *kwargs.values())
+            if not isinstance(output, Tensor) or not (given and isinstance(given[0], Tensor)):
+                raise _BypassedError([index])
+            if not output.requires_grad:
                 return None
             kept = layer.keep(args, kwargs, self._num_samples, self._num_tokens)
             if len(output) == 1 < self._num_samples and kept is not None:
                 # Positions that all samples share.
                 output = output.expand(self._num_samples, *output.shape[1:])
-            given = (*args, *kwargs.values())
-            if any(isinstance(value, nn.Module) for value in given):
-                # DoRA calls layers within it, which may be scored: the backward comes here, and may go on.
+            is_around = any(isinstance(value, nn.Module) for value in given)
+            if is_around or not any(isinstance(value, Tensor) and value.requires_grad for value in given):
+                # The backward ends here where nothing below is scored; DoRA calls layers within it, which may be. No
+                # leaf itself, which the model could not change in place.
                 self._leaves.append(output.new_zeros((), requires_grad=True))
-                output = output + self._leaves[-1]
-            elif not any(isinstance(value, Tensor) and value.requires_grad for value in given):
-                # Nothing below is scored: the backward ends here.
-                output = output.detach().requires_grad_(True)
-                self._leaves.append(output)
+                output = (output if is_around else output.detach()) + self._leaves[-1]
             # A module may be called more than once in a forward (shared layers); its gradient is the sum.
             calls = self._waiting.setdefault(index, {})
             call = len(calls)
@@ -373,7 +380,8 @@ class SampleGradients:
             # Not before a gradient comes: DoRA calls its matrices with an identity first, of which none is taken.
             raise _MixedRowsError(layer.name)
         inputs = layer.inputs(kept)
-        output_gradient = output_gradient.detach().reshape(*inputs.shape[:2], -1)
+        # Not -1: of an aLoRA a row without its invocation uses no token.
+        output_gradient = output_gradient.detach().reshape(*inputs.shape[:2], output_gradient.shape[-1])
         if self._chosen is not None:
             where = self._chosen.to(inputs.device)
             inputs, output_gradient = inputs[where], output_gradient[where]

@@ -141,8 +141,9 @@ class _AdaptedLayer:
             return
         done, undo = self._change()
         if done:
+            what = f"adapter {self.adapter!r}" if self.adapter else f"layer {self.name!r}"
             raise RuntimeError(
-                f"The adapter {self.adapter!r} was {done} in mid-run: {self.name!r} no longer computes what SPICE "
+                f"The {what} was {done} in mid-run: {self.name!r} no longer computes what SPICE "
                 f"scores by and the optimizer trains. Likely cause: a callback. Fix: have it {undo} before the next "
                 "step begins, or do this to a copy of the model or after `train()`."
             )
@@ -157,7 +158,7 @@ class _AdaptedLayer:
             return "merged into the base weights", "call `model.unmerge_adapter()`"
         # A wrapper may have come around it.
         if now is None or all(module is not layer for module in now.modules()):
-            return "taken out of the model", "keep the adapter"
+            return "taken out of the model", f"keep the {'adapter' if self.adapter else 'layer'}"
         if getattr(layer, "disable_adapters", False):
             return "switched off", "call `model.enable_adapter_layers()`"
         active = list(getattr(layer, "active_adapters", self._active))

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModel,
@@ -159,6 +159,14 @@ ROWS = (
             'Fix: leave it out (scoring_parameters="all"), or train a LoRA adapter',
         ),
         lambda scene: scene.attach({"scoring_parameters": "lora"}, model=tiny_model()),
+    ),
+    BadInput(
+        "prompt_tuning",
+        "an adapter that lengthens rows by virtual tokens (`PromptTuningConfig`, `PromptEncoderConfig`)",
+        ATTACHING,
+        UnsupportedModelError,
+        ("trains virtual tokens in front of each row (PromptTuningConfig)", "Fix: train a LoRA adapter (LoraConfig)"),
+        _model(lambda: get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))),
     ),
     BadInput(
         "frozen",

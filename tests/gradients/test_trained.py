@@ -23,7 +23,7 @@ from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.validation import ValidationRows
 from tests.support.gradient_loop import looped_gradients
-from tests.support.models import tiny_lora_model
+from tests.support.models import tiny_lora_model, tiny_model
 from tests.support.scorers import make_scorer
 from tests.support.trainers import collate, make_trainer, read_records, tiny_rows
 
@@ -211,6 +211,15 @@ def test_another_adapter_ends_the_run_by_name(change: str) -> None:
     next(scorer.score([POOL]))
     CHANGES[change][0](model)
     with pytest.raises(RuntimeError, match=CHANGES[change][1]):
+        next(scorer.score([POOL]))
+
+
+def test_a_layer_that_is_replaced_ends_the_run_by_name() -> None:
+    model = tiny_model()
+    scorer = _scorer(model, None)
+    next(scorer.score([POOL]))
+    model.model.norm = nn.LayerNorm(32)
+    with pytest.raises(RuntimeError, match=r"The layer 'model\.norm' was taken out .*Fix: have it keep the layer"):
         next(scorer.score([POOL]))
 
 

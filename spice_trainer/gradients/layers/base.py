@@ -132,6 +132,11 @@ def by_sample(values: Tensor, num_samples: int, num_tokens: int, *, may_be_flat:
     return values.view(num_samples, num_tokens, -1) if is_flat else None
 
 
+def holds_only(module: nn.Module, *names: str) -> bool:
+    """Whether it holds no other parameter, and no module within it, such as one that computes a weight from others."""
+    return module._parameters.keys() <= {*names} and not module._modules
+
+
 _whole_shapes: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 

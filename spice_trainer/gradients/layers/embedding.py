@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, register_layer
+from spice_trainer.gradients.layers.base import ScoredLayer, holds_only, register_layer
 
 
 @register_layer(nn.Embedding)
@@ -29,7 +29,7 @@ class EmbeddingLayer(ScoredLayer):
     def accepts(cls, module: nn.Module) -> bool:
         """Those that look ids up and at most scale what they find."""
         looks_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return looks_up and module.max_norm is None and not module.scale_grad_by_freq
+        return looks_up and holds_only(module, "weight") and module.max_norm is None and not module.scale_grad_by_freq
 
     @property
     def parameters(self) -> Sequence[Tensor]:

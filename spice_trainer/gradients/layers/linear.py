@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, register_layer
+from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, holds_only, register_layer
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 # CUDA's product of 16-bit numbers with a result in float32, of newer torch.
@@ -36,6 +36,11 @@ class LinearLayer(ScoredLayer):
         self._has_bias = module.bias is not None and module.bias.requires_grad
         # Of what is sharded the flag may be lost.
         self._has_weight = module.weight.requires_grad or not self._has_bias
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Those with no more than a weight and a bias, as they are."""
+        return holds_only(module, "weight", "bias")
 
     @property
     def parameters(self) -> Sequence[Tensor]:

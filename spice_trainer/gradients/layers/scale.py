@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, register_layer, whole_shape
+from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, holds_only, register_layer, whole_shape
 
 # Their features are not the last axis.
 _CHANNELS_FIRST = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -34,7 +34,7 @@ class ScaleLayer(ScoredLayer):
     def accepts(cls, module: nn.Module) -> bool:
         """Those whose parameters are a weight and a bias of one axis; DoRA's own subclasses return pairs."""
         shapes = {key: whole_shape(module, key) for key in module._parameters if getattr(module, key) is not None}
-        is_plain = shapes.keys() <= {"weight", "bias"} and all(len(shape) == 1 for shape in shapes.values())
+        is_plain = holds_only(module, "weight", "bias") and all(len(shape) == 1 for shape in shapes.values())
         is_other = type(module).__name__.startswith("Dora") and type(module).__name__ != "DoraLinearLayer"
         return is_plain and not is_other and not isinstance(module, _CHANNELS_FIRST)
 
