@@ -50,8 +50,8 @@ from spice_trainer.gradients.layers.registry import score_by_autograd, scored_la
 from spice_trainer.gradients.lora import why_switched_off
 from spice_trainer.gradients.loss_scale import LossScale
 
-# Numbers of a piece of gradients: 8 MB, which a CPU's caches may hold, and on a GPU 256 MB.
-PIECE_NUMBERS = {"cpu": 2**21}
+# Numbers of a piece of gradients: 16 MB, and on a GPU 256 MB.
+PIECE_NUMBERS = {"cpu": 2**22}
 _PIECE_NUMBERS_ELSEWHERE = 2**26
 ALL = slice(None)
 

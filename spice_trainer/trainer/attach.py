@@ -35,12 +35,13 @@ def attach_spice(
 ) -> SpiceHandle:
     """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
 
-    Everything that can be checked is checked here: the settings against the batch size and dataset, the model's LoRA
-    layers, the collator, the memory, and (with `verify`) the sample gradients against plain autograd.
+    Everything that can be checked is checked here: the settings against the batch size and dataset, what of the
+    model trains, the collator, the memory, and (with `verify`) the sample gradients against plain autograd.
 
     Args:
         trainer (`transformers.Trainer`):
-            A trainer of a causal language model with a LoRA adapter; `trl.SFTTrainer` and other subclasses too.
+            A trainer of a causal language model, with an adapter or in full; `trl.SFTTrainer` and other subclasses
+            too.
         config_or_sampler ([`SpiceConfig`] or [`SpiceSampler`], *optional*):
             Settings, or a sampler with settings. Defaults to `SpiceConfig()`. Attaching again with the same settings
             does nothing and returns the same handle.

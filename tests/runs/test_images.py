@@ -111,13 +111,14 @@ def test_rows_score_as_they_train(tmp_path: Path, architecture: str, targets: st
     batches = [[0, 3], [1], [2], [4], [5]] if form != "image" else [[number] for number in range(6)]
     expected = [loss_gradients(trainer, dataset[number]) for number in range(6)]
     largest = max(float(gradient.norm()) for _, gradient in expected)
-    with SampleGradients(trainer.model, find_trained_modules(trainer.model)) as sample_gradients:
+    modules = find_trained_modules(trainer.model)
+    with SampleGradients(trainer.model, modules) as sample_gradients:
         for batch in batches:
             sink = CollectingSink()
             losses = sample_gradients.compute(*pad_rows([rows[number] for number in batch]), sink)
             for place, number in enumerate(batch):
                 loss, gradient = expected[number]
-                found = torch.cat([of_layer[place] for of_layer in sink.by_module()])
+                found = torch.cat([of_layer[place] for of_layer in sink.by_module(modules)])
                 assert float(losses[place]) == pytest.approx(loss, rel=1e-5)
                 assert float((found - gradient).norm()) < 1e-5 * largest
     trainer.train()
