@@ -21,7 +21,7 @@ are. m is seen through the same features as they are, exact or sketched; only it
 update it is 0, and nothing conflicts.
 
 Both are read when candidates are scored, as a Trainer makes its optimizer after everything else, and restores its
-state later still. `modules` are LoRA layers by name, and what is returned is in their order.
+state later still. `modules` are those that score, by name, and what is returned is in their order.
 
 Axes: N samples, D_l gradient coordinates of a layer.
 """

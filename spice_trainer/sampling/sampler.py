@@ -139,7 +139,7 @@ class SpiceSampler(Sampler[int]):
             `torch.utils.data.DataLoader`: An epoch an iteration, `gradient_accumulation_steps` batches a step.
 
         Raises:
-            ValueError: If settings, dataset and batch size don't fit, or no LoRA layers score.
+            ValueError: If settings, dataset and batch size don't fit, or nothing trains.
         """
         if self.progress is not None:
             raise ValueError(
