@@ -101,6 +101,12 @@ def check_predicts_next_tokens(model: nn.Module) -> None:
             f"The model is a {name}, which does not predict next tokens. SPICE scores samples by the likelihood of "
             "their label tokens under a causal language model: load it with `AutoModelForCausalLM`."
         )
+    if name.startswith("Reformer"):
+        raise UnsupportedModelError(
+            f"The model is a {name}, whose reversible layers go backward in training mode only, where dropout and "
+            "random hashes are part of the loss, so that a sample has no gradient of its own. Train another model, "
+            "or let another one score: attach_spice(trainer, config, proxy=ProxyModel(...))."
+        )
 
 
 def _check_keeps_length(model: nn.Module) -> None:

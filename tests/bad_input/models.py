@@ -21,6 +21,7 @@ from transformers import (
 from spice_trainer import SpiceCallback
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, STARTING, TRAINING, BadInput, Scene
+from tests.support.families import family_model
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
 from tests.support.multimodal import tiny_multimodal_model
 
@@ -226,6 +227,14 @@ ROWS = (
         ValueError,
         ("No scored layer gets a gradient from rows", "`target_modules` names only a part of the model"),
         _model(lambda: add_lora(tiny_multimodal_model("llava"), target_modules=r".*vision_tower.*q_proj")),
+    ),
+    BadInput(
+        "reformer",
+        "a Reformer",
+        ATTACHING,
+        UnsupportedModelError,
+        ("a ReformerModelWithLMHead, whose reversible layers", "a sample has no gradient of its own", "proxy="),
+        _model(lambda: family_model("reformer")),
     ),
     BadInput(
         "classifier",

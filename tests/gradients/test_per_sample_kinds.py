@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, VeraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from spice_trainer.data.rows import collate_row
 from spice_trainer.gradients import per_sample
@@ -30,6 +30,27 @@ def _randomized(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+class _Doubled(nn.Linear):
+    """Linear by its class, but not by what it does; Llama 4's router is one."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2.0 * super().forward(inputs)
+
+
+def _with_another_linear() -> nn.Module:
+    model = PlainLanguageModel()
+    model.mix = _Doubled(16, 16)
+    return model
+
+
+def _with_a_shared_bias() -> nn.Module:
+    """As BERT: the head's weight is the embedding's, and its bias also one of the module that holds it."""
+    model = PlainLanguageModel()
+    model.bias = model.head.bias
+    model.head.weight = model.embedding.weight
     return model
 
 
@@ -63,6 +84,8 @@ BY_AUTOGRAD: dict[str, Callable[[], nn.Module]] = {
         tiny_model(), AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10, task_type="CAUSAL_LM")
     ),
     "vera": lambda: get_peft_model(tiny_model(), VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
+    "another_linear": _with_another_linear,
+    "shared_bias": _with_a_shared_bias,
     "ia3": lambda: get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM")),
 }
 
@@ -105,7 +128,7 @@ def test_what_has_no_rule_is_autograds_row_by_row(kind: str, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("verify", [verify_gradients, verify_directions])
-@pytest.mark.parametrize("kind", [*FULL, *BESIDE_LORA, "tokens"])
+@pytest.mark.parametrize("kind", [*FULL, *BESIDE_LORA, "tokens", "shared_bias"])
 def test_both_checks_follow_them(kind: str, verify: Callable[..., float], monkeypatch: pytest.MonkeyPatch) -> None:
     # Several groups of layers, and not all of a kind.
     monkeypatch.setattr("spice_trainer.gradients.verification._GROUP_NUMBERS", 3000)
@@ -137,6 +160,12 @@ def test_a_part_of_a_model_that_trains_in_full() -> None:
     found = batched_gradients(model, rows, modules=chosen)[1]
     every = dict(zip(modules, batched_gradients(model, rows)[1], strict=True))
     assert relative_error(found, [every[name] for name in chosen]) < 1e-6
+
+
+def test_parameters_that_layers_share_in_part_count_once() -> None:
+    model = _with_a_shared_bias()
+    layers = scored_layers(find_trained_modules(model))
+    assert sum(layer.num_coordinates for layer in layers) == sum(weight.numel() for weight in model.parameters())
 
 
 def test_a_tied_weight_is_one_layer_whose_gradient_is_the_sum() -> None:

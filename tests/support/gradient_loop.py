@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from spice_trainer.gradients.forward import without_cache
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -118,7 +119,7 @@ def looped_gradients(
     model.eval()
     losses, gradients = [], []
     for input_ids, labels in rows:
-        outputs = model(input_ids=torch.tensor([input_ids]))
+        outputs = model(input_ids=torch.tensor([input_ids]), **without_cache(model))
         logits = outputs["logits"][0]
         predictions = [
             logits[position].log_softmax(-1)[labels[position + 1]]

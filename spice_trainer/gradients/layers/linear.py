@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, holds_only, register_layer
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
+# They write x Wᵀ + b out.
+_PLAIN = ("FalconLinear",)
 # CUDA's product of 16-bit numbers with a result in float32, of newer torch.
 _HAS_WIDE_BMM = "dtype" in torch.ops.aten.bmm.overloads()
 
@@ -39,8 +41,9 @@ class LinearLayer(ScoredLayer):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Those with no more than a weight and a bias, as they are."""
-        return holds_only(module, "weight", "bias")
+        """Those with no more than a weight and a bias, and no forward of their own that may do anything."""
+        is_plain = type(module).forward is nn.Linear.forward or type(module).__name__ in _PLAIN
+        return holds_only(module, "weight", "bias") and (is_plain or not isinstance(module, nn.Linear))
 
     @property
     def parameters(self) -> Sequence[Tensor]:

@@ -14,13 +14,16 @@ from spice_trainer.gradients.layers.base import ScoredLayer, register_layer
 
 
 class ParameterLayer(ScoredLayer):
-    """The module's own trained parameters, and `others` that go with them."""
+    """The module's own trained parameters (or its `holders`'), and those of other layers that share some of them."""
 
     takes_autograd = True
 
-    def __init__(self, name: str, module: nn.Module, others: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, others: Sequence[ScoredLayer] = (), holders: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__(name, module)
-        holders = [module, *others]
+        self._others = others
+        holders = [*(holders or [module]), *(other.module for other in others)]
         found = [parameter for holder in holders for parameter in holder.parameters(recurse=False)]
         self._parameters = list({id(parameter): parameter for parameter in found if parameter.requires_grad}.values())
 
@@ -28,6 +31,11 @@ class ParameterLayer(ScoredLayer):
     def parameters(self) -> Sequence[Tensor]:
         """As the module holds them."""
         return self._parameters
+
+    @property
+    def parts(self) -> Sequence[ScoredLayer]:
+        """This one and the others."""
+        return [self, *self._others]
 
     @property
     def shapes(self) -> Sequence[tuple[int, ...]]:
@@ -46,5 +54,4 @@ class ExpertParameters(ParameterLayer):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         matrices = [*module.lora_A.values(), *module.lora_B.values()]  # type: ignore[operator]
-        super().__init__(name, nn.Module(), matrices)
-        self.module = module
+        super().__init__(name, module, holders=matrices)

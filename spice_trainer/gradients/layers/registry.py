@@ -47,12 +47,16 @@ def scored_layers(modules: Mapping[str, nn.Module]) -> list[ScoredLayer]:
     for name, module in modules.items():
         layer = layer_kind(module)(name, module)
         # Flat or empty parameters of sharded weights are nobody's.
-        shared = [by_parameter[id(weight)] for weight in layer.parameters if id(weight) in by_parameter]
-        group = shared[0] if shared else []
+        shared = {id(found): found for weight in layer.parameters if (found := by_parameter.get(id(weight)))}
+        group, *others = shared.values() or [[]]
         if not group:
             groups.append(group)
+        # One that joins layers which had nothing in common: a tied head with a bias that its parent holds, too.
+        for other in others:
+            group += other
+            groups.remove(other)
         group.append(layer)
-        by_parameter.update((id(weight), group) for weight in layer.parameters)
+        by_parameter.update((id(weight), group) for member in group for weight in member.parameters)
     return [group[0] if len(group) == 1 else _tied(group) for group in groups]
 
 
@@ -64,4 +68,4 @@ def _tied(group: Sequence[ScoredLayer]) -> ScoredLayer:
     if same:
         return TiedLayer(group)
     first, *others = group
-    return ParameterLayer(first.name, first.module, [layer.module for layer in others])
+    return ParameterLayer(first.name, first.module, others)
