@@ -164,6 +164,12 @@ class StreamRows:
         self._passes[mark.epoch] = StreamPass(mark.first)
         self._marks.append(mark)
         self._iterator, self._num_read = iter(self._source), mark.row
+        if iter(self._source) is self._iterator:
+            raise ValueError(
+                f"The training dataset ({type(self.dataset).__name__}) is a stream that can be read only once: each "
+                "iteration of it goes on where the one before stopped. SPICE looks at its first rows before training, "
+                "which would be lost. Fix: let `__iter__` begin anew, as a generator function does."
+            )
 
     def _read_until(self, stop: int) -> None:
         ended = object()

@@ -106,6 +106,13 @@ class ReadOnce(CountedStream):
         return self.iterator
 
 
+class ReadOnceBehind(ReadOnce):
+    """The same, but each iteration has an iterator of its own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.iterator
+
+
 class NoLength:
     """Rows that can only be iterated."""
 
@@ -145,8 +152,16 @@ ROWS = (
         "a stream that can be read only once",
         ATTACHING,
         ValueError,
-        ("(ReadOnce) gave 18 rows or more, and 0 when it was iterated once more", "let `__iter__` begin anew"),
-        _dataset(lambda: ReadOnce(tiny_rows(SAMPLE_ROWS)), max_steps=3),
+        ("(ReadOnce) is a stream that can be read only once", "let `__iter__` begin anew"),
+        _dataset(lambda: ReadOnce(tiny_rows()), max_steps=3),
+    ),
+    BadInput(
+        "stream_read_once_behind",
+        "a stream of which what it reads from can be read only once",
+        ATTACHING,
+        ValueError,
+        ("(ReadOnceBehind) gave 18 rows or more, and 0 when it was iterated once more", "let `__iter__` begin anew"),
+        _dataset(lambda: ReadOnceBehind(tiny_rows(SAMPLE_ROWS)), max_steps=3),
     ),
     BadInput(
         "stream_replayed",
