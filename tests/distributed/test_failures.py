@@ -95,6 +95,6 @@ def test_attaching_on_one_process_ends_soon_and_says_where(model_folder: Path, t
 def test_layers_frozen_on_one_process_end_the_run(model_folder: Path, tmp_path: Path) -> None:
     launched = fork("multi_gpu", tmp_path, "freeze", "where=last", f"model={model_folder}", timeout=120)
     assert launched.returncode != 0 and not launched.timed_out
-    assert "RuntimeError: Process 1 of 2 trains 14 LoRA layers, and process 0 trains 28. Likely cause: a callback" in (
+    assert "RuntimeError: Process 1 of 2 trains 14 layers, and process 0 trains 28. Likely cause: a callback" in (
         launched.stderr
     )
