@@ -115,6 +115,7 @@ class TestFingerprintOfRows:
         assert fingerprint(rows, earlier) == fingerprint(tiny_rows(300, seed=1)) is not None
 
     def test_images_are_read_as_they_are_stored(self) -> None:
+        pytest.importorskip("PIL")
         rows = [{"images": [{"bytes": bytes([number]), "path": f"/here/{number}.png"}]} for number in range(3)]
         features = Features({"images": Sequence(Image())})
         stored = Dataset.from_list(rows, features=features)
