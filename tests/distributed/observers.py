@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.scores import PoolScores
 
+WRAPPER = "ParamWrapper"
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 
 
@@ -61,13 +62,17 @@ class WeightProbe(TrainerCallback):
         """Sets the hooks."""
         for name, module in model.named_modules():
             keys = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
+            # The matrices on experts are used within their wrapper's call, without one of their own.
+            caller = module
+            if ".lora_" in name and type(wrapper := model.get_submodule(name.split(".lora_")[0])).__name__ == WRAPPER:
+                caller = wrapper
             if keys:
-                module.register_forward_pre_hook(self._hook(plain_name(name), keys))
+                caller.register_forward_pre_hook(self._hook(plain_name(name), module, keys))
 
-    def _hook(self, name: str, keys: Sequence[str]) -> Any:
+    def _hook(self, name: str, holder: nn.Module, keys: Sequence[str]) -> Any:
         def copy(module: nn.Module, args: Any) -> None:
             for key in keys if self._current is not None else ():
-                self._current.setdefault(f"{name}.{key}", getattr(module, key).detach().clone())
+                self._current.setdefault(f"{name}.{key}", getattr(holder, key).detach().clone())
 
         return copy
 

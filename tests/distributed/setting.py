@@ -82,10 +82,16 @@ class OtherStream(torch.utils.data.IterableDataset[Any]):
 
 
 def save_model(
-    folder: Path, *, lora_dropout: float = 0.3, randomize: bool = True, hidden_size: int = 32, **lora: Any
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    lora_dropout: float = 0.3,
+    randomize: bool = True,
+    hidden_size: int = 32,
+    **lora: Any,
 ) -> Path:
     """Writes the base model and its adapter, which every process loads; `randomize` as in `add_lora`."""
-    base = tiny_model(hidden_size=hidden_size, intermediate_size=2 * hidden_size)
+    base = tiny_model(architecture, hidden_size=hidden_size, intermediate_size=2 * hidden_size)
     model = add_lora(base, lora_dropout=lora_dropout, randomize=randomize, **lora)
     model.save_pretrained(folder / "adapter")
     model.unload().save_pretrained(folder / "base")

@@ -37,6 +37,7 @@ MODES = {
     "ddp-dora": ("multi_gpu", 2, None, "dora"),
     "ddp-saved": ("multi_gpu", 2, None, "saved"),
     "zero3-saved": ("deepspeed_zero3", 2, None, "saved"),
+    "ddp-experts": ("multi_gpu", 2, None, "experts"),
 }
 TOLERANCE = 1e-5
 
@@ -61,10 +62,18 @@ class Run:
 @pytest.fixture(scope="module")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The models that every process loads, by what trains."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "full", "dora", "saved")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "full", "dora", "saved", "experts")}
     setting.save_model(folders["lora"])
     setting.save_full_model(folders["full"])
     setting.save_model(folders["dora"], use_dora=True)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    setting.save_model(
+        folders["experts"],
+        architecture="mixtral",
+        lora_dropout=0.0,
+        target_modules=["q_proj"],
+        target_parameters=experts,
+    )
     setting.save_model(folders["saved"], modules_to_save=["lm_head", "norm"])
     return folders
 

@@ -14,10 +14,12 @@ from tests.runs.test_side_effects import compare_with_replay
 from tests.support.models import tiny_lora_model, tiny_model
 from tests.support.trainers import make_trainer, read_records, same_weights, tiny_dataset, trainable_weights
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: tiny_model(tie_word_embeddings=True),
     "dora": lambda: tiny_lora_model(use_dora=True, lora_dropout=0.3),
     "modules_to_save": lambda: tiny_lora_model(modules_to_save=["lm_head", "norm"], lora_dropout=0.3),
+    "experts": lambda: tiny_lora_model("mixtral", target_modules=["q_proj"], target_parameters=EXPERTS),
     "tokens": lambda: tiny_lora_model(trainable_token_indices=[3, 4, 9], lora_dropout=0.3),
 }
 
