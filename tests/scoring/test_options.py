@@ -77,10 +77,12 @@ def test_chosen_modules() -> None:
 
 
 def test_layers_are_counted_by_the_first_number_of_a_name() -> None:
-    layer = nn.Linear(2, 2)
     names = ["model.h.10.experts.0.w.lora_A.default", "model.h.9.experts.3.w.lora_A.default"]
-    chosen = choose_modules(dict.fromkeys(names, layer), layers=1)
-    assert list(chosen) == names[:1]
+    modules = {name: nn.Linear(2, 2) for name in names}
+    assert list(choose_modules(modules, layers=1)) == names[:1]
+    # One that shares its weight with a chosen one goes with it.
+    modules[names[1]].weight = modules[names[0]].weight
+    assert list(choose_modules(modules, layers=1)) == names
 
 
 def test_names_that_fit_nothing_are_refused() -> None:
