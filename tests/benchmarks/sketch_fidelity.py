@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.lora import find_trained_modules
-from spice_trainer.gradients.per_sample import SampleGradients
+from spice_trainer.gradients.per_sample import ALL, SampleGradients
 from spice_trainer.gradients.sketch import GradientSketch
 from tests.benchmarks.fidelity import compare_pool, summarize
 from tests.benchmarks.real_model import Row, add_lora, load_model, read_rows
@@ -127,7 +128,9 @@ class FidelitySink:
     def _rank(self, index: int) -> int:
         return self._shapes[index][0 if self._is_a(index) else 1]
 
-    def add(self, module_index: int, gradients: Tensor) -> None:
+    def add(self, module_index: int, gradients: Tensor, rows: slice = ALL, first: int = 0) -> None:
+        # Layers of LoRA are small enough to come in one piece.
+        assert first == 0 and gradients[0].numel() == math.prod(self._shapes[module_index])
         start, stop = self._blocks[module_index]
         self.exact[self.rows, start:stop] = gradients
         for dim, sketch in self._sketches.items():
