@@ -31,7 +31,8 @@ def language_model_targets(model: nn.Module) -> list[str]:
     """Names of the linear layers, for `target_modules`, of the attention and the MLPs of a model's language model."""
     model = base_model(model)
     get_decoder, get_head = (getattr(model, f"get_{name}", None) for name in ("decoder", "output_embeddings"))
-    decoder = get_decoder() if callable(get_decoder) else model
+    # Before transformers 5 some models give none.
+    decoder = (get_decoder() if callable(get_decoder) else None) or model
     within, head = set(decoder.modules()), get_head() if callable(get_head) else None
     experts = _names_of_experts(model)
     found = [
