@@ -118,7 +118,7 @@ def test_rows_score_as_they_train(tmp_path: Path, architecture: str, targets: st
             losses = sample_gradients.compute(*pad_rows([rows[number] for number in batch]), sink)
             for place, number in enumerate(batch):
                 loss, gradient = expected[number]
-                found = torch.cat([of_layer[place] for of_layer in sink.by_module(modules)])
+                found = torch.cat([of_layer[place] for of_layer in sink.by_module(modules, len(batch))])
                 assert float(losses[place]) == pytest.approx(loss, rel=1e-5)
                 assert float((found - gradient).norm()) < 1e-5 * largest
     trainer.train()

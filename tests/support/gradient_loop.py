@@ -81,9 +81,9 @@ class CollectingSink:
             for row in rows:
                 by_row.pop(row, None)
 
-    def by_module(self, modules: Mapping[str, nn.Module] | None = None) -> list[Tensor]:
+    def by_module(self, modules: Mapping[str, nn.Module] | None = None, num_rows: int = 0) -> list[Tensor]:
         """Gradients `(N, D_l)` of each layer, 0 where nothing came; without the `modules` all must have come."""
-        num_rows = 1 + max((row for by_row in self.gradients.values() for row in by_row), default=0)
+        num_rows = num_rows or 1 + max((row for by_row in self.gradients.values() for row in by_row), default=0)
         if modules is None:
             pieces = [self.gradients[index] for index in range(len(self.gradients))]
             sizes = [1 + max(int(part.max()) for row in by_row.values() for part, _ in row) for by_row in pieces]
