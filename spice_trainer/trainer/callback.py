@@ -156,11 +156,12 @@ class SpiceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes the step as trained, with its seconds and tokens."""
-        self.catch_up(state)
         if self._device.type == "cuda":
             # The next scoring needs the updated weights anyway; without this its clock would count the update.
             torch.cuda.synchronize(self._device)
+        # Before the records are written, which is no training.
         seconds = time.perf_counter() - self._training_started
+        self.catch_up(state)
         selection, self._trained = self._trained, None
         assert selection is not None, "of this step"
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0

@@ -115,7 +115,7 @@ def test_end_to_end() -> None:
     for repeat in range(2):
         (step,) = result["steps"]["SPICE"][repeat]
         # What is timed inside the step is part of it.
-        assert all(0 < step[part] < step["whole"] for part in ("scoring", "selecting", "training"))
+        assert 0 < step["scoring"] + step["selecting"] + step["training"] < step["whole"] * 1.01
         assert len(result["steps"]["all the data"][repeat]) == 12
     growth = result["growth"]
     assert growth["number of pools"]["tokens"]["2"] > growth["number of pools"]["tokens"]["1"]

@@ -105,7 +105,7 @@ def register_layer(*classes: type[nn.Module] | str) -> Callable[[type[ScoredLaye
 
     Example:
     ```python
-    >>> @register_layer(MyLinear, "other.library.Linear")
+    >>> @register_layer(MyLinear, "their_package.TheirLinear")
     ... class MyLinearLayer(ScoredLayer): ...
     ```
     """
