@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comparison.prepared import ChoiceTokens, TokenRow
+from comparison.tokens import ChoiceTokens, TokenRow
 
 
 @torch.no_grad()
@@ -88,7 +88,11 @@ def held_out_losses(model: nn.Module, rows: Sequence[TokenRow], *, tokens_per_ba
     Returns:
         `dict[str, Any]`: `{"all": {"loss_per_token", "loss_per_row", "rows", "tokens"}, "domains": {name: the same}}`
     """
-    losses = answer_losses(model, rows, tokens_per_batch=tokens_per_batch)
+    return mean_losses(rows, answer_losses(model, rows, tokens_per_batch=tokens_per_batch))
+
+
+def mean_losses(rows: Sequence[TokenRow], losses: Sequence[float]) -> dict[str, Any]:
+    """The same of losses that are known."""
     groups: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for row, loss in zip(rows, losses, strict=True):
         groups[row.domain].append((loss, row.num_labels))

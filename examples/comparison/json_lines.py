@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive being killed while a line is written."""
+"""Files of JSON and of JSON lines that survive being killed while they are written."""
 
 from __future__ import annotations
 
@@ -51,3 +51,11 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a file of JSON, whole or not at all when this is interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

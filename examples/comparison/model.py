@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from comparison.frozen import StoredStates, keep_last_layers, store_states
 from comparison.settings import Settings
 
 PACKAGED_MODEL = "smollm2"
@@ -46,13 +48,37 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def build_model(settings: Settings, path: str, seed: int) -> PeftModel:
+def load_states(settings: Settings, path: str, rows: Sequence[list[int]], console: Any) -> StoredStates:
+    """What enters the adapted layers, of all rows; what is not stored yet is computed.
+
+    Args:
+        settings ([`Settings`]): The comparison.
+        path (`str`): From [`model_path`].
+        rows (`Sequence[list[int]]`): Token ids.
+        console (`rich.console.Console`): Where progress is shown.
+    """
+    num_layers = settings.adapter.last_layers
+    assert num_layers is not None
+    folder = Path(settings.states_dir or Path(settings.output_dir) / "states")
+    states = StoredStates(folder / f"{model_fingerprint(path).replace('/', '-')}-{settings.dtype}-last{num_layers}")
+    if states.missing(rows):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, settings.dtype))
+        _check_layers(settings, model)
+        if torch.cuda.is_available() and not settings.training.get("use_cpu"):
+            model = model.to("cuda")
+        for done, total in store_states(states, model, num_layers, rows, settings.evaluation.tokens_per_batch):
+            console.print(f"  frozen layers: {done:,} of {total:,} rows")
+    return states
+
+
+def build_model(settings: Settings, path: str, seed: int, states: StoredStates | None = None) -> PeftModel:
     """Load the model, and draw its adapter from the seed alone.
 
     Args:
         settings ([`Settings`]): The comparison.
         path (`str`): From [`model_path`].
         seed (`int`): Of the adapter.
+        states ([`StoredStates`], *optional*): The model is its last layers alone, fed with these.
 
     Returns:
         `PeftModel`: In train mode, on the CPU.
@@ -61,12 +87,11 @@ def build_model(settings: Settings, path: str, seed: int) -> PeftModel:
     adapter = settings.adapter
     layers = adapter.layers_to_transform
     if adapter.last_layers is not None:
+        _check_layers(settings, model)
         num_layers = model.config.num_hidden_layers
-        if layers is not None or not 0 < adapter.last_layers <= num_layers:
-            raise ValueError(
-                f"adapter: last_layers={adapter.last_layers} needs a model of at least so many layers (it has "
-                f"{num_layers}) and no layers_to_transform (it is {layers})."
-            )
+        if states is not None:
+            model = keep_last_layers(model, adapter.last_layers, states)
+            num_layers = adapter.last_layers
         layers = list(range(num_layers - adapter.last_layers, num_layers))
     targets: Any = adapter.target_modules
     if targets == "all-linear" and layers is not None:
@@ -88,3 +113,13 @@ def build_model(settings: Settings, path: str, seed: int) -> PeftModel:
 
 def _is_inner_linear(module: torch.nn.Module, output: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and module is not output
+
+
+def _check_layers(settings: Settings, model: Any) -> None:
+    adapter, num_layers = settings.adapter, model.config.num_hidden_layers
+    layers = adapter.layers_to_transform
+    if layers is not None or not 0 < (adapter.last_layers or 0) <= num_layers:
+        raise ValueError(
+            f"adapter: last_layers={adapter.last_layers} needs a model of at least so many layers (it has "
+            f"{num_layers}) and no layers_to_transform (it is {layers})."
+        )

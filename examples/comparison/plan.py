@@ -52,10 +52,16 @@ class ChosenRate:
     grid: dict[float, float]
 
 
+def wanted_steps(arm: Arm, num_steps: int) -> int:
+    """Steps of an arm's whole run: its own, or the comparison's."""
+    return arm.num_steps or num_steps
+
+
 def grid_runs(settings: Settings, arm: Arm, num_steps: int) -> list[Run]:
     """Runs that choose an arm's learning rate; none for a grid of one rate."""
     source, rates = settings.grid_of(arm)
     seeds = settings.seeds[:1] if settings.learning_rate_seeds == "first" else settings.seeds
+    num_steps = wanted_steps(settings.arm(source), num_steps)
     steps = min(num_steps, settings.learning_rate_steps or num_steps)
     return [Run(source, seed, rate, steps) for seed in seeds for rate in rates] if len(rates) > 1 else []
 
@@ -78,7 +84,20 @@ def chosen_rate(settings: Settings, arm: Arm, lines: Iterable[dict[str, Any]], n
 def final_runs(settings: Settings, arm: Arm, lines: Sequence[dict[str, Any]], num_steps: int) -> list[Run]:
     """An arm's runs that the report compares, one a seed; none while its learning rate is not chosen."""
     rate = chosen_rate(settings, arm, lines, num_steps)
-    return [] if rate is None else [Run(arm.name, seed, rate.value, num_steps) for seed in settings.seeds]
+    if rate is None:
+        return []
+    runs = [Run(arm.name, seed, rate.value, wanted_steps(arm, num_steps)) for seed in settings.seeds]
+    if arm.seconds_of is None:
+        return runs
+    # How long it is, the other arm's run of the same seed and one of random rows say.
+    done = {Run.of(line) for line in lines}
+    others = [settings.arm(arm.seconds_of), *([settings.reference] if settings.reference else [])]
+    needed = {run for other in others for run in final_runs(settings, other, lines, num_steps)}
+    return [
+        run
+        for run in runs
+        if len({one for one in needed & done if one.seed == run.seed}) == len({other.name for other in others})
+    ]
 
 
 def missing_runs(
@@ -102,6 +121,8 @@ def missing_runs(
     """
     done = {Run.of(line) for line in lines}
     wanted = [arm for arm in settings.arms if arms is None or arm.name in arms]
+    # An arm of as many seconds as another comes behind it.
+    wanted.sort(key=lambda arm: arm.seconds_of is not None)
     grids = dict.fromkeys(run for arm in wanted for run in grid_runs(settings, arm, num_steps))
     yield from (run for run in grids if run not in done)
     for seed in settings.seeds if seeds is None else seeds:

@@ -6,42 +6,21 @@ Rows longer than `max_length` are dropped, not cut, so that every loss is of a w
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from comparison.choices import build_choice_rows
+from comparison.json_lines import write_json
+from comparison.regimes import Candidates, RegimeRows, draw_regime
 from comparison.rows import Row, Splits, read_rows, split_rows
-from comparison.settings import Settings
+from comparison.settings import DataSettings, Settings
+from comparison.tokens import ChoiceTokens, TokenRow, tokenize
 from spice_trainer.sampling.schedule import plan_step
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A tokenised row: its first `num_prompt` tokens are given, the others are learned."""
-
-    input_ids: list[int]
-    num_prompt: int
-    domain: str
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens of the answer."""
-        return len(self.input_ids) - self.num_prompt
-
-    def features(self) -> dict[str, list[int]]:
-        """The row as a Trainer takes it, the prompt's labels −100."""
-        labels = [-100] * self.num_prompt + self.input_ids[self.num_prompt :]
-        return {"input_ids": self.input_ids, "attention_mask": [1] * len(self.input_ids), "labels": labels}
-
-
-@dataclass(frozen=True)
-class ChoiceTokens:
-    """A multiple-choice row: its answers as rows, the right one first."""
-
-    kind: str
-    answers: list[TokenRow]
 
 
 @dataclass(frozen=True)
@@ -49,30 +28,49 @@ class PreparedData:
     """What all arms train and are measured on, and how it was made (JSON values)."""
 
     train: list[TokenRow]
+    target: list[TokenRow]
     validation: list[TokenRow]
     test: list[TokenRow]
     choices: list[ChoiceTokens]
     report: dict[str, Any]
 
+    def input_ids(self) -> list[list[int]]:
+        """The token ids of every row."""
+        answers = [answer for one in self.choices for answer in one.answers]
+        return [row.input_ids for row in (*self.train, *self.target, *self.validation, *self.test, *answers)]
 
-def tokenize(tokenizer: Any, instruction: str, response: str, domain: str) -> TokenRow:
-    """Tokenise a row with the chat template; prompt and answer apart, so that no token spans their border."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": instruction}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answer = [{"role": "assistant", "content": response}]
-        whole = tokenizer.apply_chat_template(messages + answer, tokenize=False)
-        if not whole.startswith(prompt):
-            raise ValueError(
-                "This tokenizer's chat template renders a prompt differently once its answer follows, so the answer's "
-                f"tokens cannot be told from the prompt's: {whole!r} does not start with {prompt!r}."
-            )
-    else:
-        prompt = f"{instruction}\n\n"
-        whole = f"{prompt}{response}{tokenizer.eos_token}"
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
-    return TokenRow([*prompt_ids, *response_ids], len(prompt_ids), domain)
+
+class RowFile:
+    """The file of rows, read and split once for all regimes, and only if one needs it."""
+
+    def __init__(self, data: DataSettings, tokenizer: Any) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return read_rows(self.data.path)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Their splits."""
+        return split_rows(self.rows, validation_share=self.data.validation_share, test_share=self.data.test_share)
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """Those that fit, tokenised."""
+        return Candidates.of(self.rows, self.splits, self.tokenize, self.data.max_length)
+
+    def tokenize(self, row: Row) -> TokenRow:
+        """The model's tokens of a row."""
+        return tokenize(self.tokenizer, row.instruction, row.response, row.domain)
+
+    def fingerprint(self) -> list[Any]:
+        """Tells files and tokenizers apart, without reading the file."""
+        state = Path(self.data.path).stat()
+        tokenizer = self.tokenizer
+        return [state.st_size, state.st_mtime_ns, tokenizer.chat_template, len(tokenizer), tokenizer.eos_token_id]
 
 
 def rows_per_step(settings: Settings) -> int:
@@ -88,12 +86,13 @@ def rows_per_step(settings: Settings) -> int:
     return shape.pools_per_step * settings.pool_size
 
 
-def prepare_data(settings: Settings, tokenizer: Any) -> PreparedData:
+def prepare_data(settings: Settings, tokenizer: Any, file: RowFile | None = None) -> PreparedData:
     """Read, split and tokenise the comparison's rows.
 
     Args:
         settings ([`Settings`]): The comparison.
         tokenizer (`PreTrainedTokenizerBase`): The model's.
+        file ([`RowFile`], *optional*): One that several regimes share.
 
     Returns:
         [`PreparedData`]
@@ -101,8 +100,10 @@ def prepare_data(settings: Settings, tokenizer: Any) -> PreparedData:
     Raises:
         ValueError: If there are fewer training rows than `num_steps` steps draw.
     """
-    data = settings.data
-    splits = split_rows(read_rows(data.path), validation_share=data.validation_share, test_share=data.test_share)
+    file = RowFile(settings.data, tokenizer) if file is None else file
+    if settings.regime is not None:
+        return _prepare_regime(settings, file)
+    data, splits = settings.data, file.splits
     too_long: Counter[str] = Counter()
 
     def fitting(split: str, most: int | None) -> tuple[list[Row], list[TokenRow]]:
@@ -119,18 +120,21 @@ def prepare_data(settings: Settings, tokenizer: Any) -> PreparedData:
         return kept, tokens
 
     drawn = rows_per_step(settings)
-    wanted = data.train_rows if settings.num_steps is None else settings.num_steps * drawn
+    wanted_steps = None if settings.num_steps is None else settings.num_steps // settings.num_epochs
+    wanted = data.train_rows if wanted_steps is None else wanted_steps * drawn
     train_rows, train = fitting("train", wanted)
     # Whole steps alone: every step of every arm has its full batch.
     num_steps = len(train) // drawn
-    if num_steps < (settings.num_steps or 1):
+    if num_steps < (wanted_steps or 1):
         raise ValueError(
-            f"{settings.num_steps or 1} steps draw {drawn:,} candidates each, and there are {len(train):,} "
+            f"{wanted_steps or 1} steps draw {drawn:,} candidates each, and there are {len(train):,} "
             f"training rows of at most {data.max_length} tokens. Lower num_steps to {num_steps}, or pool_size, or use "
             "more rows."
         )
     train_rows, train = train_rows[: num_steps * drawn], train[: num_steps * drawn]
-    _, validation = fitting("validation", data.validation_rows)
+    num_held_out = None if data.validation_rows is None else data.validation_rows + data.target_rows
+    _, held_out = fitting("validation", num_held_out)
+    target, validation = held_out[: data.target_rows], held_out[data.target_rows :]
     test_rows, test = fitting("test", data.test_rows)
     # Of all test rows, as many are needed of each kind.
     made = build_choice_rows(
@@ -143,20 +147,65 @@ def prepare_data(settings: Settings, tokenizer: Any) -> PreparedData:
         for one in made
     ]
     choices = [one for one in choices if all(len(row.input_ids) <= data.max_length for row in one.answers)]
+    groups = {"train": train, "target": target, "validation": validation, "test": test}
     report = {
-        "num_steps": num_steps,
-        "rows": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "rows_by_domain": {
-            name: dict(sorted(Counter(row.domain for row in tokens).items()))
-            for name, tokens in (("train", train), ("validation", validation), ("test", test))
-        },
+        "num_steps": num_steps * settings.num_epochs,
+        **_describe(groups),
         "choice_rows": dict(Counter(one.kind for one in choices)),
         "dropped": splits.dropped | {f"{name}_too_long": count for name, count in sorted(too_long.items())},
         "before_limits": _sizes(splits),
-        "fingerprint": _fingerprint([train_rows, validation, test_rows, choices]),
-        "mean_label_tokens": sum(row.num_labels for row in train) / len(train),
+        "fingerprint": _fingerprint([train_rows, held_out, test_rows, choices]),
     }
-    return PreparedData(train, validation, test, choices, report)
+    return PreparedData(train, target, validation, test, choices, report)
+
+
+def _prepare_regime(settings: Settings, file: RowFile) -> PreparedData:
+    """The rows of a regime, from `<output_dir>/rows.json` where they were drawn before."""
+    path = Path(settings.output_dir) / "rows.json"
+    made_of = json.loads(json.dumps([settings.shared(), file.fingerprint()]))
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["made_of"] == made_of:
+        groups = {name: [TokenRow(**row) for row in rows] for name, rows in kept["rows"].items()}
+        return PreparedData(**groups, choices=[], report=kept["report"])
+    assert settings.regime is not None and settings.num_steps is not None
+    num_train = settings.num_steps // settings.num_epochs * rows_per_step(settings)
+    found: RegimeRows = draw_regime(settings.regime, file.candidates, settings.data, num_train, file.tokenize)
+    groups = {name: getattr(found, name) for name in ("train", "target", "validation", "test")}
+    report = {
+        "num_steps": settings.num_steps,
+        **_describe(groups),
+        "wanted_share": sum(row.wanted for row in found.train) / num_train,
+        "damage": dict(sorted(found.damage.items())),
+        "choice_rows": {},
+        "dropped": file.splits.dropped,
+        "before_limits": _sizes(file.splits),
+        "fingerprint": _fingerprint(list(groups.values())),
+    }
+    rows = {name: [asdict(row) for row in group] for name, group in groups.items()}
+    write_json(path, {"made_of": made_of, "report": report, "rows": rows})
+    return PreparedData(**groups, choices=[], report=report)
+
+
+def _describe(groups: dict[str, list[TokenRow]]) -> dict[str, Any]:
+    """Numbers of rows, domains and answer tokens; of the test rows each one's, for the report's errors."""
+    train = groups["train"]
+    return {
+        "rows": {name: len(rows) for name, rows in groups.items()},
+        "rows_by_domain": {
+            name: dict(sorted(Counter(row.domain for row in rows).items())) for name, rows in groups.items()
+        },
+        "mean_label_tokens": sum(row.num_labels for row in train) / len(train),
+        "label_tokens": {
+            name: quartiles([row.num_labels for row in train if row.domain == name])
+            for name in sorted({row.domain for row in train})
+        },
+        "test_label_tokens": [row.num_labels for row in groups["test"]],
+    }
+
+
+def quartiles(values: Sequence[int]) -> list[int]:
+    """The values a quarter, half and three quarters up."""
+    ordered = sorted(values)
+    return [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75)]
 
 
 def _sizes(splits: Splits) -> dict[str, int]:

@@ -19,13 +19,15 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from comparison.evaluation import choice_accuracy, held_out_losses
+from comparison.evaluation import answer_losses, choice_accuracy, held_out_losses, mean_losses
+from comparison.frozen import StoredStates
 from comparison.json_lines import append_line, keep_lines, read_lines
 from comparison.model import build_model
-from comparison.plan import Run
-from comparison.prepared import PreparedData, TokenRow
-from comparison.settings import Settings
-from comparison.trainers import build_trainer, row_order
+from comparison.plan import Run, final_runs, wanted_steps
+from comparison.prepared import PreparedData, quartiles
+from comparison.settings import Arm, Settings
+from comparison.tokens import TokenRow
+from comparison.trainers import batch_size, build_trainer, ordered_rows
 from spice_trainer.recording.checkpoint import last_complete_checkpoint
 
 
@@ -72,7 +74,15 @@ def now() -> float:
 
 
 def train_run(
-    settings: Settings, data: PreparedData, run: Run, *, path: str, tokenizer: Any, folder: Path
+    settings: Settings,
+    data: PreparedData,
+    run: Run,
+    *,
+    path: str,
+    tokenizer: Any,
+    folder: Path,
+    states: StoredStates | None = None,
+    finished: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Train and measure one run, from where an interrupted attempt left it.
 
@@ -83,27 +93,26 @@ def train_run(
         path (`str`): The model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         folder (`Path`): Where the run writes.
+        states ([`StoredStates`], *optional*): What the model's last layers are fed with.
+        finished (`Sequence[dict]`): Results so far, which an arm of as many seconds as another goes by.
 
     Returns:
         `dict[str, Any]`: The run's line of results.
     """
     arm = settings.arm(run.arm)
     evaluation, per_batch = settings.evaluation, settings.evaluation.tokens_per_batch
-    # The arm `full` has more steps; its curve has as many points, and it is saved as often.
-    stretch = 1.0
-    num_steps = run.num_steps
-    if arm.kind == "full":
-        stretch = -(-len(data.train) // settings.batch_size) / data.report["num_steps"]
-        num_steps = round(run.num_steps * stretch)
+    # An arm with steps of its own has a curve of as many points, and is saved as often.
+    num_steps = num_updates(settings, arm, data, run, finished)
+    stretch = num_steps / run.num_steps
     checkpoint = _checkpoint(folder)
     _cut_off(folder, 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]))
-    model = build_model(settings, path, run.seed)
+    model = build_model(settings, path, run.seed, states)
     trainer = build_trainer(
         settings,
         arm,
         model,
         tokenizer,
-        data.train,
+        data,
         seed=run.seed,
         learning_rate=run.learning_rate,
         num_steps=num_steps,
@@ -117,11 +126,12 @@ def train_run(
     trainer.add_callback(curve_writer)
     trainer.train(resume_from_checkpoint=checkpoint)
     started = now()
-    is_final = run.num_steps == data.report["num_steps"]
-    test = held_out_losses(model, data.test, tokens_per_batch=per_batch) if is_final else None
+    is_final = run.num_steps == wanted_steps(arm, data.report["num_steps"])
+    losses = answer_losses(model, data.test, tokens_per_batch=per_batch) if is_final else None
     choices = choice_accuracy(model, data.choices, tokens_per_batch=per_batch) if is_final else None
     seconds = now() - started
-    steps = _steps(folder, data, trained_rows(settings, run, data, folder, num_steps))
+    trained = trained_rows(settings, run, data, folder, num_steps)
+    steps = _steps(folder, data, trained)
     curve = read_lines(folder / "curve.jsonl")
     totals = {name: sum(step[name] for step in steps) for name in ("scoring", "selecting", "training")}
     return {
@@ -130,27 +140,60 @@ def train_run(
         "learning_rate": run.learning_rate,
         "num_steps": run.num_steps,
         "num_updates": num_steps,
-        "fields": {"kind": arm.kind, **arm.fields},
+        "fields": arm.identity,
         "rows_trained": sum(step["rows"] for step in steps),
         "tokens_trained": sum(step["tokens"] for step in steps),
         "label_tokens_trained": sum(step["label_tokens"] for step in steps),
         "rows_trained_by_domain": dict(sorted(sum((step["domains"] for step in steps), Counter()).items())),
+        "picks": describe_picks(data, trained),
         "seconds": totals | {"evaluation": seconds + sum(point["seconds"] for point in curve)},
         "curve": [_point(point, steps[: point["step"]]) for point in curve],
         "validation": curve[-1]["losses"],
-        "test": test,
+        "test": None if losses is None else mean_losses(data.test, losses),
+        "test_row_losses": None if losses is None else [round(loss, 5) for loss in losses],
         "choices": choices,
     }
+
+
+def num_updates(settings: Settings, arm: Arm, data: PreparedData, run: Run, finished: Sequence[dict[str, Any]]) -> int:
+    """Optimizer steps of a run: its own, those of all rows, or as many as fit into another arm's seconds."""
+    if arm.kind == "full":
+        whole = -(-len(data.train) * settings.num_epochs // settings.batch_size)
+        return round(run.num_steps * whole / data.report["num_steps"])
+    if arm.kind != "same_seconds":
+        return run.num_steps
+    reference = settings.reference
+    assert reference is not None and arm.seconds_of is not None
+    seconds = {}
+    for name in (arm.seconds_of, reference.name):
+        runs = set(final_runs(settings, settings.arm(name), finished, data.report["num_steps"]))
+        line = next(line for line in finished if line["seed"] == run.seed and Run.of(line) in runs)
+        seconds[name] = sum(line["seconds"][part] for part in ("scoring", "selecting", "training"))
+        if name == reference.name:
+            seconds[name] /= line["num_updates"]
+    return max(1, round(seconds[arm.seconds_of] / seconds[reference.name]))
 
 
 def trained_rows(settings: Settings, run: Run, data: PreparedData, folder: Path, num_steps: int) -> list[list[int]]:
     """The training rows of each step."""
     arm = settings.arm(run.arm)
-    if arm.kind != "full":
+    order = ordered_rows(settings, arm, data, run.seed, num_steps)
+    if order is None:
         return [line["indices"] for line in read_lines(folder / "spice" / "trained.jsonl")]
-    order = row_order(len(data.train), run.seed)
-    size = settings.batch_size
+    size = batch_size(settings, arm)
     return [order[step * size : (step + 1) * size] for step in range(num_steps)]
+
+
+def describe_picks(data: PreparedData, trained: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What kind of rows were trained on: shares of all, and the quartiles of the answers' tokens."""
+    indices = [index for step in trained for index in step]
+    rows = [data.train[index] for index in indices]
+    return {
+        "wanted": sum(row.wanted for row in rows) / len(rows),
+        "corrupt": sum(row.corrupt for row in rows) / len(rows),
+        "unique": len(set(indices)) / len(rows),
+        "label_tokens": quartiles([row.num_labels for row in rows]),
+    }
 
 
 def clean_up(folder: Path) -> None:

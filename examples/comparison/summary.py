@@ -2,6 +2,9 @@
 
 mean ± s / √n      s² = Σ (x_i − mean)² / (n − 1), over n seeds
 paired difference  the same of d_i = x_i(arm) − x_i(reference), over the seeds that both have
+error over rows    per row √(Var(D_x / T_x) / n),  per token √(n / (n − 1) Σ (D_x − d T_x)²) / Σ T_x
+                   d = Σ D_x / Σ T_x
+                   D_x: row x's summed loss less the reference's, mean over the seeds; T_x: its answer's tokens
 """
 
 from __future__ import annotations
@@ -53,6 +56,35 @@ def difference(
     if not gaps:
         return None
     return Difference(estimate(gaps), sum(gap > 0 if higher_is_better else gap < 0 for gap in gaps))
+
+
+def error_over_rows(
+    lines: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], tokens: Sequence[int], metric: str
+) -> float | None:
+    """Standard error of a paired difference over the test rows, the seeds' mean being taken first.
+
+    Args:
+        lines (`Sequence[dict]`): The arm's results.
+        reference (`Sequence[dict]`): The reference's.
+        tokens (`Sequence[int]`): Tokens of each test row's answer.
+        metric (`str`): `"loss_per_token"` or `"loss_per_row"`.
+
+    Returns:
+        `float`, *optional*: `None` where no seed is in both, or rows were not written.
+    """
+    losses, others = (
+        {line["seed"]: line["test_row_losses"] for line in group if line.get("test_row_losses")}
+        for group in (lines, reference)
+    )
+    seeds = losses.keys() & others.keys()
+    if not seeds or len(tokens) < 2:
+        return None
+    gaps = [fmean(losses[seed][row] - others[seed][row] for seed in seeds) for row in range(len(tokens))]
+    if metric == "loss_per_row":
+        return stdev(gap / count for gap, count in zip(gaps, tokens, strict=True)) / math.sqrt(len(gaps))
+    mean = sum(gaps) / sum(tokens)
+    squares = sum((gap - mean * count) ** 2 for gap, count in zip(gaps, tokens, strict=True))
+    return math.sqrt(len(gaps) / (len(gaps) - 1) * squares) / sum(tokens)
 
 
 def measured(line: Mapping[str, Any], metric: str, split: str = "test") -> float | None:

@@ -18,9 +18,10 @@ from tests.examples.comparisons import tiny_comparison, tiny_file
 from comparison.choices import build_choice_rows  # isort: skip
 from comparison.model import load_tokenizer  # isort: skip
 from comparison.near_duplicates import NGRAM, near_duplicates  # isort: skip
-from comparison.prepared import prepare_data, tokenize  # isort: skip
+from comparison.prepared import prepare_data  # isort: skip
 from comparison.rows import Row, normalise, read_rows, split_rows  # isort: skip
 from comparison.settings import load_settings  # isort: skip
+from comparison.tokens import tokenize  # isort: skip
 
 WORDS = [f"word{number}" for number in range(40)]
 

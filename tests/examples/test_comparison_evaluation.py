@@ -12,7 +12,7 @@ from tests.examples.comparisons import DOMAINS
 from tests.support.models import VOCAB_SIZE, PlainLanguageModel, tiny_lora_model
 
 from comparison.evaluation import answer_losses, choice_accuracy, held_out_losses  # isort: skip
-from comparison.prepared import ChoiceTokens, TokenRow  # isort: skip
+from comparison.tokens import ChoiceTokens, TokenRow  # isort: skip
 
 
 def random_tokens(generator: random.Random, number: int) -> list[int]:

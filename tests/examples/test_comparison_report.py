@@ -16,7 +16,7 @@ from comparison.driver import run_comparison  # isort: skip
 from comparison.json_lines import append_line, keep_lines, read_lines  # isort: skip
 from comparison.plan import Run, chosen_rate, missing_runs  # isort: skip
 from comparison.report import build_tables, write_report  # isort: skip
-from comparison.settings import load_settings  # isort: skip
+from comparison.settings import KINDS, load_settings  # isort: skip
 from comparison.summary import difference, estimate, format_difference, format_estimate  # isort: skip
 
 STEPS = 4
@@ -296,3 +296,13 @@ def test_shipped_settings(tmp_path: Path) -> None:
         assert settings.num_selected * 10 == settings.pool_size
         kinds = {settings.spice_config(arm).gradient_normalization for arm in settings.arms if arm.kind == "spice"}
         assert kinds >= {"none", "sqrt_tokens", "tokens", "unit"}
+
+
+def test_shipped_laboratory(tmp_path: Path) -> None:
+    settings = load_settings(EXAMPLES / "compare_lab.yaml", {"output_dir": str(tmp_path)})
+    regimes = {one.regime.name: one.regime for one in settings.by_regime() if one.regime is not None}
+    assert list(regimes) == ["clean", "dirty", "targeted", "imbalanced", "length_neutral"]
+    assert regimes["targeted"].shares == regimes["length_neutral"].shares
+    assert {arm.kind for arm in settings.arms} >= set(KINDS)
+    assert settings.data.target_rows == 24 and settings.data.test_rows is not None and settings.data.test_rows >= 160
+    assert {one.states_dir for one in settings.by_regime()} == {str(tmp_path / "states")}

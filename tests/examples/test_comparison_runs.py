@@ -179,7 +179,7 @@ def trainer_of(settings: Settings, arm: str, folder: Path, *, seed: int = 0) -> 
         settings.arm(arm),
         build_model(settings, settings.model, seed),
         tokenizer,
-        data.train,
+        data,
         seed=seed,
         learning_rate=0.1,
         num_steps=NUM_STEPS,
