@@ -10,7 +10,7 @@ with α = `fisher_alpha` and λ = `conflict_penalty`. T = `pools_per_step` pools
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -30,6 +30,8 @@ ConflictReference = Literal["selected", "candidates", "pool", "momentum"]
 GradientNormalization = Literal["none", "sqrt_tokens", "tokens", "unit"]
 GradientPreconditioning = Literal["none", "adam"]
 Information = Literal["exact", "diagonal", "adafisher"]
+LengthQuotas = Literal["auto", "none", "pool", "validation"]
+MatchingFeatures = Literal["hidden_states", "gradients"]
 ScoringParameters = Literal["all", "lora"]
 
 DEFAULT_SKETCH_DIM = 32_768
@@ -60,6 +62,18 @@ class StrategyTraits(Protocol):
     @property
     def reads_whole_gram(self) -> bool:
         """Whether it reads a Gram matrix as a whole."""
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether it reads the validation rows where there are any."""
+
+    @property
+    def target_is_raw(self) -> bool:
+        """Whether validation rows' gradients are never preconditioned."""
+
+    @property
+    def on_hidden_states(self) -> StrategyTraits | None:
+        """The same rule on hidden states, where it has both."""
 
     @property
     def maximizes_information(self) -> bool:
@@ -121,6 +135,13 @@ def _registered(owner: str, name: str, value: object) -> Any:
     return OneOf(tuple(STRATEGIES))(owner, name, value)
 
 
+def _weights(owner: str, name: str, value: object) -> Any:
+    """One weight of each validation set."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{owner}: {name} must be a list of numbers above 0, one of each set, got {value!r}.")
+    return [RealNumber("above 0", "a set of no weight says nothing", lambda x: x > 0)(owner, name, x) for x in value]
+
+
 # What each setting must be, whatever the others are. None is legal where it is the default.
 _CHECKS: dict[str, Check] = {
     "pool_size": WholeNumber(2, "a pool needs at least two candidates to choose between"),
@@ -140,7 +161,13 @@ _CHECKS: dict[str, Check] = {
     "strategy": _registered,
     "gradient_centering": truth_value,
     "gradient_preconditioning": OneOf(get_args(GradientPreconditioning)),
-    "validation_rows": WholeNumber(1, "a mean gradient needs at least one row"),
+    "matching_features": OneOf(get_args(MatchingFeatures)),
+    "hidden_layer": WholeNumber(0, "layers are counted from 0, the embedding's output"),
+    "length_quotas": OneOf(get_args(LengthQuotas)),
+    "length_bins": WholeNumber(1, "quotas need at least one range of lengths"),
+    "validation_rows": WholeNumber(1, "a mean needs at least one row"),
+    "validation_weights": _weights,
+    "validation_every": WholeNumber(1, "it counts steps from one look at the validation rows to the next"),
     "sketch_dim": WholeNumber(-1, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
     "scoring_tokens_per_batch": WholeNumber(1, "a scoring pass needs at least one token"),
     "scoring_layers": WholeNumber(1, "scoring needs at least one layer"),
@@ -224,11 +251,13 @@ class SpiceConfig:
             (`"fisher"`), `"random"` rows, the largest gradients (`"top_norm"`), the largest volume (`"dpp"`), the mean
             gradient nearest the pool's (`"matching"`), a pick near every candidate (`"facility_location"`), the
             largest total loss (`"loss"`), the largest loss per token (`"perplexity"`), the largest loss with over
-            loss without the instruction, below 1 (`"ifd"`), or the gradient most like that of the validation set
-            (`"less"`). What a rule does not read is not computed: `"random"` runs no forward, `"loss"`,
-            `"perplexity"` and `"ifd"` no backward. Only `"spice"` has a conflict penalty and, with `"fisher"`, a
-            `conflict_reference`; only rules with a Gram matrix read `gradient_normalization`; settings of gradients
-            are ignored where none are taken.
+            loss without the instruction, below 1 (`"ifd"`), the gradient most like that of the validation set
+            (`"less"`), the mean nearest a target between the pool and the validation rows
+            (`"targeted_matching"`), or random rows of their answer lengths (`"length_matched"`). What a rule does
+            not read is not computed: `"random"` and `"length_matched"` run no forward, `"loss"`, `"perplexity"`,
+            `"ifd"` and, on hidden states, `"targeted_matching"` no backward. Only `"spice"` has a conflict penalty
+            and, with `"fisher"`, a `conflict_reference`; only rules with a Gram matrix read
+            `gradient_normalization`; settings of gradients are ignored where none are taken.
         gradient_centering (`bool`, *optional*, defaults to `False`):
             Whether `"spice"` and `"fisher"` take the mean gradient of a pool off each of its gradients, as far as
             anything is left. For exact information.
@@ -240,9 +269,29 @@ class SpiceConfig:
             to the root of their dimension: set `alpha_scaling="pool"` with it, or `gradient_normalization="unit"`
             (where it was measured, `"none"` picked the shortest answers of a pool and `"sqrt_tokens"` the longest).
             With `"less"` the validation set's gradients stay as they are.
+
+        > Parameters that aim the selection
+
         validation_rows (`int`, *optional*, defaults to `32`):
-            Number of first rows of the Trainer's `eval_dataset` whose mean gradient `"less"` compares with, taken
-            anew at every step.
+            Number of first rows of each validation set (`validation_dataset`; for `"less"` also the Trainer's
+            `eval_dataset`) that rules compare candidates with.
+        validation_weights (`list[float]`, *optional*):
+            Weight of each of several validation sets, in their order. `None`: all weigh the same.
+        validation_every (`int`, *optional*, defaults to `1`):
+            Number of optimizer steps from one computation of the validation rows' gradients to the next.
+        matching_features (`str`, *optional*, defaults to `"hidden_states"`):
+            What `"targeted_matching"` compares rows by: the mean of their tokens' `"hidden_states"`, later tokens
+            weighing more (a forward up to one layer), or their `"gradients"` (a forward and a backward).
+        hidden_layer (`int`, *optional*):
+            The layer whose input these hidden states are, from 0. `None`: the lowest that trains, if at least half of
+            the layers lie below it, so that they stay the same while training; else the one that seven eighths lie
+            below.
+        length_quotas (`str`, *optional*, defaults to `"auto"`):
+            Whether each range of answer lengths gets a number of picks of its own: its share of the `"pool"`, in
+            strata of equal size, or of the `"validation"` rows. `"none"`: the rule alone decides. `"auto"`: as the
+            rule has it, which is none but for `"targeted_matching"` and `"length_matched"`.
+        length_bins (`int`, *optional*, defaults to `4`):
+            Number of these ranges.
 
         > Parameters that control the scoring
 
@@ -353,7 +402,7 @@ class SpiceConfig:
         default="spice",
         metadata={
             "help": "Rule that picks from a pool: spice, fisher, random, top_norm, dpp, matching, facility_location, "
-            "loss, perplexity, ifd, less, or one that you registered."
+            "loss, perplexity, ifd, less, targeted_matching, length_matched, or one that you registered."
         },
     )
     gradient_centering: bool = field(
@@ -363,8 +412,27 @@ class SpiceConfig:
         default="none", metadata={"help": "'adam' divides gradients by the root of the optimizer's second moment."}
     )
     validation_rows: int = field(
-        default=32, metadata={"help": "Number of first rows of eval_dataset that the strategy less compares with."}
+        default=32, metadata={"help": "Number of first rows of each validation set that rules compare with."}
     )
+    validation_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each of several validation sets. None: equal weights."}
+    )
+    validation_every: int = field(
+        default=1, metadata={"help": "Steps from one computation of the validation rows' gradients to the next."}
+    )
+    matching_features: MatchingFeatures = field(
+        default="hidden_states", metadata={"help": "What targeted_matching compares rows by."}
+    )
+    hidden_layer: int | None = field(
+        default=None, metadata={"help": "Layer whose input the hidden states are. None: chosen by what trains."}
+    )
+    length_quotas: LengthQuotas = field(
+        default="auto",
+        metadata={
+            "help": "Give each range of answer lengths its share of the pool's, or the validation rows', picks."
+        },
+    )
+    length_bins: int = field(default=4, metadata={"help": "Number of ranges of answer lengths for quotas."})
 
     sketch_dim: int | None = field(
         default=-1,
@@ -472,7 +540,8 @@ class SpiceConfig:
     @property
     def rule(self) -> StrategyTraits:
         """What the strategy needs and costs."""
-        return STRATEGIES[self.strategy]
+        rule = STRATEGIES[self.strategy]
+        return (self.matching_features == "hidden_states" and rule.on_hidden_states) or rule
 
     @property
     def takes_momentum(self) -> bool:
@@ -505,9 +574,29 @@ class SpiceConfig:
         return "losses_without_instruction" in self.rule.needs
 
     @property
-    def takes_validation(self) -> bool:
-        """Whether the strategy compares candidates with a validation set."""
+    def takes_alignment(self) -> bool:
+        """Whether the strategy compares candidates with the mean gradient of a validation set."""
         return bool({"alignment", "reference_norm"} & set(self.rule.needs))
+
+    @property
+    def takes_gradient_cosines(self) -> bool:
+        """Whether the strategy compares gradients of candidates and validation rows, all with each other."""
+        return "gradient_cosines" in self.rule.needs
+
+    @property
+    def takes_hidden_states(self) -> bool:
+        """Whether the strategy compares hidden states."""
+        return "hidden_cosines" in self.rule.needs
+
+    @property
+    def takes_validation(self) -> bool:
+        """Whether a validation set is read, if there is one."""
+        return self.rule.reads_target or self.needs_validation
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether there must be a validation set."""
+        return self.takes_alignment or "target" in self.rule.needs or self.length_quotas == "validation"
 
     def resolve_sketch_dim(self) -> int:
         """Return how many numbers of each sample gradient are kept.

@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     if model.model_name_or_path is None or script.dataset_name is None:
         parser.error("--model_name_or_path and --dataset_name are needed")
     validation = None
-    if config.takes_validation:
-        if arguments.validation_dataset_name is None:
-            parser.error(
-                f"--strategy {config.strategy} needs --validation_dataset_name, the rows to compare candidates with"
-            )
+    if config.needs_validation and arguments.validation_dataset_name is None:
+        parser.error(
+            f"--strategy {config.strategy} needs --validation_dataset_name, the rows to compare candidates with"
+        )
+    if arguments.validation_dataset_name is not None:
         validation = open_dataset(
             arguments.validation_dataset_name,
             script.dataset_test_split,

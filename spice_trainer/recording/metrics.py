@@ -41,6 +41,8 @@ def step_metrics(selection: StepSelection) -> dict[str, float]:
         "changed_by_conflict": [pool.changed_by_conflict for pool in picked],
         "tokens_ratio": [(pool.tokens_selected or 0.0) / max(pool.tokens_pool, 1e-9) for pool in picked],
     }
+    for name in dict.fromkeys(name for pool in picked for name in pool.selection.facts):
+        values[name] = [pool.selection.facts.get(name) for pool in picked]
     known = {
         f"spice/{name}": [float(value) for value in found if value is not None and not math.isnan(value)]
         for name, found in values.items()

@@ -345,6 +345,7 @@ def _pool_lines(selection: StepSelection, where: Mapping[str, int]) -> Iterable[
             "out_of_memory": pool.out_of_memory,
             "filtered": pool.filtered,
             "stopped_early": pool.selection.stopped_early,
+            **pool.selection.facts,
         }
 
 

@@ -6,7 +6,7 @@ a proxy    proxy ─ scorer (its own rows) ─ learner ─ selector;   target �
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,17 +41,22 @@ def build_selector(
     rows: TargetRows,
     *,
     proxy: ProxyModel | None = None,
-    validation: TargetRows | None = None,
+    validation: Mapping[str, TargetRows] | None = None,
 ) -> StepSelector:
     """Builds what selects for the steps of a run: with the target's scores, or those of a proxy.
 
-    `rows` and `validation` are the training and validation rows as the target reads them.
+    `rows` are the training rows as the target reads them, and `validation` the validation sets by name.
     """
-    if config.takes_validation and validation is None:
+    if config.needs_validation and not validation:
         raise ValueError(
-            f"SpiceConfig: strategy={config.strategy!r} compares candidates with a validation set, and there is none. "
-            "Fix: give the Trainer an eval_dataset with rows of what the model shall learn, pass "
-            "`validation_dataset=` to select_subset or SpiceSampler.bind, or choose another strategy."
+            f"{_what_needs(config)} compares candidates with a validation set, and there is none. Fix: pass "
+            "`validation_dataset=` to attach_spice, select_subset or SpiceSampler.bind, with rows like those that the "
+            "model shall do well on, or choose another."
+        )
+    if validation and not config.takes_validation:
+        raise ValueError(
+            f"SpiceConfig: strategy={config.strategy!r} reads no validation rows, and a validation_dataset was given. "
+            'Fix: leave it out, or choose a rule that aims at it, such as strategy="targeted_matching".'
         )
     if proxy is None:
         for name in ("proxy_check_pools", "overlap_scoring"):
@@ -74,12 +79,21 @@ def _build_scorer(
     return GradientScorer(runtime, modules, rows, config, validation)
 
 
+def _what_needs(config: SpiceConfig) -> str:
+    quotas = config.length_quotas == "validation" and not config.takes_alignment
+    return f"SpiceConfig: {'length_quotas=' + repr('validation') if quotas else f'strategy={config.strategy!r}'}"
+
+
 def _validation_rows(
-    config: SpiceConfig, rows: TargetRows | None, read: Callable[[TargetRows], TargetRows] = lambda rows: rows
+    config: SpiceConfig,
+    sets: Mapping[str, TargetRows] | None,
+    read: Callable[[TargetRows], TargetRows] = lambda rows: rows,
 ) -> ValidationRows | None:
-    if rows is None or not config.takes_validation:
+    if not sets or not config.takes_validation:
         return None
-    return ValidationRows(read(rows), config.validation_rows, config.strategy)
+    weights = None if config.validation_weights is None else tuple(config.validation_weights)
+    read_sets = {name: read(rows) for name, rows in sets.items()}
+    return ValidationRows(read_sets, config.validation_rows, config.strategy, weights)
 
 
 def _build_proxy_scorer(
@@ -89,7 +103,7 @@ def _build_proxy_scorer(
     rows: TargetRows,
     *,
     proxy: ProxyModel,
-    validation: TargetRows | None,
+    validation: Mapping[str, TargetRows] | None,
 ) -> ProxyScorer:
     # Every process has the whole proxy, whatever becomes of the target.
     alone = replace(runtime, get_model=lambda: proxy.model, processes=replace(runtime.processes, lockstep=False))

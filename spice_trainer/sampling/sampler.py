@@ -24,6 +24,7 @@ from spice_trainer.data.checks import check_dataset, configured_vocabulary_size
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.data.sample import RowSample
+from spice_trainer.data.validation_sets import named_sets
 from spice_trainer.distributed import Processes, check_agreement, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
@@ -130,8 +131,8 @@ class SpiceSampler(Sampler[int]):
                 Seed of the pools, unless the configuration sets `pool_seed`.
             processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of `dataset`, to tell whether a
                 proxy shares it.
-            validation_dataset (`datasets.Dataset`, *optional*): Rows like those of `dataset`, which the strategy
-                `less` compares candidates with.
+            validation_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*): Rows like those of
+                `dataset` that the model shall do well on, in one set or several, for rules that aim.
             optimizer (`torch.optim.Optimizer`, *optional*): The loop's optimizer, prepared or not, for
                 `gradient_preconditioning="adam"` and `conflict_reference="momentum"`.
 
@@ -177,7 +178,9 @@ class SpiceSampler(Sampler[int]):
             ),
             rows,
             proxy=self.proxy,
-            validation=None if validation_dataset is None else replace(rows, dataset=validation_dataset),
+            validation=None
+            if validation_dataset is None
+            else {name: replace(rows, dataset=given) for name, given in named_sets(validation_dataset).items()},
         )
         if processes.world_size > 1:
             with processes.failing_together("reading some rows"):

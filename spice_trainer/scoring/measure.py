@@ -33,6 +33,7 @@ from spice_trainer.selection.gram import (
 )
 from spice_trainer.selection.large_pool import LARGE_POOL, GramRows
 from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.target import Target
 
 # Float64 numbers that are converted at a time.
 _CHUNK = 2**24
@@ -77,10 +78,38 @@ def from_losses(
     )
 
 
+def from_hidden_states(
+    known: PoolScores, states: Float[Tensor, "N H"], target: Target | None, target_states: Float[Tensor, "m H"] | None
+) -> PoolScores:
+    """What hidden states of the candidates and the validation rows tell; nan stands where memory did not suffice."""
+    rows = states if target_states is None else torch.cat([states, target_states])
+    finite = rows.isfinite().all(dim=1)
+    centred = rows.double()
+    centred = centred - centred[finite].mean(dim=0) if bool(finite.any()) else centred
+    cosines = measure_rows(centred.masked_fill(~finite[:, None], 0.0)).cosines
+    has_label = torch.tensor(known.label_tokens, dtype=torch.int64) > 0
+    of_pool = finite[: len(states)]
+    return replace(
+        known,
+        finite=known.finite & (of_pool | ~has_label),
+        sound=known.sound & of_pool,
+        out_of_memory=known.out_of_memory | (states.isnan().all(dim=1) & has_label),
+        hidden_cosines=cosines,
+        target=target,
+    )
+
+
 def from_features(
-    known: PoolScores, found: OwnedFeatures, config: SpiceConfig, reference: Float64[Tensor, " m"] | None = None
+    known: PoolScores,
+    found: OwnedFeatures,
+    config: SpiceConfig,
+    reference: Float64[Tensor, " m"] | None = None,
+    target: Target | None = None,
+    target_features: Float[Tensor, "m F"] | None = None,
 ) -> PoolScores:
     """What backwards tell, with `reference` v, the mean gradient of a validation set seen through the same features.
+
+    `target` is what is known of the validation rows, and `target_features` their gradients.
 
     **Overwrites `found.features`**: with its rows divided by their largest magnitude where there is a Gram matrix,
     else with unit rows.
@@ -95,6 +124,13 @@ def from_features(
         gradient_norms=found.norms,
         losses=found.losses.double(),
     )
+    if config.takes_gradient_cosines:
+        rows = found.features.clone()
+        if target_features is not None:
+            rows = torch.cat([rows, target_features.to(rows)])
+        known = replace(known, target=target, gradient_cosines=measure_rows(rows).cosines)
+        del rows
+    known = replace(known, target=target)
     if config.takes_gram:
         known = _with_gram(known, found, config)
     if reference is None:

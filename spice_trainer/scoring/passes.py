@@ -13,6 +13,7 @@ Axes: n rows of a micro-batch, S tokens of the longest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.forward import input_embedding, move_inputs
+from spice_trainer.gradients.hidden_states import HiddenStates
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -32,7 +34,7 @@ from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates
 
 # Runs some rows, whose places in what is filled are given; of rows that only keep step there are none.
-_RunRows = Callable[[SampleGradients, list[CandidateRow], Sequence[int] | None], None]
+_RunRows = Callable[[Any, list[CandidateRow], Sequence[int] | None], None]
 
 
 class ScoringPasses:
@@ -141,6 +143,26 @@ class ScoringPasses:
         scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
         return {position: loss for position, loss in zip(shared.held, losses, strict=True) if position in scored}
 
+    def compute_hidden_states(
+        self, shared: SharedCandidates, layer: int, report: Callable[[float], None] | None = None
+    ) -> dict[int, Tensor]:
+        """Runs forwards up to a layer: one vector for each candidate that this process scores, by position.
+
+        On the CPU, in float32; none for a candidate that does not fit into memory.
+        """
+        states: dict[int, Tensor] = {}
+
+        def run(hidden_states: HiddenStates, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
+            inputs, labels = self._move(*pad_rows(rows))
+            with self._autocast():
+                found = hidden_states.compute(inputs, labels).cpu()
+            states.update(zip(places or [], found, strict=places is not None))
+
+        self._run(shared, run, lambda place: None, report, HiddenStates(self.get_model(), layer))
+        scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
+        places = {place: position for place, position in enumerate(shared.held)}
+        return {places[place]: row for place, row in states.items() if places[place] in scored}
+
     def _move(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         device = self.device
         return move_inputs(inputs, device), labels.to(device)
@@ -151,12 +173,13 @@ class ScoringPasses:
         run: _RunRows,
         leave_out: Callable[[int], None],
         report: Callable[[float], None] | None,
+        runner: AbstractContextManager[Any] | None = None,
     ) -> None:
         places = {position: place for place, position in enumerate(shared.held)}
         num_rows, done, report = sum(map(len, shared.batches)), 0, report or (lambda share: None)
         if not shared.batches:
             report(1.0)
-        with self.open() as sample_gradients:
+        with runner or self.open() as sample_gradients:
             for number, batch in enumerate(shared.batches):
                 rows = [shared.rows[position] for position in batch]
                 if number < shared.num_kept:
@@ -170,7 +193,7 @@ class ScoringPasses:
                 report(done / num_rows)
 
     def _run_in_parts(
-        self, sample_gradients: SampleGradients, run: _RunRows, rows: list[CandidateRow], places: list[int]
+        self, sample_gradients: Any, run: _RunRows, rows: list[CandidateRow], places: list[int]
     ) -> list[int]:
         """Runs a micro-batch; positions of the rows that do not fit alone."""
 

@@ -3,6 +3,7 @@
     Gram matrix (spice, fisher, dpp, matching, …), norms, products with a validation set   a forward and a backward
     losses                                                                                 a forward
     losses of answers alone (ifd)                                                          one more
+    hidden states (targeted_matching)                                                      a forward up to a layer
     lengths alone (random)                                                                 nothing: rows are collated
 
 For every candidate x of the step's pools g_x is its sample gradient at the current weights, stored exactly or as a
@@ -23,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
@@ -35,14 +36,17 @@ from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
 from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.features import FeatureBuffer, send_to_owners
-from spice_trainer.scoring.measure import from_features, from_losses
+from spice_trainer.scoring.hidden import HiddenScorer
+from spice_trainer.scoring.measure import from_features, from_hidden_states, from_losses
 from spice_trainer.scoring.out_of_memory import TokenBudget
 from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.prefilter import FilteredPool, filter_by_loss
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
+from spice_trainer.scoring.target_reader import TargetReader
 from spice_trainer.scoring.validation import ValidationRows, mean_gradient
 from spice_trainer.selection.scores import PoolScores
+from spice_trainer.selection.target import Target
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
 
@@ -81,6 +85,10 @@ class GradientScorer:
         self.vocabulary = token_id_limits(self.get_model())
         self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer, config.scoring_parameters)
         self.passes = ScoringPasses(runtime, self._chosen(modules), config)
+        self.hidden = HiddenScorer(runtime, config) if config.takes_hidden_states else None
+        self.target: TargetReader | None = None
+        if validation is not None and (not config.takes_alignment or config.length_quotas == "validation"):
+            self.target = TargetReader(validation, config, runtime.processes)
 
     def with_config(self, config: SpiceConfig) -> GradientScorer:
         """Scores the same rows with the same model under other settings, for a look beside a run."""
@@ -160,8 +168,14 @@ class GradientScorer:
         numbered = dict(enumerate(map(tuple, pools)))
         if self.config.takes_gradients:
             self.follow()
+        if self.target is not None:
+            with preserved_random_state(self.device):
+                self.target.look(self._share_validation, self.passes, self.hidden)
+        if self.config.takes_gradients:
             return self._score_gradients(numbered, progress)
-        return self._score_losses(numbered, progress) if self.config.takes_model else self._read_lengths(numbered)
+        if "losses" in self.config.rule.needs or self.config.takes_answers_alone:
+            return self._score_losses(numbered, progress)
+        return self._score_hidden(numbered, progress) if self.hidden is not None else self._read_lengths(numbered)
 
     def share(self, pools: _Pools) -> SharedCandidates:
         """Collates the candidates of some pools and deals them to the processes. A collective."""
@@ -179,12 +193,24 @@ class GradientScorer:
         buffer: FeatureBuffer,
         filtered: Mapping[int, FilteredPool] | None = None,
         reference: Float64[Tensor, " m"] | None = None,
+        hidden: Float[Tensor, "N H"] | None = None,
     ) -> Iterator[PoolScores]:
         """Brings features to the pools' owners, and measures the pools owned here. A collective."""
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
         for pool, known, positions in shared.by_pool():
             if self._owns(pool):
-                scores = from_features(known, owned.take(positions), self.config, reference)
+                target = self.target
+                gradients = None if target is None else target.gradients
+                scores = from_features(
+                    known,
+                    owned.take(positions),
+                    self.config,
+                    reference,
+                    self._target_of(known),
+                    None if gradients is None else gradients.features,
+                )
+                if hidden is not None:
+                    scores = self._with_hidden(scores, hidden[positions.start : positions.stop])
                 if filtered is not None and pool in filtered:
                     scores = replace(scores, whole=filtered[pool].whole, kept=filtered[pool].kept)
                 yield scores
@@ -228,6 +254,10 @@ class GradientScorer:
         check_token_ids(rows, self.vocabulary)
         return [self.shorten(row) for row in rows]
 
+    def _target_of(self, known: PoolScores) -> Target | None:
+        """What is known of the validation rows; copies of a pool's own rows do not count in it."""
+        return None if self.target is None else self.target.without_copies(known.references)
+
     def _owns(self, pool: int) -> bool:
         return self.processes.owner(pool) == self.processes.rank
 
@@ -238,7 +268,7 @@ class GradientScorer:
     # By gradients
 
     def _score_gradients(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
-        reference = self.reference_gradient() if self.config.takes_validation else None
+        reference = self.reference_gradient() if self.config.takes_alignment else None
         total, done = sum(map(len, pools.values())), 0
         for group in self._group_pools(pools):
             num_rows = sum(map(len, group.values()))
@@ -251,7 +281,8 @@ class GradientScorer:
                 filtered, shared = self._filter(self.share(group))
                 with self.failing_together():
                     buffer = self.compute(shared, report)
-            yield from self.measure(shared, buffer, filtered, reference)
+                hidden = None if self.hidden is None else self._hidden_states(shared)
+            yield from self.measure(shared, buffer, filtered, reference, hidden)
             # Not held beside the next group's.
             del shared, buffer
             done += num_rows
@@ -287,17 +318,51 @@ class GradientScorer:
     def reference_gradient(self) -> Float64[Tensor, " m"]:
         """The validation set's mean gradient at the current weights. A collective."""
         assert self.validation is not None
-        validation, indices = self.validation, self.validation.indices
         with preserved_random_state(self.device):
-            shared = share_candidates(
-                {0: indices},
-                lambda some: self._scored_part(validation.collate(some)),
-                tokens_per_batch=self._plan_tokens(),
-                processes=self.processes,
-            )
+            shared = self._share_validation()
             with self.failing_together():
                 buffer = self.passes.compute_features(shared, preconditioned=False)
-        return mean_gradient(buffer, self.processes, validation)
+        return mean_gradient(buffer, shared, self.processes, self.validation)
+
+    def _share_validation(self) -> SharedCandidates:
+        """Reads the validation rows and deals them to the processes. A collective."""
+        validation = self.validation
+        assert validation is not None
+        return share_candidates(
+            {0: validation.indices},
+            lambda some: self._scored_part(validation.collate(some)),
+            tokens_per_batch=self._plan_tokens(),
+            processes=self.processes,
+        )
+
+    # By hidden states
+
+    def _score_hidden(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
+        total = sum(map(len, pools.values()))
+
+        def report(share: float) -> None:
+            if progress is not None:
+                progress(int(share * total), total)
+
+        with preserved_random_state(self.device):
+            shared = self.share(pools)
+            states = self._hidden_states(shared, report)
+        for pool, known, positions in shared.by_pool():
+            if self._owns(pool):
+                yield self._with_hidden(known, states[positions.start : positions.stop])
+
+    def _hidden_states(
+        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+    ) -> Float[Tensor, "N H"]:
+        assert self.hidden is not None
+        indices = [index for rows in shared.pools.values() for index in rows]
+        return self.hidden.compute(self.passes, shared, indices, report)
+
+    def _with_hidden(self, known: PoolScores, states: Float[Tensor, "N H"]) -> PoolScores:
+        target = self.target
+        if target is None:
+            return from_hidden_states(known, states, None, None)
+        return from_hidden_states(known, states, self._target_of(known), target.hidden)
 
     # By losses
 
@@ -315,11 +380,13 @@ class GradientScorer:
                 losses, alone = self._losses_of_answers(shared, report)
             else:
                 losses = self._gather(self._compute_losses(shared, report))
+            states = None if self.hidden is None else self._hidden_states(shared)
         for pool, known, positions in shared.by_pool():
             if self._owns(pool):
                 found = [losses.get(position, 0.0) for position in positions]
                 others = None if alone is None else [alone.get(position, 0.0) for position in positions]
-                yield from_losses(known, found, others)
+                scores = replace(from_losses(known, found, others), target=self._target_of(known))
+                yield scores if states is None else self._with_hidden(scores, states[positions.start : positions.stop])
 
     def _compute_losses(
         self, shared: SharedCandidates, report: Callable[[float], None] | None = None
@@ -358,4 +425,4 @@ class GradientScorer:
             _, shapes = read_shapes(indices, self.collate_rows, self.processes)
         for pool, known, _ in split_by_pool(pools, shapes):
             if self._owns(pool):
-                yield known
+                yield replace(known, target=self._target_of(known))

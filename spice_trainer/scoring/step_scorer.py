@@ -67,17 +67,37 @@ class StepScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, as JSON values."""
-        return {"num_checked": 0}
+        return {"num_checked": 0} | self._target_state()
 
     def tensors(self) -> dict[str, Tensor]:
         """The same as tensors."""
-        return {}
+        return self._target_tensors()
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores both; raises a `ValueError` if the checkpoint is of a run that selected with a proxy."""
         saved_whole_number(state["num_checked"])
-        if tensors:
+        if self._load_target(state, tensors):
             raise ValueError(
                 "The checkpoint was written by a run that selected with a proxy, and this one is set up the other "
                 "way. Resume with the same `proxy`, or start a new run."
             )
+
+    # What is known of the validation rows
+
+    def _target_state(self) -> dict[str, Any]:
+        target = self.gradient_scorer.target
+        return {} if target is None else target.state_dict()
+
+    def _target_tensors(self) -> dict[str, Tensor]:
+        target = self.gradient_scorer.target
+        return {} if target is None else {f"{_VALIDATION}{name}": value for name, value in target.tensors().items()}
+
+    def _load_target(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Restores it; the tensors that are of something else."""
+        of_target = {name.removeprefix(_VALIDATION): t for name, t in tensors.items() if name.startswith(_VALIDATION)}
+        if self.gradient_scorer.target is not None:
+            self.gradient_scorer.target.load_state_dict(state, of_target)
+        return {name: value for name, value in tensors.items() if not name.startswith(_VALIDATION)}
+
+
+_VALIDATION = "validation."

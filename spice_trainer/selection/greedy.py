@@ -26,6 +26,7 @@ from spice_trainer.selection.conflict import GivenConflicts, MeanConflicts
 from spice_trainer.selection.gram import measure_rows, normalized_gram, scale_rows
 from spice_trainer.selection.information import ExactInformation, InformationMeasure, build_information
 from spice_trainer.selection.large_pool import LARGE_POOL, GramRows, LargePoolConflicts, LargePoolInformation
+from spice_trainer.selection.quotas import LengthQuotas, QuotaRoom
 from spice_trainer.selection.results import Selection
 
 GramReference = Literal["selected", "candidates", "pool"]
@@ -59,6 +60,9 @@ class PickOptions:
             says.
         new_measure (`Callable[[], InformationMeasure]`, *optional*): Makes what picks by information maximise, with
             nothing added; by default the exact information of the Gram matrix.
+        quotas ([`LengthQuotas`], *optional*): How many picks each range of answer lengths gets; by default the rule's
+            own quotas, if it has any.
+        length_bins (`int`): Number of bins of a rule's own quotas.
     """
 
     fisher_alpha: float = 1.0
@@ -68,6 +72,8 @@ class PickOptions:
     min_gain: float | None = None
     tie_tolerance: float = 1e-6
     new_measure: Callable[[], InformationMeasure] | None = None
+    quotas: LengthQuotas | None = None
+    length_bins: int = 4
 
 
 def select(
@@ -230,13 +236,14 @@ def greedy(
     else:
         assert isinstance(gram, Tensor)
         known = MeanConflicts(gram, options.conflict_reference, remaining)
+    room = QuotaRoom(options.quotas)
     indices: list[int] = []
     gains: list[float] = []
     conflicts: list[float] = []
     stopped_early = False
     while len(indices) < num_selected and bool(remaining.any()):
         first_gain = gains[0] if gains else None
-        index, gain, conflict = _best(measure, known, remaining, first_gain, options)
+        index, gain, conflict = _best(measure, known, room.among(remaining), first_gain, options)
         stopped_early = options.min_gain is not None and gain < options.min_gain
         if options.stop_ratio is not None and first_gain is not None:
             stopped_early |= gain <= options.stop_ratio * first_gain
@@ -245,6 +252,7 @@ def greedy(
         known.add(index)
         measure.add(index)
         remaining[index] = False
+        room.take(index)
         indices.append(index)
         gains.append(gain)
         conflicts.append(conflict)

@@ -13,18 +13,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.selection.gram import scaled_alpha
-from spice_trainer.selection.greedy import PickOptions
+from spice_trainer.selection.greedy import PickOptions, check_options
 from spice_trainer.selection.information import InformationMeasure, build_information, gains_in_order
+from spice_trainer.selection.quotas import LengthQuotas, quotas_by_pool, quotas_by_reference, without_quotas
 from spice_trainer.selection.results import Pick, PoolSelection
 from spice_trainer.selection.scores import PoolScores
-from spice_trainer.selection.strategies.registry import find_strategy, select_by_strategy
+from spice_trainer.selection.strategies.strategy import Strategy
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ def select_pool(
 ) -> PoolSelection:
     """Picks from one scored pool and describes the picks; the run's `seed` and `step` are for rules that draw."""
     scores = replace(scores, seed=seed, step=step)
-    rule = find_strategy(config.strategy)
+    rule = cast(Strategy, config.rule)
     alpha: float | None = None
     new_measure: Callable[[], InformationMeasure] | None = None
     if scores.gram is not None:
@@ -62,8 +63,11 @@ def select_pool(
         min_gain=config.min_gain,
         tie_tolerance=config.tie_tolerance,
         new_measure=new_measure if rule.maximizes_information else None,
+        quotas=_quotas(scores, num_selected, config, has_own=rule.has_own_quotas),
+        length_bins=config.length_bins,
     )
-    selection = select_by_strategy(config.strategy, scores, num_selected, options)
+    check_options(num_selected, options)
+    selection = rule.select(scores, num_selected, options)
     if not rule.has_gains:
         unknown = (math.nan,) * len(selection.indices)
         selection = replace(selection, gains=unknown, scores=unknown)
@@ -114,6 +118,22 @@ def select_pool(
         out_of_memory=_rows(scores, lambda part: part.out_of_memory),
         filtered=_filtered(scores),
     )
+
+
+def _quotas(scores: PoolScores, num_selected: int, config: SpiceConfig, *, has_own: bool) -> LengthQuotas | None:
+    """Picks of each range of answer lengths, where the settings say how; `None` leaves it to the rule."""
+    kind, lengths = config.length_quotas, scores.label_tokens or ()
+    if kind == "auto" or (kind == "none" and not has_own):
+        return None
+    if kind == "none":
+        return without_quotas(scores.num_candidates, num_selected)
+    if kind == "pool":
+        return quotas_by_pool(lengths, scores.eligible(), num_selected, num_bins=config.length_bins)
+    target = scores.target
+    if target is None or not any(target.label_tokens):
+        raise ValueError('length_quotas="validation" needs validation rows with labels. Pass PoolScores(target=...).')
+    weights = target.weights(torch.tensor(target.label_tokens) > 0)
+    return quotas_by_reference(lengths, target.label_tokens, weights, num_selected, num_bins=config.length_bins)
 
 
 def _known(number: float) -> float | None:

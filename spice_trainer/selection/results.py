@@ -8,7 +8,8 @@ Axes: T pools of a step, N candidates of a pool, K picked.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Selection:
         scores (`tuple[float, ...]`): Δ − λ c of each pick.
         information (`float`): F of all picks.
         stopped_early (`bool`): Whether `stop_ratio` or `min_gain` ended the pass.
+        facts (`Mapping[str, float]`): What else the rule found out about the pool, by name.
     """
 
     indices: tuple[int, ...]
@@ -30,6 +32,7 @@ class Selection:
     scores: tuple[float, ...]
     information: float
     stopped_early: bool
+    facts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ class StepTimes:
 
     def __add__(self, other: StepTimes) -> StepTimes:
         """Sums, name by name."""
-        return StepTimes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return StepTimes(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     @property
     def overhead(self) -> float:

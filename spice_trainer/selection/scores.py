@@ -16,6 +16,7 @@ from torch import Tensor
 from spice_trainer.data.rows import RowReference
 from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
 from spice_trainer.selection.large_pool import GramRows
+from spice_trainer.selection.target import Target
 
 _VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
 
@@ -27,6 +28,9 @@ NEEDS_IN_WORDS = {
     "label_tokens": "the number of label tokens of each candidate",
     "alignment": "the products of the candidates' gradients with a validation set's mean gradient",
     "reference_norm": "the norm of the validation set's mean gradient",
+    "gradient_cosines": "the cosines of the candidates' and the validation rows' gradients",
+    "hidden_cosines": "the cosines of the candidates' and the validation rows' hidden states",
+    "target": "validation rows (validation_dataset)",
     "seed": "the run's seed",
     "step": "the optimizer step",
     "pool": "the number of the pool in its step",
@@ -55,6 +59,12 @@ class PoolScores:
         alignment (`torch.Tensor` of shape `(N,)`, *optional*): Inner products of the raw gradients with a reference
             gradient v, such as the mean gradient of a validation set.
         reference_norm (`float`, *optional*): ‖v‖.
+        gradient_cosines (`torch.Tensor` of shape `(N + m, N + m)`, *optional*): Inner products of the unit gradients
+            of the candidates and, behind them, of the m rows of `target`; rows and columns of 0 for what is not
+            finite.
+        hidden_cosines (`torch.Tensor` of shape `(N + m, N + m)`, *optional*): The same of their hidden states, less
+            the mean of all.
+        target ([`Target`], *optional*): The validation rows.
         momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
             momentum, for conflicts with it; never of centred gradients.
         gradients (`torch.Tensor` of shape `(N, D)`, *optional*): Rows divided by their largest magnitude, for measures
@@ -88,6 +98,9 @@ class PoolScores:
     label_tokens: Sequence[int] | None = None
     alignment: Float[Tensor, " N"] | None = None
     reference_norm: float | None = None
+    gradient_cosines: Float[Tensor, "M M"] | None = None
+    hidden_cosines: Float[Tensor, "M M"] | None = None
+    target: Target | None = None
     momentum_cosines: Float[Tensor, " N"] | None = None
     gradients: Float[Tensor, "N D"] | None = None
     row_weights: Float64[Tensor, " N"] | None = None
@@ -112,6 +125,14 @@ class PoolScores:
             value = getattr(self, name)
             if value is not None:
                 _check_vector(name, value, self.num_candidates)
+        expected = self.num_candidates + (0 if self.target is None else self.target.num_rows)
+        for name in ("gradient_cosines", "hidden_cosines"):
+            matrix = getattr(self, name)
+            if matrix is not None and tuple(matrix.shape) != (expected, expected):
+                raise ValueError(
+                    f"{name} must have a row and a column for each of {self.num_candidates} candidates and, behind "
+                    f"them, of {expected - self.num_candidates} target rows, got {tuple(matrix.shape)}."
+                )
         if self.label_tokens is not None and len(self.label_tokens) != self.num_candidates:
             raise ValueError(
                 f"label_tokens has {len(self.label_tokens)} entries, but sound is for {self.num_candidates} "
@@ -135,8 +156,8 @@ class PoolScores:
         """N, the number of candidates."""
         return self.sound.shape[0]
 
-    def values(self, name: str) -> Float64[Tensor, " N"]:
-        """Returns a field that holds one number a candidate as float64 on the CPU, shape (N,)."""
+    def values(self, name: str) -> Float64[Tensor, " *N"]:
+        """Returns a field of numbers, one a candidate or a matrix, as float64 on the CPU."""
         return torch.as_tensor(getattr(self, name)).detach().to("cpu").to(torch.float64)
 
     def eligible(self, *values: Float64[Tensor, " N"]) -> Bool[Tensor, " N"]:

@@ -29,6 +29,7 @@ from spice_trainer.data.raw_rows import find_raw_format
 from spice_trainer.data.rows import TargetRows
 from spice_trainer.data.sample import RowSample
 from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
+from spice_trainer.data.validation_sets import named_sets
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.gradients.verification import verify_gradients
 from spice_trainer.proxy.model import ProxyModel
@@ -112,9 +113,9 @@ def select_subset(
             Where the subset, its manifest, the records and the states go.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The selector's tokenizer. Needed for raw rows.
-        validation_dataset (`datasets.Dataset` or sequence, *optional*):
-            Rows like those of `dataset`, of whose first `config.validation_rows` the strategy `"less"` takes the mean
-            gradient.
+        validation_dataset (`datasets.Dataset`, sequence, or `dict` of these, *optional*):
+            Rows like those of `dataset` that the model shall do well on, in one set or several, for rules that aim:
+            the first `config.validation_rows` of each.
         data_collator (`Callable`, *optional*):
             Collates tokenised rows. Defaults to right padding.
         samples_per_step (`int`, *optional*):
@@ -188,7 +189,8 @@ def select_subset(
                 assistant_only=assistant_only_loss,
             )
             rows = read(dataset)
-            validation = read(validation_dataset) if validation_dataset is not None else None
+            given = {} if validation_dataset is None else named_sets(validation_dataset)
+            validation = {name: read(rows) for name, rows in given.items()}
             if samples_per_step is None:
                 samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
             schedule = build_schedule(
@@ -203,8 +205,9 @@ def select_subset(
             runtime = Runtime(lambda: proxy.model, schedule.seed, processes=processes, autocast=accelerator.autocast)
             selector = build_selector(config, schedule, runtime, rows, proxy=proxy, validation=validation)
             identity = _identify(proxy, dataset, config, samples_per_step=samples_per_step, seed=schedule.seed)
-            if config.takes_validation:
-                identity["validation_fingerprint"] = fingerprint_dataset(validation_dataset)
+            if validation:
+                found = [fingerprint_dataset(rows) for rows in given.values()]
+                identity["validation_fingerprint"] = found[0] if len(found) == 1 else found
         seen = {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed}
         seen["the fingerprint of the rows' content"] = identity["dataset_fingerprint"]
         check_agreement(processes, seen)

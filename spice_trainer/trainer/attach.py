@@ -31,6 +31,7 @@ def attach_spice(
     config_or_sampler: SpiceConfig | SpiceSampler | None = None,
     *,
     proxy: ProxyModel | None = None,
+    validation_dataset: Any = None,
     verify: bool = True,
 ) -> SpiceHandle:
     """Makes a trainer train each step on what SPICE picks. Call it after building the trainer, before `train()`.
@@ -48,6 +49,10 @@ def attach_spice(
         proxy ([`ProxyModel`], *optional*):
             A small model that scores instead of the trainer's. Without one, `config.proxy_model_name_or_path` is
             loaded, if it is set.
+        validation_dataset (`datasets.Dataset`, `list` or `dict` of these, *optional*):
+            Rows like those that the model shall do well on, in one set or several named ones, prepared as the trainer
+            prepares its own. For rules that aim at them; the first `config.validation_rows` of each set are read, and
+            never trained on. `"less"` takes the trainer's `eval_dataset` where there is none.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to compare the batched sample gradients of two short rows with autograd's first.
 
@@ -82,7 +87,7 @@ def attach_spice(
     check_trainer(trainer)
     attached = getattr(trainer, "_spice", None)
     if isinstance(attached, SpiceHooks):
-        _check_same(attached.sampler, config_or_sampler, proxy)
+        _check_same(attached, config_or_sampler, proxy, validation_dataset)
         return attached.handle
     if is_training(trainer):
         raise RuntimeError(
@@ -100,7 +105,7 @@ def attach_spice(
             "trainer, or call detach_spice on the other one first."
         )
     sampler.proxy = resolve_proxy(sampler.proxy, sampler.config, device=trainer.args.device, seed=trainer.args.seed)
-    hooks = SpiceHooks(trainer, sampler)
+    hooks = SpiceHooks(trainer, sampler, validation_dataset)
     hooks.check(verify=verify)
     hooks.install()
     return hooks.handle
@@ -136,20 +141,23 @@ def _wait_for_all(accelerator: Accelerator) -> None:
     )
 
 
-def _check_same(attached: SpiceSampler, wanted: SpiceConfig | SpiceSampler, proxy: ProxyModel | None) -> None:
+def _check_same(
+    hooks: SpiceHooks, wanted: SpiceConfig | SpiceSampler, proxy: ProxyModel | None, validation_dataset: Any
+) -> None:
     """Attaching again is nothing new with the same settings, as when a notebook's cell runs twice; else an error."""
+    attached, is_same_target = hooks.sampler, validation_dataset is hooks.validation_dataset
     config = wanted.config if isinstance(wanted, SpiceSampler) else wanted
     wanted_proxy = wanted.proxy if isinstance(wanted, SpiceSampler) else proxy
     # One that the settings name was loaded when they were attached.
     is_same_proxy = wanted_proxy is attached.proxy or (wanted_proxy is None and config.proxy_model_name_or_path)
-    if config == attached.config and is_same_proxy:
+    if config == attached.config and is_same_proxy and is_same_target:
         logger.info("SPICE: attached to this trainer already, with the same settings.")
         return
     differing = [
         f"{name} is {value} and would be {getattr(config, name)}"
         for name, value in attached.config.to_dict().items()
         if getattr(config, name) != value
-    ] or ["the proxy would be another"]
+    ] or ["the proxy would be another" if is_same_target else "the validation_dataset would be another"]
     raise ValueError(
         f"SPICE is attached to this trainer already, with other settings: {'; '.join(differing)}. Call "
         "detach_spice(trainer) first."
@@ -178,13 +186,21 @@ class SpiceTrainerMixin:
     Args:
         sampler ([`SpiceSampler`] or [`SpiceConfig`], *optional*):
             Picks the rows. Defaults to `SpiceSampler(SpiceConfig())`.
+        validation_dataset (*optional*):
+            As in [`attach_spice`].
         args and kwargs:
             As the trainer class takes them.
     """
 
-    def __init__(self, *args: Any, sampler: SpiceSampler | SpiceConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sampler: SpiceSampler | SpiceConfig | None = None,
+        validation_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        attach_spice(self, sampler)
+        attach_spice(self, sampler, validation_dataset=validation_dataset)
 
 
 class SpiceTrainer(SpiceTrainerMixin, Trainer):

@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids, token_id_limits
 from spice_trainer.data.fingerprints import fingerprint_rows
+from spice_trainer.data.rows import TargetRows
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.recording.checkpoint import checkpoint_to_resume, mark_incomplete
 from spice_trainer.recording.summary import RunPlan
@@ -51,6 +52,7 @@ from spice_trainer.trainer.inputs import (
 from spice_trainer.trainer.objective import warn_of_objective
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.trainer.search import SEARCHABLE, searched_config, warn_of_settings_in_arguments
+from spice_trainer.trainer.validation import validation_sets
 from spice_trainer.utils.logging import logger
 
 HOOKED_METHODS = (
@@ -86,9 +88,11 @@ class SpiceHooks:
     callback: SpiceCallback
     handle: SpiceHandle
 
-    def __init__(self, trainer: Any, sampler: SpiceSampler) -> None:
+    def __init__(self, trainer: Any, sampler: SpiceSampler, validation_dataset: Any = None) -> None:
         self.trainer = trainer
         self.sampler = sampler
+        self.validation_dataset = validation_dataset
+        self._validation: dict[str, TargetRows] | None = None
         self._is_installed = False
         self._build_loader: Callable[[], DataLoader[Any]] | None = None
         self._begins_run: int | None = None
@@ -160,6 +164,7 @@ class SpiceHooks:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
         processes, args = Processes.of(self.trainer.accelerator), self.trainer.args
         with processes.failing_together("attaching SPICE"):
+            self._validation = validation_sets(self.trainer, self.validation_dataset, self.sampler.config)
             inputs = self._build_inputs(self.trainer.get_train_dataloader)
             scorer, candidates = inputs.selector.gradient_scorer, inputs.candidates
             check_run(args, inputs.schedule, scorer, candidates, config=self.sampler.config)
@@ -385,5 +390,10 @@ class SpiceHooks:
 
     def _build_inputs(self, get_loader: Callable[[], DataLoader[Any]]) -> RunInputs:
         return build_inputs(
-            self.trainer, self.sampler.config, get_loader, proxy=self.sampler.proxy, earlier=self._earlier
+            self.trainer,
+            self.sampler.config,
+            get_loader,
+            proxy=self.sampler.proxy,
+            validation=self._validation,
+            earlier=self._earlier,
         )

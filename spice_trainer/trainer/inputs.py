@@ -5,7 +5,7 @@ trainer's own loader ─ dataset, collator ─ schedule of pools ─ selector (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,6 +74,7 @@ def build_inputs(
     get_loader: Callable[[], DataLoader[Any]],
     *,
     proxy: ProxyModel | None,
+    validation: Mapping[str, TargetRows] | None = None,
     earlier: EarlierSample | None = None,
 ) -> RunInputs:
     """Takes the rows of the trainer's own loader, and builds the schedule and the selector for them."""
@@ -90,7 +91,9 @@ def build_inputs(
     sample = RowSample.read(dataset, device=trainer.args.device)
     rows = sample.collate(collate)
     schedule = build_trainer_schedule(trainer, config, dataset, rows)
-    selector = build_trainer_selector(trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy)
+    selector = build_trainer_selector(
+        trainer, config, schedule, dataset=dataset, collate=collate, proxy=proxy, validation=validation
+    )
     scored = selector.gradient_scorer
     if scored.rows.dataset is dataset:
         scored.references.check(sample.rows[0])
@@ -266,6 +269,7 @@ def build_trainer_selector(
     dataset: Any,
     collate: Callable[..., Any],
     proxy: ProxyModel | None,
+    validation: Mapping[str, TargetRows] | None = None,
 ) -> StepSelector:
     """What selects for the trainer's steps."""
 
@@ -289,7 +293,7 @@ def build_trainer_selector(
         # A stream's rows have their raw columns themselves.
         describe_rows(trainer, dataset, collate, None if isinstance(dataset, StreamRows) else trainer.train_dataset),
         proxy=proxy,
-        validation=validation_rows(trainer, config.strategy) if config.takes_validation else None,
+        validation=validation,
     )
 
 
@@ -319,21 +323,6 @@ def check_trainer_optimizer(trainer: Any, config: SpiceConfig) -> None:
             f"optim={OptimizerNames(trainer.args.optim).value!r}. Fix: set optim='adamw_torch_fused' or "
             f"'adamw_torch', or leave {name} out."
         )
-
-
-def validation_rows(trainer: Any, strategy: str) -> TargetRows | None:
-    """The rows of the trainer's `eval_dataset` as its own evaluation reads them; `None` if it has none."""
-    given = trainer.eval_dataset
-    if given is None:
-        return None
-    if isinstance(given, dict):
-        raise ValueError(
-            f"SpiceConfig: strategy={strategy!r} compares candidates with one validation set, and the Trainer's "
-            f"eval_dataset holds {len(given)}: {', '.join(map(str, given))}. Fix: give it one dataset, such as "
-            "datasets.concatenate_datasets(list(eval_dataset.values())), or choose another strategy."
-        )
-    dataset, collate = training_rows(trainer, trainer.get_eval_dataloader, name="get_eval_dataloader")
-    return describe_rows(trainer, dataset, collate, given)
 
 
 def describe_rows(trainer: Any, dataset: Any, collate: Callable[..., Any], raw_dataset: Any) -> TargetRows:

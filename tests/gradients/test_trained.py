@@ -51,7 +51,7 @@ def _trained_a_step(model: nn.Module) -> torch.optim.Optimizer:
 
 def _scorer(model: nn.Module, optimizer: Any, **settings: Any) -> GradientScorer:
     config = SpiceConfig(**({"sketch_dim": 0} | settings))
-    validation = ValidationRows(TargetRows(ROWS[:6], collate), 6) if config.takes_validation else None
+    validation = ValidationRows({"validation": TargetRows(ROWS[:6], collate)}, 6) if config.takes_validation else None
     return make_scorer(
         model, config, rows=ROWS, collate=collate, get_optimizer=lambda: optimizer, validation=validation
     )

@@ -30,7 +30,7 @@ ROW_BY_ROW = ("random", "top_norm", "loss", "perplexity", "ifd", "less")
 
 def scored(model: Any, rows: Any, strategy: str, pool: list[int] = POOL, **settings: Any) -> Any:
     config = SpiceConfig(**({"sketch_dim": 0, "pool_size": 8, "num_selected": 2, "strategy": strategy} | settings))
-    validation = ValidationRows(TargetRows(rows, collate), 32) if strategy == "less" else None
+    validation = ValidationRows({"validation": TargetRows(rows, collate)}, 32) if strategy == "less" else None
     (scores,) = make_scorer(model, config, rows=rows, collate=collate, validation=validation).score([pool])
     return scores, select_pool(scores, 8, config, seed=1, step=0)
 
@@ -176,7 +176,7 @@ def test_messages_name_the_validation_set(caplog: pytest.LogCaptureFixture, monk
     model, rows = tiny_lora_model(), tiny_rows(32)
     config = SpiceConfig(sketch_dim=0, strategy="less")
     broken = [dict(row) for row in tiny_rows(5)]
-    validation = ValidationRows(TargetRows(broken, collate), 32)
+    validation = ValidationRows({"validation": TargetRows(broken, collate)}, 32)
     scorer = make_scorer(model, config, rows=rows, collate=collate, validation=validation)
     broken[3] = {"input_ids": [1, 2]}
     with pytest.raises(ValueError, match="failed on row 3 of the validation dataset"):

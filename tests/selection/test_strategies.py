@@ -1,5 +1,6 @@
 """Every strategy against its definition written out on explicit gradients and plain numbers."""
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from spice_trainer.selection.greedy import information_of, select
 from spice_trainer.selection.information import ExactInformation, build_information
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.strategies.matching import nonnegative_weights
+from spice_trainer.selection.target import Target
 from tests.support import strategy_oracles as oracles
 from tests.support.greedy_oracle import conflict, greedy_oracle, log_det_gain
 
@@ -59,13 +61,26 @@ def pool(num_rows, dimension, seed=0, spread=1.0, unsound=()):
     }
 
 
-def inputs_of(known, order=None):
+TARGET_LENGTHS = (4, 9, 20, 33, 50, 51)
+
+
+def target_rows(known, number):
+    """Rows to do well on, apart from the pool."""
+    generator = torch.Generator().manual_seed(11)
+    rows = torch.randn(number, known["gradients"].shape[1], generator=generator, dtype=torch.float64)
+    return oracles.unit(rows + 2.0 * known["reference"])
+
+
+def inputs_of(known, order=None, target_lengths=TARGET_LENGTHS):
     rows = known["gradients"]
     order = list(range(len(rows))) if order is None else order
     rows = rows[order]
     sound = rows.isfinite().all(dim=1) & rows.any(dim=1)
+    units = torch.cat([oracles.unit(rows), target_rows(known, len(target_lengths))])
     return PoolScores(
         sound=sound,
+        gradient_cosines=units @ units.T,
+        target=Target(target_lengths),
         gram=rows @ rows.T,
         gradient_norms=rows.norm(dim=1),
         losses=known["losses"][order],
@@ -94,6 +109,8 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
         reference = known["reference"]
         cosines = [float(row @ reference / (row.norm() * reference.norm())) for row in rows]
         return oracles.ranked(cosines, sound, num_selected, tie_tolerance, smallest_scale=1.0)
+    if name == "targeted_matching":
+        return targeted(known, sound, num_selected, tie_tolerance)
     values = {
         "top_norm": [math.sqrt(sum(entry * entry for entry in row)) for row in rows.tolist()],
         "loss": [loss * tokens for loss, tokens in zip(losses, known["label_tokens"], strict=True)],
@@ -101,7 +118,30 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
     return oracles.ranked(values, sound, num_selected, tie_tolerance)
 
 
-RULES = tuple(name for name in NAMES if name not in ("spice", "fisher", "random"))
+def targeted(known, sound, num_selected, tie_tolerance):
+    """Shrunken matching within quotas, from the vectors."""
+    units, lengths = oracles.unit(known["gradients"]), known["label_tokens"]
+    candidates = units[sound]
+    number = len(TARGET_LENGTHS)
+    seed = int.from_bytes(hashlib.sha256(b"(3, 5, 7)").digest()[:7], "little")
+    _, shrinkage, centre = oracles.shift(
+        candidates, target_rows(known, number), [1 / number] * number, [list(range(number))], seed
+    )
+    if shrinkage > 0:
+        edges = [sorted(TARGET_LENGTHS)[math.ceil(number * share / 4) - 1] for share in (1, 2, 3)]
+        bins = [sum(edge < length for edge in edges) for length in lengths]
+        of_target = [sum(edge < length for edge in edges) for length in TARGET_LENGTHS]
+        sizes = oracles.apportion([of_target.count(number) for number in range(4)], num_selected)
+    else:
+        ranked = sorted(sound, key=lambda index: (lengths[index], index))
+        bins = [0] * len(lengths)
+        for place, index in enumerate(ranked):
+            bins[index] = place * 4 // len(ranked)
+        sizes = oracles.apportion([sum(bins[i] == n for i in sound) for n in range(4)], num_selected)
+    return oracles.herding(units, centre, list(sound), num_selected, bins, sizes, tie_tolerance)
+
+
+RULES = tuple(name for name in NAMES if name not in ("spice", "fisher", "random", "length_matched"))
 UNSOUND = ((2, 0.0), (5, math.nan), (6, math.inf))
 
 
@@ -176,7 +216,8 @@ def test_masked_rows_are_never_picked_whatever_the_gram_holds_for_them():
         assert sorted(selection.indices) == [0, 1, 2, 4, 5, 6, 7, 9]
         assert all(map(math.isfinite, (*selection.gains, *selection.conflicts, selection.information)))
         nothing = replace(inputs, sound=torch.zeros(10, dtype=torch.bool))
-        assert select_by_strategy(name, nothing, 3) == Selection((), (), (), (), 0.0, False)
+        empty = select_by_strategy(name, nothing, 3)
+        assert replace(empty, facts={}) == Selection((), (), (), (), 0.0, False)
     assert match_with_weights(inputs.gram, torch.zeros(10, dtype=torch.bool), 3).weights == ()
 
 
@@ -218,14 +259,18 @@ def test_what_a_candidate_costs():
     assert passes == {
         "spice": (1, 1), "fisher": (1, 1), "random": (0, 0), "top_norm": (1, 1), "dpp": (1, 1), "matching": (1, 1),
         "facility_location": (1, 1), "loss": (1, 0), "perplexity": (1, 0), "ifd": (2, 0), "less": (1, 1),
+        "length_matched": (0, 0), "targeted_matching": (1, 1),
     }  # fmt: skip
     assert {name for name, rule in STRATEGIES.items() if "gram" in rule.needs} == {"spice", "fisher", *OF_GRADIENTS}
     assert {n for n, rule in STRATEGIES.items() if rule.compares_gradients} == {
         "spice",
         "fisher",
         "less",
+        "targeted_matching",
         *OF_GRADIENTS,
     }
+    hidden = STRATEGIES["targeted_matching"].on_hidden_states
+    assert (hidden.num_forwards, hidden.num_backwards, hidden.compares_gradients) == (1, 0, False)
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in NAMES for field in STRATEGIES[name].needs])
@@ -510,10 +555,11 @@ def test_properties(known, name, num_selected, random):
     information = information_of(ExactInformation(inputs.sound_gram(), fisher_alpha=1.0), picked)
     assert selection.information == pytest.approx(information, rel=1e-12)
 
-    # The first k of K picks are the k picks.
+    # The first k of K picks are the k picks, but where quotas go by K.
+    keeps_quotas = STRATEGIES[name].has_own_quotas
     prefix = select_by_strategy(name, inputs, random.randint(1, num_selected))
-    assert prefix.indices == selection.indices[: len(prefix.indices)]
-    assert prefix.gains == selection.gains[: len(prefix.gains)]
+    assert keeps_quotas or prefix.indices == selection.indices[: len(prefix.indices)]
+    assert keeps_quotas or prefix.gains == selection.gains[: len(prefix.gains)]
 
     # dpp's volumes and facility location's cover are submodular: gains fall, but for ties.
     if name in ("dpp", "facility_location"):
@@ -521,8 +567,9 @@ def test_properties(known, name, num_selected, random):
         falling = selection.gains[: min(len(picked), rows.shape[1])] if name == "dpp" else selection.gains
         assert all(later <= earlier + slack for earlier, later in pairwise(falling))
 
-    # Reordering the pool reorders the picks.
-    if name != "random":
+    # Reordering the pool reorders the picks; of rows that are as long as each other the first is in the lower stratum.
+    has_ties = keeps_quotas and len(set(known["label_tokens"])) < num_rows
+    if name not in ("random", "length_matched") and not has_ties:
         order = random.sample(range(num_rows), num_rows)
         straight = select_by_strategy(name, inputs, num_selected, tie_tolerance=1e-9)
         reordered = select_by_strategy(name, inputs_of(known, order), num_selected, tie_tolerance=1e-9)

@@ -1,6 +1,7 @@
 """Every selection strategy written out slowly and obviously, on explicit gradients or plain lists of numbers."""
 
 import math
+from fractions import Fraction
 from itertools import combinations
 
 import torch
@@ -135,3 +136,72 @@ def against_reference(gradients, reference, num_selected, *, fisher_alpha, confl
         picked.append(chosen)
         remaining.remove(chosen[0])
     return picked
+
+
+def unit(rows):
+    """Rows of length 1; zeros for those that are zero or not finite."""
+    found = torch.zeros_like(rows)
+    for index, row in enumerate(rows):
+        if bool(row.isfinite().all()) and bool(row.any()):
+            found[index] = row / row.norm()
+    return found
+
+
+def shift(candidates, targets, row_weights, set_rows, seed, num_shuffles=499):
+    """p-value, ρ and c of unit candidates and targets, from the vectors themselves; `set_rows` are each set's rows."""
+    num_candidates = len(candidates)
+    rows = torch.cat([candidates, targets])
+    mean_of_pool = candidates.mean(dim=0)
+    mean_of_target = sum(weight * row for weight, row in zip(row_weights, targets, strict=True))
+    difference = mean_of_target - mean_of_pool
+    weights = torch.tensor([-1.0 / num_candidates] * num_candidates + list(row_weights), dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda index: float(rows[index] @ difference))
+    generator = torch.Generator().manual_seed(seed)
+    shuffles = torch.rand(num_shuffles, len(rows), generator=generator, dtype=torch.float64).argsort(dim=1)
+    as_large = 1
+    for shuffle in shuffles.tolist():
+        # Place i of the order gets the weight of the row that stands at place shuffle[i].
+        shuffled = sum(float(weights[order[place]]) * rows[order[i]] for i, place in enumerate(shuffle))
+        as_large += float(shuffled.square().sum()) >= float(difference.square().sum()) * (1 - 1e-9) - 1e-12
+    p_value = as_large / (num_shuffles + 1)
+    by_chance = float((candidates - mean_of_pool).square().sum()) / (num_candidates - 1) / num_candidates
+    for members in set_rows:
+        some = targets[members]
+        spread = float((some - some.mean(dim=0)).square().sum()) / (len(some) - 1)
+        by_chance += sum(row_weights[row] for row in members) ** 2 * spread / len(some)
+    squared = float(difference.square().sum())
+    shrinkage = max(0.0, 1 - by_chance / squared) if p_value <= 0.01 else 0.0
+    return p_value, shrinkage, mean_of_pool + shrinkage * difference
+
+
+def herding(candidates, target, eligible, num_selected, bins=None, sizes=(), tie_tolerance=1e-6):
+    """Greedy matching of a target vector within quotas, from the vectors themselves."""
+    picks, gains, left = [], [], list(sizes)
+    scale = float(target.square().sum())
+    before = scale
+    while len(picks) < min(num_selected, len(eligible)):
+        remaining = [index for index in eligible if index not in picks]
+        among = [index for index in remaining if bins is None or left[bins[index]] > 0] or remaining
+        distances = {}
+        for index in among:
+            mean = candidates[[*picks, index]].mean(dim=0)
+            distances[index] = float((mean - target).square().sum())
+        best = min(distances.values())
+        chosen = min(index for index in among if distances[index] <= best + tie_tolerance * max(scale, best))
+        picks.append(chosen)
+        gains.append(before - distances[chosen])
+        before = distances[chosen]
+        if bins is not None:
+            left[bins[chosen]] -= 1
+    return picks, gains
+
+
+def apportion(shares, total):
+    """Largest remainders, in exact fractions."""
+    shares = [Fraction(share).limit_denominator(10**6) for share in shares]
+    exact = [share * total / sum(shares) for share in shares]
+    sizes = [math.floor(value) for value in exact]
+    order = sorted(range(len(exact)), key=lambda index: (sizes[index] - exact[index], index))
+    for index in order[: total - sum(sizes)]:
+        sizes[index] += 1
+    return sizes

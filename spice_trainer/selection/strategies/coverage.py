@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from spice_trainer.selection.greedy import PickOptions
+from spice_trainer.selection.quotas import QuotaRoom
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.strategy import Picks, Strategy, lowest_tied
 
@@ -36,11 +37,12 @@ def pick_dpp(scores: PoolScores, num_selected: int, options: PickOptions) -> Pic
     # num_selected's: BLAS may round otherwise for another width, and the first picks of more must be the same.
     factor = torch.empty_like(gram)
     num_columns = 0
-    picks = Picks([], [])
+    picks, room = Picks([], []), QuotaRoom(options.quotas)
     for _ in range(min(num_selected, int(remaining.sum()))):
         gains = torch.maximum(residuals, floors).log()
-        index = lowest_tied(gains, remaining, options.tie_tolerance)
+        index = lowest_tied(gains, room.among(remaining), options.tie_tolerance)
         remaining[index] = False
+        room.take(index)
         picks.indices.append(index)
         picks.gains.append(float(gains[index]))
         if residuals[index] > floors[index]:
@@ -63,22 +65,23 @@ def pick_facility_location(scores: PoolScores, num_selected: int, options: PickO
     matrix, then O(N² K). Gains within `tie_tolerance` times the first gain of the best are tied.
     """
     gram = scores.sound_gram()
-    sound = scores.eligible().nonzero().flatten()
-    gram = gram[sound][:, sound]
-    squared_norms = gram.diagonal()
-    distances = (squared_norms[:, None] + squared_norms - 2.0 * gram).clamp_min(0.0).sqrt()
+    remaining = scores.eligible()
+    sound = remaining.nonzero().flatten()
+    squared_norms = gram.diagonal()[sound]
+    distances = (squared_norms[:, None] + squared_norms - 2.0 * gram[sound][:, sound]).clamp_min(0.0).sqrt()
     distances.fill_diagonal_(0.0)
-    similarities = distances.max() - distances if len(sound) else distances
-    remaining = torch.ones(len(sound), dtype=torch.bool)
+    similarities = torch.zeros(len(sound), len(gram), dtype=torch.float64)
+    similarities[:, sound] = distances.max() - distances if len(sound) else distances
     covered = torch.zeros(len(sound), dtype=torch.float64)
-    picks = Picks([], [])
+    picks, room = Picks([], []), QuotaRoom(options.quotas)
     for _ in range(min(num_selected, len(sound))):
         gains = (similarities - covered[:, None]).clamp_min(0.0).sum(dim=0)
         first_gain = picks.gains[0] if picks.gains else float(gains.max())
-        index = lowest_tied(gains, remaining, options.tie_tolerance * first_gain)
+        index = lowest_tied(gains, room.among(remaining), options.tie_tolerance * first_gain)
         remaining[index] = False
+        room.take(index)
         covered = torch.maximum(covered, similarities[:, index])
-        picks.indices.append(int(sound[index]))
+        picks.indices.append(index)
         picks.gains.append(float(gains[index]))
     return picks
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from spice_trainer.selection.greedy import PickOptions, check_options
+from spice_trainer.selection.quotas import LengthQuotas, QuotaRoom
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.strategy import Picks, Strategy, describe_picks, lowest_tied
@@ -47,23 +48,38 @@ def pick_matching(scores: PoolScores, num_selected: int, options: PickOptions) -
     numerators are matched. Objectives within `tie_tolerance` times max(‖μ‖², the smallest) are tied.
     """
     gram = scores.sound_gram()
-    remaining = scores.eligible()
-    picks = Picks([], [])
-    if not bool(remaining.any()):
-        return picks
+    eligible = scores.eligible()
+    if not bool(eligible.any()):
+        return Picks([], [])
+    to_mean = gram[:, eligible].mean(dim=1)
+    mean_square = float(to_mean[eligible].mean().clamp_min(0.0))
+    return herd(gram, eligible, to_mean, mean_square, num_selected, options.tie_tolerance, options.quotas)
+
+
+def herd(
+    gram: Float64[Tensor, "N N"],
+    eligible: Bool[Tensor, " N"],
+    to_target: Float64[Tensor, " N"],
+    target_square: float,
+    num_selected: int,
+    tie_tolerance: float,
+    quotas: LengthQuotas | None = None,
+) -> Picks:
+    """Picks greedily the candidate that brings the mean of the picks nearest a target c, by ⟨g_x, c⟩ and |c|²."""
+    remaining, room, picks = eligible.clone(), QuotaRoom(quotas), Picks([], [])
     squared_norms = gram.diagonal()
-    to_mean = gram[:, remaining].mean(dim=1)
-    mean_square = float(to_mean[remaining].mean().clamp_min(0.0))
-    to_sum = torch.zeros_like(to_mean)
-    sum_square, sum_to_mean, objective = 0.0, 0.0, mean_square
+    to_sum = torch.zeros_like(to_target)
+    sum_square, sum_to_target, objective = 0.0, 0.0, target_square
     for size in range(1, min(num_selected, int(remaining.sum())) + 1):
         objectives = (sum_square + 2.0 * to_sum + squared_norms) / size**2
-        objectives = objectives - 2.0 * (sum_to_mean + to_mean) / size + mean_square
-        tolerance = options.tie_tolerance * max(mean_square, float(objectives[remaining].min()))
-        index = lowest_tied(-objectives, remaining, tolerance)
+        objectives = objectives - 2.0 * (sum_to_target + to_target) / size + target_square
+        among = room.among(remaining)
+        tolerance = tie_tolerance * max(target_square, float(objectives[among].min()))
+        index = lowest_tied(-objectives, among, tolerance)
         remaining[index] = False
+        room.take(index)
         sum_square += float(2.0 * to_sum[index] + squared_norms[index])
-        sum_to_mean += float(to_mean[index])
+        sum_to_target += float(to_target[index])
         to_sum = to_sum + gram[:, index]
         picks.indices.append(index)
         picks.gains.append(objective - float(objectives[index]))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import sys
 
+import torch
+
 from spice_trainer.selection.greedy import PickOptions
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.strategy import Picks, Strategy, pick_largest
@@ -27,8 +29,11 @@ def pick_random(scores: PoolScores, num_selected: int, options: PickOptions) -> 
     prefix = f"spice_trainer/random/{scores.seed}/{scores.step}/{scores.pool}"
     candidates: list[int] = scores.eligible().nonzero().flatten().tolist()
     candidates.sort(key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
-    indices = candidates[:num_selected]
-    return Picks(indices, [0.0] * len(indices))
+    # The first of the order has the largest value.
+    order = torch.zeros(scores.num_candidates, dtype=torch.float64)
+    order[candidates] = torch.arange(len(candidates), 0, -1, dtype=torch.float64)
+    picks = pick_largest(order, order > 0, num_selected, 0.0, quotas=options.quotas)
+    return Picks(picks.indices, [0.0] * len(picks.indices))
 
 
 def pick_top_norm(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
@@ -39,7 +44,7 @@ def pick_top_norm(scores: PoolScores, num_selected: int, options: PickOptions) -
     and a backward a candidate, but no Gram matrix.
     """
     norms = scores.values("gradient_norms")
-    return pick_largest(norms, scores.eligible(norms), num_selected, options.tie_tolerance)
+    return pick_largest(norms, scores.eligible(norms), num_selected, options.tie_tolerance, quotas=options.quotas)
 
 
 def pick_loss(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
@@ -50,7 +55,7 @@ def pick_loss(scores: PoolScores, num_selected: int, options: PickOptions) -> Pi
     for Faster Training of Neural Networks" (2015) trains on large losses. Costs a forward a candidate.
     """
     losses = scores.values("losses") * scores.values("label_tokens")
-    return pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance)
+    return pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance, quotas=options.quotas)
 
 
 def pick_perplexity(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
@@ -61,7 +66,7 @@ def pick_perplexity(scores: PoolScores, num_selected: int, options: PickOptions)
     parts on the whole text, here the label tokens count and the high part is taken. Costs a forward a candidate.
     """
     losses = scores.values("losses")
-    picks = pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance)
+    picks = pick_largest(losses, scores.eligible(losses), num_selected, options.tie_tolerance, quotas=options.quotas)
     perplexities = losses.exp().clamp_max(sys.float_info.max)
     return Picks(picks.indices, [float(perplexities[index]) for index in picks.indices])
 
@@ -79,9 +84,10 @@ def pick_ifd(scores: PoolScores, num_selected: int, options: PickOptions) -> Pic
     losses, alone = scores.values("losses"), scores.values("losses_without_instruction")
     ratios = (losses / alone.clamp_min(sys.float_info.min)).clamp_max(sys.float_info.max)
     eligible = scores.eligible(losses, alone)
-    helped = pick_largest(ratios, eligible & (ratios < 1), num_selected, options.tie_tolerance)
-    others = pick_largest(-ratios, eligible & (ratios >= 1), num_selected - len(helped.indices), options.tie_tolerance)
-    return Picks(helped.indices + others.indices, helped.gains + [-gain for gain in others.gains])
+    # Above 0 are those that the instruction helps.
+    values = torch.where(ratios < 1, ratios, -ratios)
+    picks = pick_largest(values, eligible, num_selected, options.tie_tolerance, quotas=options.quotas)
+    return Picks(picks.indices, [abs(gain) for gain in picks.gains])
 
 
 def pick_less(scores: PoolScores, num_selected: int, options: PickOptions) -> Picks:
@@ -99,7 +105,9 @@ def pick_less(scores: PoolScores, num_selected: int, options: PickOptions) -> Pi
     cosines = scores.values("alignment") / norms / float(scores.reference_norm or 1.0)
     eligible = scores.eligible(norms, cosines)
     # Cosines near 0 are differences of large numbers, so ties are counted on their full range of 1.
-    return pick_largest(cosines, eligible, num_selected, options.tie_tolerance, smallest_scale=1.0)
+    return pick_largest(
+        cosines, eligible, num_selected, options.tie_tolerance, smallest_scale=1.0, quotas=options.quotas
+    )
 
 
 TOP_NORM = Strategy("top_norm", ("gradient_norms",), pick_top_norm)

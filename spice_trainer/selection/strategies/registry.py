@@ -18,9 +18,24 @@ from spice_trainer.selection.strategies.information import FISHER, SPICE
 from spice_trainer.selection.strategies.matching import MATCHING
 from spice_trainer.selection.strategies.ranking import IFD, LESS, LOSS, PERPLEXITY, RANDOM, TOP_NORM
 from spice_trainer.selection.strategies.strategy import Strategy
+from spice_trainer.selection.strategies.targeted import LENGTH_MATCHED, TARGETED_MATCHING
 
 # In the order in which messages list them.
-_OF_THE_PACKAGE = (SPICE, FISHER, RANDOM, TOP_NORM, DPP, MATCHING, FACILITY_LOCATION, LOSS, PERPLEXITY, IFD, LESS)
+_OF_THE_PACKAGE = (
+    SPICE,
+    FISHER,
+    RANDOM,
+    LENGTH_MATCHED,
+    TARGETED_MATCHING,
+    TOP_NORM,
+    DPP,
+    MATCHING,
+    FACILITY_LOCATION,
+    LOSS,
+    PERPLEXITY,
+    IFD,
+    LESS,
+)
 
 
 def register_strategy(strategy: Strategy) -> Strategy:
@@ -65,7 +80,7 @@ def find_strategy(name: str) -> Strategy:
 def select_by_strategy(
     name: str, scores: PoolScores, num_selected: int, options: PickOptions | None = None
 ) -> Selection:
-    """Picks from a pool by the rule of that name; see [`Strategy.select`].
+    """Picks from a pool by the rule of that name, on hidden states where there are only these.
 
     Args:
         name (`str`): One of the registered rules.
@@ -81,5 +96,7 @@ def select_by_strategy(
     """
     options = PickOptions() if options is None else options
     strategy = find_strategy(name)
+    if scores.gradient_cosines is None and scores.hidden_cosines is not None:
+        strategy = strategy.on_hidden_states or strategy
     check_options(num_selected, options)
     return strategy.select(scores, num_selected, options)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float64
@@ -17,15 +18,17 @@ from torch import Tensor
 from spice_trainer.selection.conflict import conflicts_with_earlier
 from spice_trainer.selection.greedy import PickOptions, information_of
 from spice_trainer.selection.information import ExactInformation
+from spice_trainer.selection.quotas import LengthQuotas, QuotaRoom
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import NEEDS_IN_WORDS, PoolScores
 
 
 class Picks(NamedTuple):
-    """Positions in the order of picking, and each one's gain in the rule's own units."""
+    """Positions in the order of picking, each one's gain in the rule's own units, and what else it found, by name."""
 
     indices: list[int]
     gains: list[float]
+    facts: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Strategy:
     """A rule that picks from a pool. [`register_strategy`] makes it a legal `SpiceConfig(strategy=...)`.
 
     A pick must be a function of the scores and options alone, so that it is the same on any number of processes and
-    after a resume, and its first k of K picks those of a budget of k.
+    after a resume, and its first k of K picks those of a budget of k, but where it keeps to `options.quotas`.
 
     Args:
         name (`str`): Its name.
@@ -50,6 +53,14 @@ class Strategy:
         has_gains (`bool`, *optional*, defaults to `True`): Whether its gains say anything; else records have none.
         reads_whole_gram (`bool`, *optional*, defaults to `True`): Whether it reads `gram` as a matrix; else that of a
             large pool is a `GramRows`, which computes what `build_information` and `greedy` read.
+        reads_target (`bool`, *optional*, defaults to `False`): Whether it reads the validation rows where there are
+            any, and does without where not; a rule that needs them has `"target"` in `needs`.
+        has_own_quotas (`bool`, *optional*, defaults to `False`): Whether it keeps to answer lengths by itself, unless
+            `length_quotas` says how.
+        target_is_raw (`bool`, *optional*, defaults to `False`): Whether `gradient_cosines` compare with the validation
+            rows' own gradients, also where candidates' are preconditioned.
+        on_hidden_states ([`Strategy`], *optional*): The same rule on hidden states, for
+            `matching_features="hidden_states"`.
 
     Raises:
         TypeError: If the name is no text, `needs` no tuple of names, or `pick` cannot be called.
@@ -72,6 +83,10 @@ class Strategy:
     has_conflict_penalty: bool = False
     has_gains: bool = True
     reads_whole_gram: bool = True
+    reads_target: bool = False
+    has_own_quotas: bool = False
+    target_is_raw: bool = False
+    on_hidden_states: Strategy | None = None
 
     def __post_init__(self) -> None:
         """Checks what it is made of."""
@@ -100,18 +115,20 @@ class Strategy:
     @property
     def num_backwards(self) -> int:
         """Backwards through the model that a candidate costs."""
-        return int(bool({"gram", "gradient_norms", "alignment", "reference_norm"} & set(self.needs)))
+        return int(
+            bool({"gram", "gradient_norms", "gradient_cosines", "alignment", "reference_norm"} & set(self.needs))
+        )
 
     @property
     def num_forwards(self) -> int:
         """Forwards through the model that a candidate costs."""
-        alone = "losses_without_instruction" in self.needs
-        return alone + max(self.num_backwards, int("losses" in self.needs or alone))
+        alone, hidden = ("losses_without_instruction" in self.needs), ("hidden_cosines" in self.needs)
+        return hidden + alone + max(self.num_backwards, int("losses" in self.needs or alone))
 
     @property
     def compares_gradients(self) -> bool:
         """Whether it compares gradients with something, and not only their norms."""
-        return bool({"gram", "alignment"} & set(self.needs))
+        return bool({"gram", "gradient_cosines", "alignment"} & set(self.needs))
 
     def select(self, scores: PoolScores, num_selected: int, options: PickOptions) -> Selection:
         """Picks at most K sound candidates; one for which a number that the rule needs is not finite is not sound.
@@ -140,7 +157,9 @@ class Strategy:
             expected = "the Selection of a greedy pass" if self.maximizes_information else "Picks or a Selection"
             raise TypeError(f'strategy="{self.name}" picked a {type(picks).__name__}, where {expected} was expected.')
         checked = self._check_picks(picks.indices, picks.gains, scores, num_selected)
-        return picks if isinstance(picks, Selection) else describe_picks(scores, checked, options.fisher_alpha)
+        if isinstance(picks, Selection):
+            return picks
+        return replace(describe_picks(scores, checked, options.fisher_alpha), facts=dict(picks.facts))
 
     def _check_picks(
         self, indices: Sequence[int], gains: Sequence[float], scores: PoolScores, num_selected: int
@@ -191,14 +210,17 @@ def pick_largest(
     num_selected: int,
     tie_tolerance: float,
     smallest_scale: float = 0.0,
+    quotas: LengthQuotas | None = None,
 ) -> Picks:
     """Picks the largest values, largest first; those within `tie_tolerance` times the largest left go by position."""
-    remaining = eligible.clone()
+    remaining, room = eligible.clone(), QuotaRoom(quotas)
     picks = Picks([], [])
     for _ in range(min(num_selected, int(eligible.sum()))):
-        scale = max(float(values[remaining].max().abs()), smallest_scale)
-        index = lowest_tied(values, remaining, tie_tolerance * scale)
+        among = room.among(remaining)
+        scale = max(float(values[among].max().abs()), smallest_scale)
+        index = lowest_tied(values, among, tie_tolerance * scale)
         remaining[index] = False
+        room.take(index)
         picks.indices.append(index)
         picks.gains.append(float(values[index]))
     return picks

@@ -1,0 +1,113 @@
+"""Keeps what is known of the validation rows: their lengths, gradients and hidden states, as far as a rule reads them.
+
+Gradients are computed anew every `validation_every` steps, hidden states likewise where training changes them.
+
+Axes: m validation rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import RowReference
+from spice_trainer.data.validation_sets import warn_of_copies
+from spice_trainer.distributed import Processes
+from spice_trainer.scoring.hidden import HiddenScorer
+from spice_trainer.scoring.passes import ScoringPasses
+from spice_trainer.scoring.sharing import SharedCandidates
+from spice_trainer.scoring.validation import ValidationGradients, ValidationRows, gather_gradients
+from spice_trainer.selection.target import Target
+from spice_trainer.utils.saved import saved_whole_number
+
+
+class TargetReader:
+    """Reads the validation rows and scores them, when a step begins and what is known is too old."""
+
+    def __init__(self, validation: ValidationRows, config: SpiceConfig, processes: Processes) -> None:
+        self.validation = validation
+        self._config = config
+        self._processes = processes
+        self.target: Target | None = None
+        self.gradients: ValidationGradients | None = None
+        self.hidden: Tensor | None = None
+        self._num_steps = 0
+        self._digest: str | None = None
+        self._has_warned = False
+
+    def look(self, share: Callable[[], SharedCandidates], passes: ScoringPasses, hidden: HiddenScorer | None) -> None:
+        """Brings what the rule reads up to date at the beginning of a step. A collective."""
+        is_due = self._num_steps % self._config.validation_every == 0
+        self._num_steps += 1
+        takes_gradients = self._config.takes_gradient_cosines and (is_due or self.gradients is None)
+        takes_hidden = hidden is not None and (self.hidden is None or (is_due and not hidden.is_constant))
+        if self.target is not None and not (takes_gradients or takes_hidden):
+            return
+        shared = share()
+        if takes_gradients:
+            is_apart = self._processes.lockstep
+            with nullcontext() if is_apart else self._processes.failing_together("scoring validation rows"):
+                buffer = passes.compute_features(shared, preconditioned=not self._config.rule.target_is_raw)
+            self.gradients = gather_gradients(buffer, shared, self._processes)
+        if takes_hidden:
+            assert hidden is not None
+            self.hidden = hidden.compute(passes, shared)
+        self._check_same(shared)
+        norms = {} if self.gradients is None else {"gradient_norms": self.gradients.norms}
+        self.target = self.validation.describe(shared, **norms)
+
+    def without_copies(self, candidates: Sequence[RowReference]) -> Target | None:
+        """The validation rows beside a pool's candidates; those that are candidates too have no label token then."""
+        target = self.target
+        if target is None:
+            return None
+        known = {reference.token_hash for reference in candidates} - {None}
+        copies = [row for row, token_hash in enumerate(target.token_hashes) if token_hash in known]
+        if not copies:
+            return target
+        if not self._has_warned:
+            self._has_warned = True
+            warn_of_copies(" and ".join(self.validation.sets), copies, "the pools that hold them")
+        label_tokens = tuple(0 if row in copies else n for row, n in enumerate(target.label_tokens))
+        return replace(target, label_tokens=label_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps since the run began, and which rows they are."""
+        return {"num_validation_steps": self._num_steps, "validation_digest": self._digest}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was computed in an earlier step and is still in use."""
+        if self._config.validation_every == 1:
+            return {}
+        found = {"hidden": self.hidden}
+        if self.gradients is not None:
+            found |= {"gradients": self.gradients.features, "norms": self.gradients.norms}
+        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restores both."""
+        self._num_steps = saved_whole_number(state.get("num_validation_steps", 0))
+        digest = state.get("validation_digest")
+        self._digest = digest if isinstance(digest, str) else None
+        self.hidden = tensors.get("hidden")
+        if "gradients" in tensors:
+            norms = tensors["norms"].to(torch.float64)
+            self.gradients = ValidationGradients(tensors["gradients"], norms)
+
+    def _check_same(self, shared: SharedCandidates) -> None:
+        """Refuses other rows than those of the run that is resumed."""
+        hashes = ",".join(str(shape.reference.token_hash) for shape in shared.shapes)
+        digest = hashlib.sha256(hashes.encode()).hexdigest()
+        if self._digest not in (None, digest):
+            raise ValueError(
+                "The checkpoint is of a run that aimed at other validation rows, so this would be another run from "
+                "here on. Fix: resume with the validation_dataset of then, or begin a new run."
+            )
+        self._digest = digest

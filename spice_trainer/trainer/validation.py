@@ -1,0 +1,112 @@
+"""The validation rows of a trainer's run, prepared as the trainer prepares its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+
+from spice_trainer.config import SpiceConfig
+from spice_trainer.data.rows import VALIDATION, TargetRows, collate_row, copy_row, fetch_rows
+from spice_trainer.data.validation_sets import DEFAULT_NAME, find_copies, named_sets, warn_of_copies
+from spice_trainer.trainer.inputs import describe_rows, training_rows
+from spice_trainer.utils.logging import logger
+from spice_trainer.utils.random import preserved_random_state
+
+
+def validation_sets(trainer: Any, given: Any, config: SpiceConfig) -> dict[str, TargetRows] | None:
+    """What the run compares candidates with: `given` to [`attach_spice`], or for `"less"` the `eval_dataset`.
+
+    The rows of the latter are taken as the trainer's own evaluation reads them; `None` if there is nothing.
+    """
+    if given is not None:
+        return prepare_validation(trainer, given, config.validation_rows)
+    if not config.takes_alignment or trainer.eval_dataset is None:
+        return None
+    given = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {DEFAULT_NAME: trainer.eval_dataset}
+    read: dict[str, TargetRows] = {}
+    for name, rows in given.items():
+        read[name] = _as_evaluated(trainer, rows)
+    return read
+
+
+def prepare_validation(trainer: Any, given: Any, num_rows: int) -> dict[str, TargetRows]:
+    """The first `num_rows` rows of each set as the trainer's evaluation reads them, without copies of training rows.
+
+    TRL's trainers tokenise them as they did the training rows. Raises a ValueError for a set of which nothing is left.
+    """
+    prepared: dict[str, TargetRows] = {}
+    for name, dataset in named_sets(given).items():
+        rows = _first(dataset, num_rows)
+        with preserved_random_state(trainer.args.device):
+            rows = _tokenize(trainer, rows, name)
+        if len(rows) < min(num_rows, len(dataset)):
+            logger.warning(
+                "SPICE: the trainer left out %d of the %d first rows of the validation set %r, of which max_length=%s "
+                "leaves no label token.",
+                min(num_rows, len(dataset)) - len(rows), min(num_rows, len(dataset)), name,
+                getattr(trainer.args, "max_length", None),
+            )  # fmt: skip
+        if not len(rows):
+            raise ValueError(
+                f"The trainer's own preparation left no row with a label token of the validation set {name!r} "
+                f"(max_length={getattr(trainer.args, 'max_length', None)}). Fix: give shorter rows, or raise it."
+            )
+        prepared[name] = _checked(_as_evaluated(trainer, rows), name, trainer.train_dataset, num_rows)
+    return prepared
+
+
+def _as_evaluated(trainer: Any, rows: Any) -> TargetRows:
+    """Rows as the trainer's own loader for evaluation reads them."""
+    get_loader = partial(trainer.get_eval_dataloader, rows)
+    dataset, collate = training_rows(trainer, get_loader, name="get_eval_dataloader")
+    return describe_rows(trainer, dataset, collate, rows)
+
+
+def _first(dataset: Any, num_rows: int) -> Any:
+    if len(dataset) <= num_rows:
+        return dataset
+    return dataset.select(range(num_rows)) if hasattr(dataset, "select") else fetch_rows(dataset, range(num_rows))
+
+
+def _tokenize(trainer: Any, dataset: Any, name: str) -> Any:
+    """What TRL's SFTTrainer makes of an evaluation set, rows unpacked; what others train on comes tokenised."""
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    kwargs = getattr(trainer.args, "dataset_kwargs", None) or {}
+    is_left = kwargs.get("skip_prepare_dataset") or getattr(trainer, "_skip_prepare_dataset", False)
+    if prepare is None or is_left or getattr(trainer, "_is_vision_dataset", False):
+        return dataset
+    if not isinstance(dataset, Dataset):
+        dataset = Dataset.from_list([dict(row) for row in fetch_rows(dataset, range(len(dataset)))])
+    formatting_func = getattr(trainer, "_formatting_func", None)
+    return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, name)
+
+
+def _checked(rows: TargetRows, name: str, training: Any, num_rows: int) -> TargetRows:
+    """The same without rows that have no label or are copies of training rows."""
+    number = min(num_rows, len(rows.dataset))
+    fetched = fetch_rows(rows.dataset, range(number), source=VALIDATION)
+    collated = [
+        collate_row(index, copy_row(row), rows.collate, source=f"{VALIDATION} {name!r}")
+        for index, row in enumerate(fetched)
+    ]
+    unlabelled = [row.index for row in collated if row.num_label_tokens == 0]
+    if len(unlabelled) == len(collated):
+        raise ValueError(
+            f"None of the {len(collated)} rows of the validation set {name!r} that are read has a label token (all "
+            "labels are -100), so there is nothing to do well on. Look at the prompt masking and at `max_length`."
+        )
+    copies = find_copies(collated, training)
+    if not copies:
+        return rows
+    warn_of_copies(name, sorted(copies), "what picks aim at")
+    left = [position for position in range(number) if position not in copies]
+    if not left:
+        raise ValueError(
+            f"All {number} rows of the validation set {name!r} are training rows too, so aiming at them would tell "
+            "nothing of other rows. Fix: take them out of the training dataset, or give others."
+        )
+    dataset = rows.dataset.select(left) if hasattr(rows.dataset, "select") else [fetched[row] for row in left]
+    return replace(rows, dataset=dataset)

@@ -1,0 +1,103 @@
+"""Hidden states of a row at a layer: against the model's own, whatever its batch mates, and without a trace."""
+
+import pytest
+import torch
+
+from spice_trainer.gradients.hidden_states import HiddenStates, decoder_layers, lowest_trained_layer
+from tests.support.models import ARCHITECTURES, VOCAB_SIZE, add_lora, tiny_lora_model, tiny_model
+from tests.support.traces import model_state, random_states
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def batch(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}, torch.where(mask, ids, -100)
+
+
+def states_of(model, layer, lengths=(5, 9, 3)):
+    inputs, labels = batch(lengths)
+    with HiddenStates(model, layer) as hidden_states:
+        return hidden_states.compute(inputs, labels)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_they_are_position_weighted_means_of_what_a_layer_takes(architecture, layer):
+    model = tiny_lora_model(architecture).eval()
+    inputs, _ = batch((5, 9, 3))
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[layer]
+    for row, (states, found) in enumerate(zip(expected, states_of(model, layer), strict=True)):
+        length = int(inputs["attention_mask"][row].sum())
+        weights = [position + 1 for position in range(length)]
+        mean = sum(weight * state for weight, state in zip(weights, states[:length], strict=True)) / sum(weights)
+        assert torch.allclose(found, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_layers_output_is_before_the_last_norm():
+    model = tiny_model("llama")
+    norm_inputs = []
+    handle = model.model.norm.register_forward_pre_hook(lambda module, args: norm_inputs.append(args[0]))
+    inputs, _ = batch((6, 6))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    weights = torch.arange(1.0, 7.0) / 21
+    assert torch.allclose(states_of(model, 2, (6, 6)), torch.einsum("s,nsh->nh", weights, norm_inputs[0]), atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = tiny_lora_model("llama")
+    together = states_of(model, 1)
+    for row in range(3):
+        inputs, labels = batch((5, 9, 3))
+        length = int(inputs["attention_mask"][row].sum())
+        alone = {key: value[row : row + 1, :length] for key, value in inputs.items()}
+        with HiddenStates(model, 1) as hidden_states:
+            found = hidden_states.compute(alone, labels[row : row + 1, :length])
+        assert torch.allclose(found[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_the_forward_ends_at_the_layer_and_leaves_no_trace():
+    model = tiny_lora_model("llama").train()
+    called = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: called.append("head"))
+    decoder_layers(model)[1].mlp.register_forward_hook(lambda *args: called.append("mlp"))
+    before, random_before = model_state(model), random_states()
+    states_of(model, 1)
+    assert called == []
+    after = model_state(model)
+    assert str(before) == str(after)
+    assert str(random_before) == str(random_states())
+
+
+def test_which_layer_is_the_lowest_that_trains():
+    assert lowest_trained_layer(tiny_model("llama").requires_grad_(False)) == 2
+    assert lowest_trained_layer(tiny_lora_model("llama")) == 0
+    assert lowest_trained_layer(add_lora(tiny_model("llama"), layers_to_transform=[1], target_modules=TARGETS)) == 1
+    assert lowest_trained_layer(add_lora(tiny_model("gpt2"), layers_to_transform=[1], target_modules=["c_attn"])) == 1
+    assert (
+        lowest_trained_layer(
+            add_lora(
+                tiny_model("llama"), layers_to_transform=[1], target_modules=TARGETS, modules_to_save=["embed_tokens"]
+            )
+        )
+        == 0
+    )
+    head = tiny_model("llama", tie_word_embeddings=False).requires_grad_(False)
+    head.lm_head.requires_grad_(True)
+    head.model.norm.requires_grad_(True)
+    assert lowest_trained_layer(head) == 2
+    tied = tiny_model("llama", tie_word_embeddings=True).requires_grad_(False)
+    tied.lm_head.requires_grad_(True)
+    assert lowest_trained_layer(tied) == 0
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(ValueError, match="hidden_layer=3, and the model has the layers 0 to 1"):
+        HiddenStates(tiny_model("llama"), 3)
+    with pytest.raises(ValueError, match="has no list of layers"):
+        decoder_layers(torch.nn.Linear(2, 2))
