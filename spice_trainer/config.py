@@ -644,9 +644,12 @@ class SpiceConfig:
             value = getattr(self, name)
             if value != unset and not is_meant(self.rule):
                 listed = ", ".join(repr(strategy) for strategy, rule in STRATEGIES.items() if is_meant(rule))
+                other = f"set strategy to one of {listed}"
+                if is_meant(STRATEGIES[self.strategy]):
+                    other = "set matching_features='gradients'"
                 raise ValueError(
                     f"SpiceConfig: {name}={value!r} with strategy={self.strategy!r}: {reason}. Fix: leave {name} out, "
-                    f"or set strategy to one of {listed}."
+                    f"or {other}."
                 )
         if self.gradient_centering and self.information != "exact":
             raise ValueError(

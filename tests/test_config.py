@@ -44,6 +44,12 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "gradient_centering": ([True, False], {}),
     "gradient_preconditioning": (["none", "adam"], {}),
     "validation_rows": ([1, 32, 1000], {}),
+    "validation_weights": ([None, [1.0], [0.5, 2.0]], {}),
+    "validation_every": ([1, 10], {}),
+    "matching_features": (["hidden_states", "gradients"], {}),
+    "hidden_layer": ([None, 0, 24], {}),
+    "length_quotas": (["auto", "none", "pool", "validation"], {}),
+    "length_bins": ([1, 4, 10], {}),
     "sketch_dim": ([None, -1, 0, 16, 65536, 10**9], {}),
     "scoring_tokens_per_batch": ([1, 2048, 10**6], {}),
     "scoring_layers": ([None, 1, 10, 1000], {}),
@@ -208,7 +214,7 @@ def test_docstring_names_every_field_and_its_default():
     for name, field in FIELDS.items():
         default = f", defaults to `{json.dumps(field.default)}`" if field.default is not None else ""
         default = default.replace("1e-06", "1e-6").replace("`false`", "`False`")
-        kinds = {int: "int", float: "float", bool: "bool", list[str]: "list[str]"}
+        kinds = {int: "int", float: "float", bool: "bool", list[str]: "list[str]", list[float]: "list[float]"}
         kind = kinds.get((*typing.get_args(TYPES[name]), TYPES[name])[0], "str")
         assert f"\n{name} (`{kind}`, *optional*{default}):\n" in text
 
@@ -233,6 +239,12 @@ def test_defaults():
         "gradient_centering": False,
         "gradient_preconditioning": "none",
         "validation_rows": 32,
+        "validation_weights": None,
+        "validation_every": 1,
+        "matching_features": "hidden_states",
+        "hidden_layer": None,
+        "length_quotas": "auto",
+        "length_bins": 4,
         "sketch_dim": -1,
         "scoring_tokens_per_batch": 2048,
         "scoring_layers": None,
@@ -326,7 +338,10 @@ INTEGERS = {
     "scoring_tokens_per_batch": (1, 0, "a scoring pass needs at least one token"),
     "scoring_layers": (1, 0, "scoring needs at least one layer"),
     "scoring_max_tokens": (1, 0, "a row without label tokens has no gradient"),
-    "validation_rows": (1, 0, "a mean gradient needs at least one row"),
+    "validation_rows": (1, 0, "a mean needs at least one row"),
+    "validation_every": (1, 0, "it counts steps from one look at the validation rows to the next"),
+    "hidden_layer": (0, -1, "layers are counted from 0, the embedding's output"),
+    "length_bins": (1, 0, "quotas need at least one range of lengths"),
     "proxy_update_every": (1, 0, "it counts cycles from one update of the proxy to the next"),
     "proxy_check_pools": (0, -1, "it counts pools"),
     "record_text_length": (0, -1, "it counts letters, and 0 records none"),
@@ -351,6 +366,7 @@ OTHERS = {
     "scoring_target_modules",
     "gradient_centering",
     "record_id_column",
+    "validation_weights",
 }
 
 
@@ -415,7 +431,8 @@ def test_switch_of_wrong_type(name, value):
 # A setting, what is wrong with it, and the strategies that it means something to.
 BY_INFORMATION = ("spice", "fisher")
 WITH_GRAM = ("spice", "fisher", "dpp", "matching", "facility_location")
-WITH_GRADIENTS = ("spice", "fisher", "top_norm", "dpp", "matching", "facility_location", "less")
+WITH_GRADIENTS = ("spice", "fisher", "targeted_matching", "top_norm", "dpp", "matching", "facility_location", "less")
+WITHOUT_MODEL = ("random", "length_matched")
 LIMITED = [
     ("stop_ratio", 0.5, "it is a share of a gain of information, which this strategy has none of", BY_INFORMATION),
     ("min_gain", 0.0, "it is a gain of information, which this strategy has none of", BY_INFORMATION),
@@ -428,7 +445,7 @@ LIMITED = [
         "proxy_model_name_or_path",
         "org/model",
         "this strategy scores nothing, so a proxy would have no work",
-        tuple(name for name in STRATEGY_NAMES if name != "random"),
+        tuple(name for name in STRATEGY_NAMES if name not in WITHOUT_MODEL),
     ),
 ]
 
@@ -436,12 +453,11 @@ LIMITED = [
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
 @pytest.mark.parametrize(("name", "value", "reason", "strategies"), LIMITED, ids=[case[0] for case in LIMITED])
 def test_settings_that_mean_nothing_to_a_strategy(name, value, reason, strategies, strategy):
-    values = {"strategy": strategy, "pools_per_step": 10, name: value}
+    values = {"strategy": strategy, "pools_per_step": 10, "matching_features": "gradients", name: value}
     if strategy in strategies:
         assert getattr(SpiceConfig(**values), name) == value
         return
-    listed = ", ".join(map(repr, STRATEGY_NAMES if name.startswith("proxy_model") else strategies))
-    listed = listed.replace("'random', ", "") if name.startswith("proxy_model") else listed
+    listed = ", ".join(map(repr, strategies))
     assert error_of(**values) == (
         f"SpiceConfig: {name}={value!r} with strategy={strategy!r}: {reason}. Fix: leave {name} out, or set strategy "
         f"to one of {listed}."
@@ -459,10 +475,11 @@ def test_centred_coordinates(information):
 
 def test_strategies_that_need_no_features_keep_the_fewest():
     for strategy in STRATEGY_NAMES:
-        kept = {SpiceConfig(strategy=strategy, sketch_dim=dim).resolve_sketch_dim() for dim in (-1, 0, 512)}
-        needs_features = strategy in (*WITH_GRAM, "less")
+        on_gradients = {"strategy": strategy, "matching_features": "gradients"}
+        kept = {SpiceConfig(**on_gradients, sketch_dim=dim).resolve_sketch_dim() for dim in (-1, 0, 512)}
+        needs_features = strategy in (*WITH_GRAM, "less", "targeted_matching")
         assert kept == ({DEFAULT_SKETCH_DIM, 0, 512} if needs_features else {MIN_SKETCH_DIM})
-        config = SpiceConfig(strategy=strategy)
+        config = SpiceConfig(**on_gradients)
         assert config.takes_gradients == (strategy in WITH_GRADIENTS) and config.takes_gram == (strategy in WITH_GRAM)
 
 
@@ -575,3 +592,15 @@ def test_sketch_of_a_basis_dependent_measure(information):
 def test_errors_reach_the_command_line(trl_parser, base):
     with pytest.raises(ValueError, match="num_selected=130 is more than pool_size=120"):
         trl_parser.parse_args_and_config(as_flags({**base, "num_selected": 130}))
+
+
+def test_settings_that_mean_nothing_on_hidden_states():
+    assert error_of(strategy="targeted_matching", gradient_preconditioning="adam") == (
+        "SpiceConfig: gradient_preconditioning='adam' with strategy='targeted_matching': this strategy compares no "
+        "gradients with each other. Fix: leave gradient_preconditioning out, or set matching_features='gradients'."
+    )
+
+
+@pytest.mark.parametrize("value", ["1", 1.0, [], [0.0], [1.0, -1.0], [True]])
+def test_weights_of_wrong_type(value):
+    assert error_of(validation_weights=value).startswith("SpiceConfig: validation_weights")

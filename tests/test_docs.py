@@ -172,6 +172,7 @@ def prelude(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         # Where a model has its adapter already, its rows are tokenised, and a collator pads them.
         "lora_model": tiny_lora_model(),
         "tokenized": tiny_dataset(),
+        "wanted": tiny_dataset(8, seed=5),
         "collator": collate,
         # Where SPICE is attached to another trainer than the one shown first.
         "trainer": make_trainer("output"),
