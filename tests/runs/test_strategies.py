@@ -35,6 +35,7 @@ from tests.support.trainers import (
 )
 
 NAMES = tuple(STRATEGIES)
+WITHOUT_MODEL = ("random", "length_matched")
 BOS = 1
 NUM_VALIDATION = 5
 
@@ -65,6 +66,7 @@ def build(folder: Path, strategy: str, **options: Any) -> Any:
         spice=spice,
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(VALIDATION) if strategy == "less" else None,
+        validation_dataset=VALIDATION if strategy == "targeted_matching" else None,
         **options,
     )
 
@@ -98,6 +100,14 @@ def answer_losses(model: Any, row: dict[str, list[int]]) -> tuple[float, float]:
         return -sum(float(logits[offset + place - 1, answer[place]]) for place in predicted) / len(predicted)
 
     return mean_loss(ids, start), mean_loss(prefix + answer, len(prefix))
+
+
+def hidden_state(model: Any, row: dict[str, list[int]]) -> Tensor:
+    """The mean of what the second of two layers takes of a row, the k-th token k times."""
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[1][0]
+    weights = torch.arange(1, len(states) + 1).double()
+    return (weights[:, None] * states.double()).sum(dim=0) / weights.sum()
 
 
 def dual_gain(gradients: Tensor, picks: list[int], candidate: int, alpha: float) -> float:
@@ -143,6 +153,26 @@ def expected_picks(strategy: str, pool: list[int], num_selected: int, **spice: A
         return [one[0] for one in found], [one[1] for one in found]
     if strategy == "random":
         return random_order(sound, seed=42, step=0, pool=0)[:num_selected], None
+    if strategy == "length_matched":
+        bins, sizes = oracle.pool_bins(counts.tolist(), sound, num_selected)
+        found = []
+        for place in random_order(sound, seed=42, step=0, pool=0):
+            if sizes[bins[place]] > 0:
+                sizes[bins[place]] -= 1
+                found.append(place)
+        return found, None
+    if strategy == "targeted_matching":
+        if spice.get("matching_features") == "gradients":
+            units, targets = gradients, gradients_of(model, VALIDATION[:NUM_VALIDATION])[1]
+        else:
+            labelled = [hidden_state(model, rows[place]) for place in sound]
+            targets = torch.stack([hidden_state(model, row) for row in VALIDATION[:NUM_VALIDATION]])
+            mean = torch.stack([*labelled, *targets]).mean(dim=0)
+            units, targets = torch.zeros(len(rows), len(mean)).double(), targets - mean
+            units[sound] = torch.stack(labelled) - mean
+        target_counts = [sum(label != -100 for label in row["labels"][1:]) for row in VALIDATION[:NUM_VALIDATION]]
+        units, targets, seed = oracle.unit(units), oracle.unit(targets), oracle.seed_of(42, 0, 0)
+        return oracle.targeted(units, targets, counts.tolist(), target_counts, sound, num_selected, seed)
     if strategy in ("dpp", "matching", "facility_location"):
         return getattr(oracle, strategy)(weighted, num_selected)
     if strategy == "top_norm":
@@ -167,6 +197,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("spice", {"conflict_reference": "pool", "conflict_penalty": 2.0}),
     ("spice", {"gradient_centering": True}),
     ("fisher", {"gradient_centering": True}),
+    ("targeted_matching", {"matching_features": "gradients"}),
 ]
 
 
@@ -182,7 +213,7 @@ def test_first_picks_are_the_oracles(strategy: str, spice: dict[str, Any], tmp_p
         assert {(True, True), (False, True)} < kinds and len(pool["zero"]) > 1
     places, gains = expected_picks(strategy, pool["candidates"], 4, **spice)
     assert [pick["index"] for pick in picks] == [pool["candidates"][place] for place in places]
-    if strategy == "random":
+    if strategy in WITHOUT_MODEL:
         assert [pick["gain"] for pick in picks] == [pick["score"] for pick in picks] == [None] * 4
     else:
         assert [pick["gain"] for pick in picks] == pytest.approx(list(gains), rel=1e-4, abs=1e-6)
@@ -209,6 +240,7 @@ def test_strategies_pick_otherwise(tmp_path: Path) -> None:
     """So that the oracles' agreement says something."""
     cases = [(name, {}) for name in NAMES if name != "fisher"]
     cases += [("spice", {"conflict_penalty": 30.0}), ("spice", {"gradient_centering": True})]
+    cases += [("targeted_matching", {"matching_features": "gradients"})]
     found = {}
     for number, (strategy, spice) in enumerate(cases):
         build(tmp_path / str(number), strategy, spice=spice, max_steps=5).train()
@@ -228,10 +260,10 @@ def test_records_hold_what_the_strategy_knows(strategy: str, tmp_path: Path, cap
         trainer.train()
     first = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("SPICE: 55"))
     assert f'strategy="{strategy}"' in first
-    assert (" scores, with " in first) == (strategy != "random")
+    assert (" scores, with " in first) == (strategy not in WITHOUT_MODEL)
     has_gram, has_gradients = (
         "gram" in STRATEGIES[strategy].needs,
-        strategy not in ("random", "loss", "perplexity", "ifd"),
+        strategy not in (*WITHOUT_MODEL, "loss", "perplexity", "ifd", "targeted_matching"),
     )
     by_information = strategy in ("spice", "fisher")
     for line in read_records(tmp_path, "selections"):
@@ -239,20 +271,20 @@ def test_records_hold_what_the_strategy_knows(strategy: str, tmp_path: Path, cap
         # The rows have no id, and no text is asked for.
         unknown = {"id", "text"} | (set() if has_gram else {"conflict"})
         unknown |= set() if has_gradients else {"gradient_norm"}
-        unknown |= {"gain", "score"} if strategy == "random" else set()
+        unknown |= {"gain", "score"} if strategy in WITHOUT_MODEL else set()
         assert known == line.keys() - unknown
     for line in read_records(tmp_path, "pools"):
         unknown = set() if has_gram else {"information", "information_top_norm", "alpha"}
         unknown |= set() if has_gradients else {"overlap_top_norm"}
         unknown |= set() if by_information else {"changed_by_conflict"}
-        unknown |= {"gain_first", "gain_last"} if strategy == "random" else set()
+        unknown |= {"gain_first", "gain_last"} if strategy in WITHOUT_MODEL else set()
         assert {name for name, value in line.items() if value is None} == unknown
     logged = {key for row in trainer.state.log_history for key in row if key.startswith("spice/")}
     assert ("spice/information" in logged, "spice/conflict" in logged) == (has_gram, has_gram)
-    assert ("spice/gain_first" in logged) == (strategy != "random") and "spice/tokens_ratio" in logged
+    assert ("spice/gain_first" in logged) == (strategy not in WITHOUT_MODEL) and "spice/tokens_ratio" in logged
     assert all(math.isfinite(value) for row in trainer.state.log_history for value in row.values())
     scored = [line["tokens_scored"] for line in read_records(tmp_path, "costs")]
-    assert all(count == 0 for count in scored) if strategy == "random" else min(scored) > 0
+    assert all(count == 0 for count in scored) if strategy in WITHOUT_MODEL else min(scored) > 0
 
 
 def test_records_of_a_strategy_open_as_datasets(tmp_path: Path) -> None:
@@ -307,6 +339,7 @@ def test_nothing_is_computed_that_is_not_needed(
     dimension = trainer._spice.sampler.scorer.dimension
     assert labelled < POOL_SIZE < dimension
     expected = {"random": (0, 0, 0), "loss": (labelled, 0, 0), "perplexity": (labelled, 0, 0)}
+    expected |= {"length_matched": (0, 0, 0), "targeted_matching": (0, 0, 0)}
     expected |= {"ifd": (2 * labelled, 0, 0), "top_norm": (0, labelled, 16)}
     expected |= {"less": (0, labelled + NUM_VALIDATION, dimension)}
     assert tuple(counts.values()) == expected.get(strategy, (0, labelled, dimension))
@@ -315,7 +348,7 @@ def test_nothing_is_computed_that_is_not_needed(
 # Resume, processes, proxies, subsets
 
 
-@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less"])
+@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "targeted_matching"])
 def test_resume_is_bit_identical(strategy: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.3}
     whole = build(tmp_path / "whole", strategy, **options)
@@ -345,7 +378,7 @@ def test_equal_micro_batches_keep_the_information_of_the_picks(tmp_path: Path) -
     assert rounded.information != pytest.approx(sum(rounded.selection.gains), rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["matching", "less", "loss"])
+@pytest.mark.parametrize("strategy", ["matching", "less", "loss", "targeted_matching"])
 def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
     """With the target's own weights and none to learn, its first picks are the target's."""
     build(tmp_path / "alone", strategy, max_steps=1).train()
@@ -359,7 +392,8 @@ def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
     checks = {"proxy_check_pools": 1} if strategy == "matching" else {}
     settings = {"pool_size": 10, "num_selected": 4, "gradient_normalization": "sqrt_tokens"}
     config = SpiceConfig(**settings, strategy=strategy, validation_rows=NUM_VALIDATION, **checks)
-    attach_spice(trainer, config, proxy=proxy, verify=False)
+    aim = {"validation_dataset": VALIDATION} if strategy == "targeted_matching" else {}
+    attach_spice(trainer, config, proxy=proxy, verify=False, **aim)
     trainer.train()
     assert trained_indices(tmp_path / "proxy") == trained_indices(tmp_path / "alone")
     if checks:
@@ -386,6 +420,15 @@ def test_select_subset_by_strategy(tmp_path: Path) -> None:
     options["validation_dataset"] = Dataset.from_list(VALIDATION[1:])
     with pytest.raises(FileExistsError, match=r"a subset of another selection \(other validation_fingerprint\)"):
         select(tmp_path / "less", spice=config, **options)
+
+
+@pytest.mark.parametrize("features", ["hidden_states", "gradients"])
+def test_a_subset_can_aim(features: str, tmp_path: Path) -> None:
+    spice = {"strategy": "targeted_matching", "matching_features": features, "validation_rows": NUM_VALIDATION}
+    select(tmp_path, spice=spice, validation_dataset=VALIDATION, dataset=Dataset.from_list(ROWS))
+    candidates = read_records(tmp_path, "pools")[0]["candidates"]
+    places, _ = expected_picks("targeted_matching", candidates, 4, matching_features=features)
+    assert subset_picks(tmp_path)[0] == [candidates[place] for place in places]
 
 
 def test_random_learns_nothing_for_a_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

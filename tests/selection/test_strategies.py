@@ -1,6 +1,5 @@
 """Every strategy against its definition written out on explicit gradients and plain numbers."""
 
-import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -110,35 +109,16 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
         cosines = [float(row @ reference / (row.norm() * reference.norm())) for row in rows]
         return oracles.ranked(cosines, sound, num_selected, tie_tolerance, smallest_scale=1.0)
     if name == "targeted_matching":
-        return targeted(known, sound, num_selected, tie_tolerance)
+        targets = target_rows(known, len(TARGET_LENGTHS))
+        units, seed = oracles.unit(rows), oracles.seed_of(3, 5, 7)
+        return oracles.targeted(
+            units, targets, known["label_tokens"], TARGET_LENGTHS, sound, num_selected, seed, tie_tolerance
+        )
     values = {
         "top_norm": [math.sqrt(sum(entry * entry for entry in row)) for row in rows.tolist()],
         "loss": [loss * tokens for loss, tokens in zip(losses, known["label_tokens"], strict=True)],
     }[name]
     return oracles.ranked(values, sound, num_selected, tie_tolerance)
-
-
-def targeted(known, sound, num_selected, tie_tolerance):
-    """Shrunken matching within quotas, from the vectors."""
-    units, lengths = oracles.unit(known["gradients"]), known["label_tokens"]
-    candidates = units[sound]
-    number = len(TARGET_LENGTHS)
-    seed = int.from_bytes(hashlib.sha256(b"(3, 5, 7)").digest()[:7], "little")
-    _, shrinkage, centre = oracles.shift(
-        candidates, target_rows(known, number), [1 / number] * number, [list(range(number))], seed
-    )
-    if shrinkage > 0:
-        edges = [sorted(TARGET_LENGTHS)[math.ceil(number * share / 4) - 1] for share in (1, 2, 3)]
-        bins = [sum(edge < length for edge in edges) for length in lengths]
-        of_target = [sum(edge < length for edge in edges) for length in TARGET_LENGTHS]
-        sizes = oracles.apportion([of_target.count(number) for number in range(4)], num_selected)
-    else:
-        ranked = sorted(sound, key=lambda index: (lengths[index], index))
-        bins = [0] * len(lengths)
-        for place, index in enumerate(ranked):
-            bins[index] = place * 4 // len(ranked)
-        sizes = oracles.apportion([sum(bins[i] == n for i in sound) for n in range(4)], num_selected)
-    return oracles.herding(units, centre, list(sound), num_selected, bins, sizes, tie_tolerance)
 
 
 RULES = tuple(name for name in NAMES if name not in ("spice", "fisher", "random", "length_matched"))

@@ -1,5 +1,6 @@
 """Every selection strategy written out slowly and obviously, on explicit gradients or plain lists of numbers."""
 
+import hashlib
 import math
 from fractions import Fraction
 from itertools import combinations
@@ -194,6 +195,43 @@ def herding(candidates, target, eligible, num_selected, bins=None, sizes=(), tie
         if bins is not None:
             left[bins[chosen]] -= 1
     return picks, gains
+
+
+def seed_of(*parts):
+    """The seed of a pool's shuffles."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+
+
+def targeted(units, targets, lengths, target_lengths, sound, num_selected, seed, tie_tolerance=1e-6):
+    """Shrunken matching within four quotas, from unit vectors."""
+    number = len(targets)
+    if number:
+        _, shrinkage, centre = shift(units[sound], targets, [1 / number] * number, [list(range(number))], seed)
+    else:
+        shrinkage, centre = 0.0, units[sound].mean(dim=0)
+    if shrinkage > 0:
+        bins, sizes = target_bins(lengths, target_lengths, num_selected)
+    else:
+        bins, sizes = pool_bins(lengths, sound, num_selected)
+    return herding(units, centre, list(sound), num_selected, bins, sizes, tie_tolerance)
+
+
+def target_bins(lengths, target_lengths, num_selected):
+    """Bins at the target rows' quartiles, and picks of each."""
+    number = len(target_lengths)
+    edges = [sorted(target_lengths)[math.ceil(number * share / 4) - 1] for share in (1, 2, 3)]
+    bins = [sum(edge < length for edge in edges) for length in lengths]
+    of_target = [sum(edge < length for edge in edges) for length in target_lengths]
+    return bins, apportion([of_target.count(number) for number in range(4)], num_selected)
+
+
+def pool_bins(lengths, sound, num_selected):
+    """Four strata of the pool's sound rows, and picks of each."""
+    ranked = sorted(sound, key=lambda index: (lengths[index], index))
+    bins = [0] * len(lengths)
+    for place, index in enumerate(ranked):
+        bins[index] = place * 4 // len(ranked)
+    return bins, apportion([sum(bins[i] == n for i in sound) for n in range(4)], num_selected)
 
 
 def apportion(shares, total):

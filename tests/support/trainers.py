@@ -92,6 +92,7 @@ def make_trainer(
     compute_loss_func: Any = None,
     lora_dropout: float = 0.0,
     verify: bool = False,
+    validation_dataset: Any = None,
     **arguments: Any,
 ) -> Trainer:
     """A Trainer; with `spice` (settings, or a dict of them over [`SETTINGS`]) SPICE is attached."""
@@ -104,7 +105,7 @@ def make_trainer(
         compute_loss_func=compute_loss_func,
         callbacks=callbacks,
     )
-    attach(trainer, spice, verify=verify)
+    attach(trainer, spice, verify=verify, validation_dataset=validation_dataset)
     return trainer
 
 
@@ -141,13 +142,19 @@ def make_sft_trainer(
     return trainer
 
 
-def attach(trainer: Any, spice: SpiceConfig | Mapping[str, Any] | None, *, verify: bool = False) -> None:
+def attach(
+    trainer: Any,
+    spice: SpiceConfig | Mapping[str, Any] | None,
+    *,
+    verify: bool = False,
+    validation_dataset: Any = None,
+) -> None:
     """Attaches SPICE with these settings, or not at all for `None`."""
     if spice is None:
         return
     if not isinstance(spice, SpiceConfig):
         spice = SpiceConfig(**(SETTINGS | dict(spice)))
-    attach_spice(trainer, spice, verify=verify)
+    attach_spice(trainer, spice, verify=verify, validation_dataset=validation_dataset)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
