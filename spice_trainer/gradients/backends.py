@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -115,15 +115,26 @@ def rows_influence_each_other(model: nn.Module) -> bool:
 _with_mixed_rows: WeakSet[nn.Module] = WeakSet()
 
 
-def must_score_alone(model: nn.Module) -> bool:
-    """Whether rows must be scored one at a time, as far as is known."""
-    return model in _with_mixed_rows or rows_influence_each_other(model)
+# Modules without a rule that rows use, as was found when they were first scored; of a vision tower texts use nothing.
+_used_by_rows: WeakSet[nn.Module] = WeakSet()
+
+
+def must_score_alone(model: nn.Module, by_autograd: Iterable[nn.Module] = ()) -> bool:
+    """Whether rows must be scored one at a time, as far as is known, where gradients of these are autograd's own."""
+    is_needed = any(module in _used_by_rows for module in by_autograd)
+    return is_needed or model in _with_mixed_rows or rows_influence_each_other(model)
 
 
 def score_alone(model: nn.Module, layer_name: str) -> None:
     """From here on rows are scored one at a time; `layer_name` is a layer that mixes them."""
     _with_mixed_rows.add(model)
     warn_of_scoring_alone(model, layer_name, "takes the tokens of all rows together")
+
+
+def score_alone_by(model: nn.Module, layer_name: str, module: nn.Module) -> None:
+    """From here on rows are, wherever this module scores: it has no rule, and rows use it."""
+    _used_by_rows.add(module)
+    warn_of_scoring_alone(model, layer_name, f"({type(module).__name__}) has no rule of its own")
 
 
 _warned: WeakSet[nn.Module] = WeakSet()

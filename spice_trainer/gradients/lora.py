@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -120,6 +121,12 @@ def _check_keeps_length(model: nn.Module) -> None:
         )
 
 
+def adapter_state(layer: nn.Module, name: str, default: Any) -> Any:
+    """A property of PEFT's layers, or the default; models of transformers have methods of the same names."""
+    found = getattr(layer, name, default)
+    return default if callable(found) else found
+
+
 def why_switched_off(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
     """Why an adapter with one of these LoRA matrices does not act in a forward, and the fix; `None` if all do."""
     wanted = set(map(id, modules))
@@ -135,9 +142,9 @@ def why_switched_off(model: nn.Module, modules: Iterable[nn.Module]) -> str | No
             continue
         if getattr(parent, "merged", False):
             return "The adapter is merged into the base model: unmerge the adapter, `model.unmerge_adapter()`."
-        if getattr(parent, "disable_adapters", False):
+        if adapter_state(parent, "disable_adapters", False):
             return "The adapter is disabled: `model.base_model.enable_adapter_layers()`."
-        inactive = sorted(adapters - set(getattr(parent, "active_adapters", adapters)))
+        inactive = sorted(adapters - set(adapter_state(parent, "active_adapters", adapters)))
         if inactive:
             return f"The adapter {inactive[0]!r} is not the active one: `model.set_adapter({inactive[0]!r})`."
     return None

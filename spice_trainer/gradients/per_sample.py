@@ -39,13 +39,14 @@ from spice_trainer.gradients.backends import (
     must_score_alone,
     needs_whole_graph,
     score_alone,
+    score_alone_by,
     scoring_mode,
     warn_of_scoring_alone,
 )
 from spice_trainer.gradients.forward import ForwardLosses, input_embedding
 from spice_trainer.gradients.graph import LossGraph
 from spice_trainer.gradients.label_head import PLAIN, LabelLoss
-from spice_trainer.gradients.layers.base import ScoredLayer
+from spice_trainer.gradients.layers.base import NotLinearError, ScoredLayer
 from spice_trainer.gradients.layers.registry import score_by_autograd, scored_layers
 from spice_trainer.gradients.lora import why_switched_off
 from spice_trainer.gradients.loss_scale import LossScale
@@ -79,7 +80,11 @@ class _MixedRowsError(Exception):
 
 
 class _BypassedError(Exception):
-    """The loss depends on the weights of these layers, by number, in a way that hooks do not see."""
+    """The loss depends on the weights of these layers, by number, in a way that hooks do not see, and in which."""
+
+
+class _AutogradNeededError(Exception):
+    """Rows of a batch use this layer, by number, whose gradients are autograd's own: those of the rows' sum."""
 
 
 @dataclass(frozen=True)
@@ -199,26 +204,27 @@ class SampleGradients:
         rows = range(len(labels))
         try:
             while True:
-                if self._by_autograd:
-                    layer = self._layers[self._by_autograd[0]]
-                    warn_of_scoring_alone(
-                        self.model, layer.name, f"({type(layer.module).__name__}) has no rule of its own"
-                    )
-                is_alone = len(rows) > 1 and (bool(self._by_autograd) or must_score_alone(self.model))
+                by_autograd = [self._layers[index].module for index in self._by_autograd]
+                is_alone = len(rows) > 1 and must_score_alone(self.model, by_autograd)
                 try:
                     return (self._compute_alone if is_alone else self._compute_rows)(inputs, labels, rows)
                 except _MixedRowsError as error:
                     score_alone(self.model, str(error))
+                except _AutogradNeededError as error:
+                    layer = self._layers[error.args[0]]
+                    score_alone_by(self.model, layer.name, layer.module)
                 except _BypassedError as error:
-                    self._leave_to_autograd(error.args[0])
+                    self._leave_to_autograd(*error.args)
                 self._restart(rows)
         finally:
             # Also after an error, such as a lack of memory, after which the caller goes on with fewer samples.
             self._forget()
 
-    def _leave_to_autograd(self, indices: Sequence[int]) -> None:
+    def _leave_to_autograd(
+        self, indices: Sequence[int], why: str = "is bypassed: its weights are used without calling it"
+    ) -> None:
         layers = [self._layers[index] for index in indices]
-        warn_of_scoring_alone(self.model, layers[0].name, "is bypassed: its weights are used without calling it")
+        warn_of_scoring_alone(self.model, layers[0].name, why)
         score_by_autograd([part.module for layer in layers for part in layer.parts])
         self._layers, self._by_autograd = self._find_layers()
 
@@ -278,6 +284,8 @@ class SampleGradients:
             losses, logits = self.forward.compute(inputs, labels)
             self._loss_scale.start(logits, repeats=chosen is not None)
             total = (losses if chosen is None else losses[chosen.to(losses.device)]).sum()
+            if self._by_autograd and self._num_samples > 1:
+                self._check_without_autograd(total)
             self._is_backward = True
             try:
                 self._backward(total)
@@ -289,20 +297,28 @@ class SampleGradients:
             return self._run(inputs, labels, rows, chosen)
         return losses.detach()
 
+    def _check_without_autograd(self, total: Tensor) -> None:
+        """Lets a batch pass whose rows leave the layers out that are autograd's, as texts do a vision tower."""
+        graph = LossGraph(total)
+        for index in self._by_autograd:
+            if any(map(graph.has_weight, self._layers[index].parameters)):
+                raise _AutogradNeededError(index)
+
     def _backward(self, total: Tensor) -> None:
         scaled, leaves = total * self._loss_scale.value, self._leaves
-        if not (self._follows_others or self._by_autograd):
+        by_autograd = self._by_autograd if self._num_samples == 1 else []
+        if not (self._follows_others or by_autograd):
             if leaves:
                 torch.autograd.backward(scaled, inputs=leaves)
             return
         others = LossGraph(total).other_leaves(leaves) if self._follows_others else []
-        weights = [weight for index in self._by_autograd for weight in self._layers[index].parameters]
+        weights = [weight for index in by_autograd for weight in self._layers[index].parameters]
         if not total.requires_grad:
             return
         # Nothing is written into `.grad`, and no reduction fires.
         found = torch.autograd.grad(scaled, [*weights, *leaves, *others], allow_unused=True, materialize_grads=True)
         remaining = iter(found)
-        for index in self._by_autograd:
+        for index in by_autograd:
             parts = [next(remaining).flatten() for _ in self._layers[index].parameters]
             gradients = torch.cat(parts)[None]
             self._loss_scale.watch(gradients)
@@ -356,7 +372,10 @@ class SampleGradients:
                 raise _BypassedError([index])
             if not output.requires_grad:
                 return None
-            kept = layer.keep(args, kwargs, self._num_samples, self._num_tokens)
+            try:
+                kept = layer.keep(args, kwargs, self._num_samples, self._num_tokens)
+            except NotLinearError:
+                raise _BypassedError([index], f"({type(module).__name__}) has no rule of its own") from None
             if len(output) == 1 < self._num_samples and kept is not None:
                 # Positions that all samples share.
                 output = output.expand(self._num_samples, *output.shape[1:])

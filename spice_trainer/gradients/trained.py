@@ -17,7 +17,7 @@ from torch import nn
 
 from spice_trainer.config import ScoringParameters
 from spice_trainer.distributed import Processes
-from spice_trainer.gradients.lora import find_trained_modules, split_adapter
+from spice_trainer.gradients.lora import adapter_state, find_trained_modules, split_adapter
 from spice_trainer.utils.logging import logger
 
 
@@ -127,11 +127,11 @@ class _AdaptedLayer:
         parent, _, self._child = name.rpartition(".")
         self._siblings = named[parent]._modules if name else {self._child: self._layer}
         self._state = self._read()
-        self._active = list(getattr(self._layer, "active_adapters", ()))
+        self._active = list(adapter_state(self._layer, "active_adapters", ()))
 
     def _read(self) -> tuple[Any, ...]:
         layer = self._layer
-        state = [getattr(layer, name, None) for name in ("active_adapter", "disable_adapters", "merged")]
+        state = [adapter_state(layer, name, None) for name in ("active_adapter", "disable_adapters", "merged")]
         return (*state, self._siblings.get(self._child))
 
     def check(self) -> None:
@@ -159,9 +159,9 @@ class _AdaptedLayer:
         # A wrapper may have come around it.
         if now is None or all(module is not layer for module in now.modules()):
             return "taken out of the model", f"keep the {'adapter' if self.adapter else 'layer'}"
-        if getattr(layer, "disable_adapters", False):
+        if adapter_state(layer, "disable_adapters", False):
             return "switched off", "call `model.enable_adapter_layers()`"
-        active = list(getattr(layer, "active_adapters", self._active))
+        active = list(adapter_state(layer, "active_adapters", self._active))
         if active != self._active:
             others = ", ".join(map(repr, active)) or "none"
             return f"replaced by {others}", f"call `model.set_adapter({self.adapter!r})`"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import compress
 from typing import Any
 
@@ -29,7 +29,7 @@ from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.backends import must_score_alone, scoring_mode
 from spice_trainer.gradients.forward import input_embedding, logits_of, move_inputs, without_cache
 from spice_trainer.gradients.label_head import PLAIN, LabelLoss, sample_losses
-from spice_trainer.gradients.layers.base import ScoredLayer
+from spice_trainer.gradients.layers.base import NotLinearError, ScoredLayer
 from spice_trainer.gradients.layers.registry import layer_kind, scored_layers
 from spice_trainer.gradients.per_sample import ALL, SampleGradients
 from spice_trainer.utils.random import preserved_random_state
@@ -284,7 +284,10 @@ def _derivatives(
 
         def perturb(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             nonlocal is_inner
-            kept = None if is_inner else layer.keep(args, kwargs, 1, labels.shape[1])
+            kept = None
+            # Of one that turned out to be another kind autograd's own gradient is taken.
+            with suppress(NotLinearError):
+                kept = None if is_inner else layer.keep(args, kwargs, 1, labels.shape[1])
             if kept is None:
                 return None
             # In float32 whatever the training precision: the derivative is a sum over the row's tokens.

@@ -124,6 +124,38 @@ def test_a_row_that_uses_no_scored_layer_has_gradient_0_everywhere() -> None:
         verify_gradients(model, find_trained_modules(model), [text], device=CPU)
 
 
+@pytest.mark.parametrize("architecture", MULTIMODAL)
+def test_a_vision_tower_that_texts_leave_out_keeps_them_in_batches(
+    architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its convolutions have no rule; a row with an image needs none, for it is alone."""
+    model, rows = tiny_multimodal_model(architecture), example_rows()
+    for _ in range(2):
+        losses, found = batched_gradients(model, rows)
+        expected_losses, expected = looped_gradients(model, rows, allow_unused=True)
+        torch.testing.assert_close(losses, expected_losses, rtol=TOLERANCE, atol=0)
+        assert relative_error(found, expected) < TOLERANCE
+        image = collated(architecture, [1])[0]
+        oracle = torch.cat(autograd_gradients(model, image))
+        assert float((torch.cat(score(model, image)) - oracle).norm()) < TOLERANCE * float(oracle.norm())
+    assert not [record for record in caplog.records if "one at a time" in record.getMessage()]
+
+
+@pytest.mark.parametrize("architecture", MULTIMODAL)
+def test_a_model_with_a_vision_tower_trains_in_full(architecture: str, tmp_path: Path) -> None:
+    model, rows = tiny_multimodal_model(architecture), multimodal_rows([0, 0, 1] * 16)
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator(architecture),
+        remove_unused_columns=False,
+    )
+    attach(trainer, {"pool_size": 12, "num_selected": 4, "sketch_dim": 512}, verify=True)
+    trainer.train()
+    assert [len(step) for step in trained_indices(tmp_path)] == [4] * 4
+
+
 def test_a_bypass_shows_also_where_other_layers_are_unused(caplog: pytest.LogCaptureFixture) -> None:
     model = add_lora(tiny_multimodal_model("llava"))
     layer = model.get_submodule("base_model.model.model.language_model.layers.0.mlp.up_proj")

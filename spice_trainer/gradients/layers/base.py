@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 # By class, or by the full name of one whose library need not be there.
 LAYER_KINDS: dict[type[nn.Module] | str, type[ScoredLayer]] = {}
+
+
+class NotLinearError(Exception):
+    """A layer's output is not what its kind says of its weight, so that its gradient must be autograd's own."""
 
 
 class ScoredLayer(ABC):
@@ -56,7 +61,7 @@ class ScoredLayer(ABC):
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, num_tokens: int) -> Any:
         """What of a call is kept until the gradient of its output comes, or `None` if it mixes samples.
 
-        The samples are padded to `num_tokens` tokens.
+        The samples are padded to `num_tokens` tokens. Raises a NotLinearError of a layer that is not of the kind.
         """
         raise NotImplementedError
 
@@ -135,6 +140,21 @@ def by_sample(values: Tensor, num_samples: int, num_tokens: int, *, may_be_flat:
 def holds_only(module: nn.Module, *names: str) -> bool:
     """Whether it holds no other parameter, and no module within it, such as one that computes a weight from others."""
     return module._parameters.keys() <= {*names} and not module._modules
+
+
+@contextmanager
+def stand_ins(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which a module finds these tensors in the place of its parameters."""
+    # As attributes, which come before parameters: those of sharded models may not be there at this moment.
+    attributes = vars(module)
+    before = {key: attributes[key] for key in values if key in attributes}
+    attributes.update(values)
+    try:
+        yield
+    finally:
+        for key in values:
+            del attributes[key]
+        attributes.update(before)
 
 
 _whole_shapes: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
