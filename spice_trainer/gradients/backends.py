@@ -131,6 +131,28 @@ def score_alone(model: nn.Module, layer_name: str) -> None:
     warn_of_scoring_alone(model, layer_name, "takes the tokens of all rows together")
 
 
+def score_unpadded(model: nn.Module) -> None:
+    """From here on they are, too: batch mates or padding were seen to change a row's gradient."""
+    _with_mixed_rows.add(model)
+    if model not in _warned:
+        _warned.add(model)
+        logger.warning(
+            "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short: in this model "
+            "(%s) padding, or the other rows of a batch, change a row's gradient.",
+            type(model).__name__,
+        )
+
+
+@contextmanager
+def scored_alone(model: nn.Module) -> Iterator[None]:
+    """Context in which rows are, of a model of which it is not known that they must be."""
+    _with_mixed_rows.add(model)
+    try:
+        yield
+    finally:
+        _with_mixed_rows.discard(model)
+
+
 def score_alone_by(model: nn.Module, layer_name: str, module: nn.Module) -> None:
     """From here on rows are, wherever this module scores: it has no rule, and rows use it."""
     _used_by_rows.add(module)

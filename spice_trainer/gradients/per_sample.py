@@ -245,9 +245,10 @@ class SampleGradients:
         """The same, a row at a time and without its padding."""
         if not self._can_repeat:
             raise RuntimeError(
-                "Some layers take the tokens of all rows together, so rows must be scored one at a time, and "
-                "where weights are sharded all processes in step. Set SpiceConfig(scoring_tokens_per_batch=1), or "
-                "leave these layers out: SpiceConfig(scoring_target_modules=[...])."
+                "Some layers take the tokens of all rows together, or padding changes a row's gradient, so rows must "
+                "be scored one at a time, and where weights are sharded all processes in step. Set "
+                "SpiceConfig(scoring_tokens_per_batch=1), or leave such layers out: "
+                "SpiceConfig(scoring_target_modules=[...])."
             )
         losses = []
         for row in rows:

@@ -1,8 +1,8 @@
 """A check of the sample gradients on the user's own model, adapter and precision, before training starts.
 
 Two short rows in one padded batch must give, layer by layer, the gradients that plain autograd gives for each alone.
-This catches every model nobody thought of: a forward that bypasses layers, mixes the rows of a batch, or
-calls a layer in a way the hooks don't see.
+This catches every model nobody thought of: a forward that bypasses layers, or calls one in a way the hooks don't see.
+Where padding or a batch mate changes a row's gradient, rows are scored one at a time from then on.
 
 Where weights are sharded autograd cannot take a weight's gradient: FSDP and ZeRO-3 reduce it as soon as it forms, so
 none may form. A layer y = f(x; W), linear in W, is called there as
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_trainer.data.rows import CandidateRow, pad_rows
-from spice_trainer.gradients.backends import must_score_alone, scoring_mode
+from spice_trainer.gradients.backends import must_score_alone, score_unpadded, scored_alone, scoring_mode
 from spice_trainer.gradients.forward import input_embedding, logits_of, move_inputs, without_cache
 from spice_trainer.gradients.label_head import PLAIN, LabelLoss, sample_losses
 from spice_trainer.gradients.layers.base import NotLinearError, ScoredLayer
@@ -60,20 +60,24 @@ def verify_gradients(
     has one that is not zero.
     """
     layers = scored_layers(modules)
-    comparison = _Comparison(rows)
-    with preserved_random_state(device), _without_zero_weights(layers):
+
+    def compare() -> _Comparison:
+        comparison = _Comparison(rows)
         for group in _groups(layers):
             members = {part.name: part.module for layer in group for part in layer.parts}
             batched = _batched_gradients(model, members, rows, device, autocast, label_loss)
             alone = [_autograd(model, group, row, device, autocast, label_loss) for row in rows]
             comparison.add(group, batched, alone)
-    if not any(comparison.is_finite):
-        raise ValueError(
-            f"The gradients of rows {', '.join(str(row.index) for row in rows)} of the training dataset are not "
-            "finite, also by plain autograd. Likely causes: a weight that is not finite (a broken checkpoint), or an "
-            "overflow in float16 (train in bf16). Training would fail with or without SPICE."
-        )
-    return comparison.largest_error(tolerance=_rounding_tolerance(model, autocast, device))
+        if not any(comparison.is_finite):
+            raise ValueError(
+                f"The gradients of rows {', '.join(str(row.index) for row in rows)} of the training dataset are not "
+                "finite, also by plain autograd. Likely causes: a weight that is not finite (a broken checkpoint), or "
+                "an overflow in float16 (train in bf16). Training would fail with or without SPICE."
+            )
+        return comparison
+
+    with preserved_random_state(device), _without_zero_weights(layers):
+        return _largest_error(model, compare, tolerance=_rounding_tolerance(model, autocast, device))
 
 
 def verify_directions(
@@ -90,9 +94,10 @@ def verify_directions(
     The rows are the same on every process. Returns the largest error of a layer, relative to the row's gradient norm,
     and raises as above.
     """
-    comparison = _Comparison(rows)
-    generator = torch.Generator().manual_seed(0)
-    with preserved_random_state(device):
+
+    def compare() -> _Comparison:
+        comparison = _Comparison(rows)
+        generator = torch.Generator().manual_seed(0)
         # What is autograd's own needs no check.
         for group in _groups([layer for layer in scored_layers(modules) if not layer.takes_autograd]):
             members = {part.name: part.module for layer in group for part in layer.parts}
@@ -114,7 +119,30 @@ def verify_directions(
                 [list(compress(of_row, kept)) for of_row in ours],
                 [list(compress(of_row, kept)) for of_row in alone],
             )
-    return comparison.largest_error(tolerance=_rounding_tolerance(model, autocast, device))
+        return comparison
+
+    with preserved_random_state(device):
+        return _largest_error(model, compare, tolerance=_rounding_tolerance(model, autocast, device))
+
+
+def _largest_error(model: nn.Module, compare: Callable[[], _Comparison], *, tolerance: float) -> float:
+    """That of a comparison, which is made once more with each row alone if batch mates or padding change its gradient.
+
+    If they do, rows are scored one at a time from here on.
+    """
+    comparison = compare()
+    try:
+        return comparison.largest_error(tolerance=tolerance)
+    except GradientMismatchError as error:
+        if must_score_alone(model):
+            raise
+        with scored_alone(model):
+            try:
+                found = compare().largest_error(tolerance=tolerance)
+            except GradientMismatchError:
+                raise error from None
+    score_unpadded(model)
+    return found
 
 
 # Coordinates of layers that are compared together, and of all that are compared.
@@ -210,10 +238,10 @@ class _Comparison:
                     raise GradientMismatchError(
                         f"The sample gradient of the layer {name!r} differs from autograd's by {error:.2g} of the "
                         f"gradient's norm (row {row.index} of the training dataset; at most {tolerance:g} is rounding "
-                        "in this precision). This model calls the layer in a way that SPICE's hooks cannot follow, or "
-                        "the rows of a batch influence each other. Selection would be silently wrong, so it is "
-                        "refused. Leave this layer out of `target_modules` or of SpiceConfig(scoring_target_modules="
-                        "[...]), or switch off kernels that replace the layer's forward."
+                        "in this precision). This model calls the layer in a way that SPICE's hooks cannot follow. "
+                        "Selection would be silently wrong, so it is refused. Leave this layer out of "
+                        "`target_modules` or of SpiceConfig(scoring_target_modules=[...]), or switch off kernels that "
+                        "replace the layer's forward."
                     )
         return largest
 

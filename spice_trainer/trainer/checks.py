@@ -24,7 +24,9 @@ from spice_trainer.distributed import check_parallelism
 from spice_trainer.gradients.backends import (
     changes_when_training_begins,
     is_sharded,
+    must_score_alone,
     num_values,
+    score_unpadded,
     warn_of_quantization,
 )
 from spice_trainer.gradients.lora import find_trained_modules
@@ -184,6 +186,8 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
             if processes.is_main:
                 error = verify_gradients(model, scorer.modules, shortest, device=input_device(model), **settings)
                 logger.debug("SPICE: sample gradients agree with autograd to %.2g.", error)
+        if processes.broadcast(must_score_alone(model)) and not must_score_alone(model):
+            score_unpadded(model)
     changes = is_target and changes_when_training_begins(trainer.args)
     return verify_when_wrapped if not is_ready or changes else None
 

@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,10 +53,7 @@ UNTRAINED: dict[tuple[str, str], tuple[str, str]] = {
     ("reformer", "lora"): ("does not require grad", "its reversible layers take no gradient over frozen embeddings"),
 }
 # What SPICE refuses of what stock trains, by words of the error, and why.
-_PADDING = ("rows of a batch influence each other", "padding changes a row's loss, whatever the attention mask says")
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
-    ("cpmant", "lora"): _PADDING,
-    ("prophetnet", "lora"): _PADDING,
     ("reformer", "full"): ("reversible layers", "its backward needs dropout and random hashes"),
 }
 # Layers that LoRA leaves out, for "all-linear" does not train with PEFT there.
@@ -225,11 +223,16 @@ class Outcome:
 @cache
 def play(family: str, trained: str) -> Outcome:
     """Trains a family, all of it or LoRA, and scores it."""
+    return play_model(lambda: family_model(family, trained))
+
+
+def play_model(build: Callable[[], nn.Module]) -> Outcome:
+    """Trains a model, and scores it."""
     rows = example_rows()[:4]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = family_model(family, trained)
+            model = build()
             inputs, labels = collate(rows)
             model.train()
             model(**inputs, labels=labels, **without_cache(model)).loss.backward()
@@ -253,10 +256,6 @@ def play(family: str, trained: str) -> Outcome:
     is_alone = must_score_alone(model, [layer.module for layer in layers if layer.takes_autograd])
     torch.testing.assert_close(losses, expected_losses, rtol=TOLERANCE, atol=0)
     return Outcome("rows" if is_alone else "batches", error=relative_error(found, expected))
-
-
-_BEGIN = "<!-- Written by `python -m tests.support.families`; a test compares. -->\n"
-_END = "<!-- End of what it writes. -->\n"
 
 
 def as_markdown() -> str:
@@ -295,11 +294,16 @@ def as_markdown() -> str:
     return "\n".join([*lines, "", f"LoRA leaves out what does not train with PEFT there: {left_out}.", ""])
 
 
-def parts_of_the_docs() -> tuple[str, str, str]:
-    """docs/support.md before, between and behind the two comments."""
-    before, rest = SUPPORT.read_text(encoding="utf-8").split(_BEGIN)
-    between, behind = rest.split(_END)
-    return before + _BEGIN, between, _END + behind
+_BEGIN = "<!-- Written by `python -m {}`; a test compares. -->\n"
+_END = "<!-- End of what it writes. -->\n"
+
+
+def parts_of_the_docs(module: str = "tests.support.families") -> tuple[str, str, str]:
+    """docs/support.md before, between and behind the two comments of a module that writes there."""
+    begin = _BEGIN.format(module)
+    before, rest = SUPPORT.read_text(encoding="utf-8").split(begin)
+    between, behind = rest.split(_END, 1)
+    return before + begin, between, _END + behind
 
 
 if __name__ == "__main__":

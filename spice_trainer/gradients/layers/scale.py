@@ -102,7 +102,7 @@ class ScaleLayer(ScoredLayer):
     def _check_linearity(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tries another weight and bias: one that is a norm by its name alone may do anything with them."""
         first: Tensor = args[0] if args else next(iter(kwargs.values()))
-        features = torch.arange(first.shape[-1], device=first.device)
+        features = torch.arange(*self.shapes[0], device=first.device)
         # Far from the 0 and 1 between which a curve may look straight.
         weight, bias = 2.0 + features % 3, 1.0 + features % 2
         scaled, shifted = self._run(args, kwargs, weight), self._run(args, kwargs, weight, bias)
