@@ -75,6 +75,11 @@ class CandidateRow:
     reference: RowReference = RowReference()
 
     @property
+    def other_inputs(self) -> tuple[str, ...]:
+        """Names of inputs that are no tokens, such as an image's pixels."""
+        return tuple(key for key, value in self.inputs.items() if torch.is_tensor(value) and value.is_floating_point())
+
+    @property
     def shape(self) -> RowShape:
         """What planning needs to know of the row."""
         keys = tuple(sorted(key for key in self.inputs if key != "attention_mask"))

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spice_trainer.data.raw_rows import RawFormat, find_raw_format, list_raw_columns, malformed_row, read_raw_row
 from spice_trainer.data.rows import fetch_rows
+from spice_trainer.utils.logging import logger
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
@@ -110,6 +111,9 @@ class TokenizedRows:
                 "same rows in the same order, tokenised by the proxy's tokenizer."
             )
         object.__setattr__(self, "raw_format", raw_format)
+        images = sorted({"image", "images"} & set(columns))
+        if images:
+            logger.warning("SPICE: rows are scored by their text alone: %s is not read.", " and ".join(images))
         if self.assistant_only and tokenizer.chat_template is not None:
             object.__setattr__(self, "chat_template", find_training_template(tokenizer))
         if len(self.dataset):

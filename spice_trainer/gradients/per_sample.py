@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from spice_trainer.gradients.backends import (
     is_sharded,
@@ -343,6 +344,8 @@ class SampleGradients:
                     yield module.register_forward_hook(_detach_below)
             elif module._forward_hooks and not self._is_whole:
                 yield module.register_forward_hook(self._detach_leaf)
+            elif module._forward_hooks and scored.isdisjoint(map(id, module.modules())):
+                yield module.register_forward_hook(self._end_at_images, with_kwargs=True)
         # Before the user's own hooks, which may change the output. Those of FSDP and ZeRO-3 gather weights first.
         is_first = not is_sharded(self.model)
         for index, layer in enumerate(self._layers):
@@ -353,6 +356,16 @@ class SampleGradients:
 
     def _start_at_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled() or self._is_backward or any(output is leaf for leaf in self._leaves):
+            return None
+        self._leaves.append(output.detach().requires_grad_(True))
+        return self._leaves[-1]
+
+    def _end_at_images(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """Ends the backward where hooks for checkpointing let a vision tower's embeddings require a gradient."""
+        if not isinstance(output, Tensor) or not output.requires_grad or self._is_backward:
+            return None
+        is_ours = any(output is leaf for leaf in self._leaves)
+        if is_ours or any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves((args, kwargs))):
             return None
         self._leaves.append(output.detach().requires_grad_(True))
         return self._leaves[-1]

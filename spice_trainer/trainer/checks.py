@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_dataset, embedding_size
 from spice_trainer.data.rows import CandidateRow
-from spice_trainer.distributed import check_parallelism
+from spice_trainer.distributed import Processes, check_parallelism
 from spice_trainer.gradients.backends import (
     changes_when_training_begins,
     is_sharded,
@@ -29,6 +29,7 @@ from spice_trainer.gradients.backends import (
     score_unpadded,
     warn_of_quantization,
 )
+from spice_trainer.gradients.forward import base_model, forward_parameters
 from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.unscored import unscored_share
 from spice_trainer.gradients.verification import verify_directions, verify_gradients
@@ -158,11 +159,25 @@ def check_run(
             samples_per_step=schedule.shape.samples_per_step,
         )
     check_memory(scorer, min(schedule.pool_size, schedule.num_rows), config)
+    check_kinds(rows, scorer.processes)
     if not any(row.num_label_tokens > 0 for row in rows):
         raise ValueError(
             f"None of {len(rows)} rows looked at has a label token (all labels are -100), so nothing could be trained "
             "or scored. Look at the prompt masking and at `max_length`."
         )
+
+
+def check_kinds(rows: Sequence[CandidateRow], processes: Processes) -> None:
+    """Refuses rows with and without images where every process must call the same modules."""
+    by_kind = {row.other_inputs: row.index for row in rows}
+    if len(by_kind) < 2 or () not in by_kind or not (processes.lockstep and processes.world_size > 1):
+        return
+    named, index = next((", ".join(names), index) for names, index in by_kind.items() if names)
+    raise ValueError(
+        f"Row {index} of the training dataset has {named} and row {by_kind[()]} has not, and FSDP or ZeRO-3 shards "
+        "the weights: a process with the first gathers a vision tower's from all others, which wait for something "
+        "else, and none goes on. Fix: give rows of text a blank image, train on rows of one kind, or use DDP."
+    )
 
 
 def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Callable[[], None] | None:
@@ -203,6 +218,10 @@ def _shortest(rows: Sequence[CandidateRow]) -> list[CandidateRow]:
 def _is_ready(trainer: Any, scorer: GradientScorer) -> bool:
     """Whether the main process can run the model by itself. A collective."""
     model = scorer.get_model()
+    # Of a model that will be sharded only the main process may have the weights yet. A forward there alone would also
+    # leave it another model: transformers adds hooks when hidden states are first asked for, before ZeRO-3's or after.
+    if scorer.processes.lockstep:
+        return False
     # FSDP moves a model to its device as it shards it; until then only the main process may have its weights.
     is_there = model is not trainer.model or input_device(model).type == trainer.accelerator.device.type
     return scorer.processes.broadcast(not is_sharded(model) and is_there)
@@ -257,6 +276,14 @@ def check_proxy(proxy: ProxyModel, target: nn.Module, *, device: torch.device, r
             f"A training row holds the token id {largest:,}, and the proxy's vocabulary ends at "
             f"{embedding_size(proxy.model) - 1:,}. It was tokenised for another model: pass "
             "`ProxyModel(..., processing_class=...)` with the proxy's own tokenizer, or a dataset tokenised by it."
+        )
+    takes, named = forward_parameters(proxy.model), sorted({name for row in rows for name in row.other_inputs})
+    if "input_ids" in takes and not takes.keys() >= set(named):
+        raise ValueError(
+            f"The training rows have {', '.join(named)}, and the proxy ({type(base_model(proxy.model)).__name__}) "
+            "reads token ids alone: it would take the tokens that stand for images for words. Fix: a proxy that reads "
+            "images, such as a smaller model of the target's family, or `ProxyModel(..., processing_class=...)` with "
+            "another tokenizer of its own, by which it reads the rows' text alone."
         )
     ours, theirs = num_parameters(proxy.model), num_parameters(target)
     if ours > theirs:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
+
 from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice
 from spice_trainer.gradients.lora import UnsupportedModelError
 from tests.bad_input.scene import ATTACHING, CREATING, SETTINGS, STARTING, BadInput, Scene
 from tests.support.models import add_lora, tiny_lora_model, tiny_model
+from tests.support.multimodal import collator, multimodal_rows, tiny_multimodal_model
 from tests.support.trainers import tiny_dataset
 
 
@@ -22,7 +25,7 @@ def _attach(proxy: Callable[[], Any], settings: Any = None, **options: Any) -> C
         if isinstance(built, ProxyModel):
             scene.models.append(built.model)
         models = {"model": options["model"]()} if "model" in options else {}
-        return scene.attach(settings, proxy=built, **models)
+        return scene.attach(settings, proxy=built, **options | models)
 
     return prepare
 
@@ -191,6 +194,20 @@ ROWS = (
         ValueError,
         ("holds the token id 60, and the proxy's vocabulary ends at 39",),
         _attach(lambda: ProxyModel(add_lora(tiny_model(vocab_size=40)))),
+    ),
+    BadInput(
+        "text_proxy",
+        "a proxy that reads no images for rows with images",
+        ATTACHING,
+        ValueError,
+        ("rows have pixel_values, and the proxy (LlamaForCausalLM) reads token ids alone", "Fix: a proxy that reads"),
+        _attach(
+            lambda: ProxyModel(add_lora(tiny_model(vocab_size=64))),
+            model=lambda: add_lora(tiny_multimodal_model("llava")),
+            train_dataset=Dataset.from_list(multimodal_rows([0, 1] * 20)),
+            data_collator=collator("llava"),
+            remove_unused_columns=False,
+        ),
     ),
     BadInput(
         "large_proxy",

@@ -190,6 +190,21 @@ class Worker:
         self.check_wrapper(trainer)
         return {"picks": heard, "losses": losses(trainer)}
 
+    def train_on_images(self) -> dict[str, Any]:
+        """Trains a model that reads images as TRL does."""
+        from tests.support.processors import make_image_trainer
+
+        num_images = json.loads(self.options["num_images"])
+        trainer = make_image_trainer(
+            self.folder / "trained",
+            self.options["architecture"],
+            num_images=num_images,
+            per_device_train_batch_size=4 // self.world_size,
+        )
+        if self.config == "deepspeed_zero3":
+            cpu_shims.partition_small_parameters(trainer.args)
+        return self.listen(trainer)
+
     def select(self) -> dict[str, Any]:
         """Selects a subset with no target training."""
         # A fresh adapter of each process's own; process 0's counts.
@@ -315,6 +330,7 @@ def losses(trainer: Trainer) -> list[float]:
 TASKS = {
     "all": Worker.run_everything,
     "train": Worker.train_and_listen,
+    "images": Worker.train_on_images,
     "select": Worker.select,
     "fail": Worker.fail,
     "other_rows": Worker.see_other_rows,

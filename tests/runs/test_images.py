@@ -3,74 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.data.rows import collate_row, pad_rows
+from spice_trainer.data.tokenized_rows import TokenizedRows
+from spice_trainer.distributed import Processes
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
+from spice_trainer.trainer.checks import check_kinds
 from tests.support.gradient_loop import CollectingSink
-from tests.support.multimodal import MULTIMODAL, tiny_multimodal_model
+from tests.support.multimodal import MULTIMODAL
 from tests.support.replays import train_and_replay
-from tests.support.trainers import (
-    attach,
-    read_records,
-    same_weights,
-    trainable_weights,
-    trained_indices,
-    training_options,
-)
+from tests.support.trainers import read_records, same_weights, tiny_tokenizer, trainable_weights, trained_indices
 from tests.support.versions import before
 
 pytest.importorskip("PIL")
-from tests.support.processors import conversations, tiny_processor
+from tests.support.processors import NUM_IMAGES, POOL_SIZE, TARGETS, conversations, make_image_trainer
 
 pytestmark = pytest.mark.skipif(before("transformers", "5.18"), reason="processors are made otherwise")
-
-TARGETS = {
-    "all": "all-linear",
-    "language": r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)",
-    "vision": r".*vis.*\.(q_proj|v_proj|qkv|fc1|linear_fc1)",
-}
-NUM_ROWS = 24
-# Text rows, rows with an image, rows with two.
-NUM_IMAGES = [number % 3 for number in range(NUM_ROWS)]
-SETTINGS = {"pool_size": 8, "num_selected": 4}
-
-
-def build(
-    output_dir: Path,
-    architecture: str,
-    *,
-    spice: Mapping[str, Any] | None = SETTINGS,
-    targets: str = "all",
-    form: str = "messages",
-    lora_dropout: float = 0.0,
-    **arguments: Any,
-) -> Any:
-    """An SFTTrainer that makes the adapter and the collator itself."""
-    from trl import SFTConfig, SFTTrainer
-
-    torch.manual_seed(0)
-    trainer = SFTTrainer(
-        model=tiny_multimodal_model(architecture),
-        args=SFTConfig(**training_options(output_dir, bf16=False, max_length=None, **arguments)),
-        train_dataset=conversations([1] * NUM_ROWS if form == "image" else NUM_IMAGES, form=form),
-        processing_class=tiny_processor(architecture),
-        peft_config=LoraConfig(r=4, target_modules=TARGETS[targets], lora_dropout=lora_dropout, task_type="CAUSAL_LM"),
-    )
-    assert type(trainer.data_collator).__name__ == "DataCollatorForVisionLanguageModeling"
-    attach(trainer, spice, verify=True)
-    return trainer
 
 
 def loss_gradients(trainer: Any, row: Any) -> tuple[float, Tensor]:
@@ -102,7 +62,7 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "targets", "form"), CASES)
 def test_rows_score_as_they_train(tmp_path: Path, architecture: str, targets: str, form: str) -> None:
-    trainer = build(tmp_path, architecture, targets=targets, form=form, max_steps=2)
+    trainer = make_image_trainer(tmp_path, architecture, targets=targets, form=form, max_steps=2)
     randomize(trainer)
     dataset = trainer.train_dataset
     rows = [collate_row(number, dataset[number], trainer.data_collator) for number in range(6)]
@@ -134,7 +94,7 @@ def test_rows_score_as_they_train(tmp_path: Path, architecture: str, targets: st
 def test_scoring_images_leaves_no_trace(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(output_dir: Path) -> Any:
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        return build(output_dir, architecture, lora_dropout=0.3, **options)
+        return make_image_trainer(output_dir, architecture, lora_dropout=0.3, **options)
 
     train_and_replay(make, tmp_path, monkeypatch, num_steps=3)
 
@@ -145,11 +105,11 @@ def test_picking_every_image_trains_like_the_stock_trainer(tmp_path: Path, archi
     if architecture not in MULTIMODAL:
         pytest.skip("this transformers has no such model")
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    ours = build(tmp_path / "ours", architecture, spice={"pool_size": 4, "num_selected": 4}, **options)
+    ours = make_image_trainer(tmp_path / "ours", architecture, spice={"pool_size": 4, "num_selected": 4}, **options)
     ours.train()
     steps = trained_indices(tmp_path / "ours")
-    assert sorted(row for step in steps for row in step) == list(range(NUM_ROWS))
-    stock = build(tmp_path / "stock", architecture, spice=None, **options)
+    assert sorted(row for step in steps for row in step) == list(range(len(NUM_IMAGES)))
+    stock = make_image_trainer(tmp_path / "stock", architecture, spice=None, **options)
     batches = [step[start : start + 2] for step in steps for start in (0, 2)]
     loader = DataLoader(stock.train_dataset, batch_sampler=batches, collate_fn=stock.data_collator)
     stock.get_train_dataloader = lambda: stock.accelerator.prepare(loader)
@@ -162,14 +122,63 @@ def test_picking_every_image_trains_like_the_stock_trainer(tmp_path: Path, archi
 
 def test_a_run_on_images_resumes(tmp_path: Path) -> None:
     def make(output_dir: Path) -> Any:
-        return build(output_dir, "gemma3", lora_dropout=0.3, save_strategy="steps", save_steps=1, num_train_epochs=2)
+        return make_image_trainer(
+            output_dir, "gemma3", lora_dropout=0.3, save_strategy="steps", save_steps=1, num_train_epochs=2
+        )
 
     whole = make(tmp_path)
     whole.train()
     weights, names = trainable_weights(whole.model), ("selections", "pools", "trained")
     records = {name: (tmp_path / "spice" / f"{name}.jsonl").read_bytes() for name in names}
-    assert len(trained_indices(tmp_path)) == math.ceil(NUM_ROWS / SETTINGS["pool_size"]) * 2
+    assert len(trained_indices(tmp_path)) == math.ceil(len(NUM_IMAGES) / POOL_SIZE) * 2
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same_weights(trainable_weights(resumed.model), weights)
     assert {name: (tmp_path / "spice" / f"{name}.jsonl").read_bytes() for name in names} == records
+
+
+def test_a_proxy_that_reads_images_scores_as_the_target_would(tmp_path: Path) -> None:
+    picks = []
+    for name in ("itself", "proxy"):
+        trainer = make_image_trainer(tmp_path / name, "qwen2_vl", spice=None, max_steps=1)
+        model = make_image_trainer(tmp_path / "copy", "qwen2_vl", spice=None).model
+        settings = SpiceConfig(pool_size=POOL_SIZE, num_selected=4)
+        attach_spice(trainer, settings, proxy=ProxyModel(model) if name == "proxy" else None)
+        trainer.train()
+        picks.append(trained_indices(tmp_path / name))
+    assert picks[0] == picks[1]
+
+
+def test_a_proxy_of_another_tokenizer_says_that_it_reads_text(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    with caplog.at_level(logging.WARNING, "spice_trainer"):
+        TokenizedRows(conversations([0]), tokenizer)
+        assert "scored by their text alone: images is not read" in caplog.text
+        caplog.clear()
+        TokenizedRows(conversations([0]).remove_columns("images"), tokenizer)
+    assert not caplog.records
+
+
+def test_rows_of_both_kinds_are_refused_where_weights_are_sharded(tmp_path: Path) -> None:
+    trainer = make_image_trainer(tmp_path, "llava", spice=None)
+    rows = [collate_row(number, trainer.train_dataset[number], trainer.data_collator) for number in range(3)]
+    sharded = Processes(world_size=2, lockstep=True)
+    with pytest.raises(ValueError, match=r"Row 2 .* has pixel_values and row 0 has not.*ZeRO-3.*blank image"):
+        check_kinds(rows, sharded)
+    check_kinds(rows[1:], sharded)
+    check_kinds(rows, Processes(world_size=2))
+
+
+def test_a_whole_graph_reaches_a_vision_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP1 and ZeRO-3 need it, where checkpointing lets the images' embeddings require a gradient."""
+    monkeypatch.setattr("spice_trainer.gradients.per_sample.needs_whole_graph", lambda model: True)
+    trainer = make_image_trainer(tmp_path, "qwen2_vl", spice=None)
+    randomize(trainer)
+    for row in trainer.train_dataset.select(range(3)):
+        _, gradient = loss_gradients(trainer, row)
+        sink = CollectingSink()
+        with SampleGradients(trainer.model, find_lora_modules(trainer.model)) as sample_gradients:
+            sample_gradients.compute(*pad_rows([collate_row(0, row, trainer.data_collator)]), sink)
+        found = torch.cat([of_layer[0] for of_layer in sink.by_module()])
+        assert float((found - gradient).norm()) < 1e-5 * float(gradient.norm())

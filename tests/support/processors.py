@@ -5,17 +5,30 @@ Words are `w7` to `w50`, which are their own token ids; everything else is a mar
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
 from datasets import Dataset, Features, Image, Value
+from peft import LoraConfig
 from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.multimodal import IMAGE
+from tests.support.multimodal import IMAGE, tiny_multimodal_model
+from tests.support.trainers import attach, training_options
+
+TARGETS = {
+    "all": "all-linear",
+    "language": r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)",
+    "vision": r".*vis.*\.(q_proj|v_proj|qkv|fc1|linear_fc1)",
+}
+# Text rows, rows with an image, rows with two.
+NUM_IMAGES = [number % 3 for number in range(24)]
+POOL_SIZE = 8
 
 _WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "user": 3, "assistant": 4, "<unk>": 6}
 _WORDS |= {f"w{number}": number for number in range(7, 51)} | {"<|python_tag|>": 58, "<|video_pad|>": 59}
@@ -121,3 +134,32 @@ def conversations(num_images: Sequence[int], *, form: str = "messages", seed: in
     features: dict[str, Any] = {"prompt": turns, "completion": turns} if form == "prompt" else {"messages": turns}
     features |= {"image": Image()} if form == "image" else {"images": [Image()]}
     return Dataset.from_list(rows, features=Features({"id": Value("string"), **features}))
+
+
+def make_image_trainer(
+    output_dir: str | os.PathLike[str],
+    architecture: str,
+    *,
+    spice: Mapping[str, Any] | None = {},
+    targets: str = "all",
+    form: str = "messages",
+    num_images: Sequence[int] = NUM_IMAGES,
+    lora_dropout: float = 0.0,
+    **arguments: Any,
+) -> Any:
+    """A `trl.SFTTrainer` that makes the adapter and the collator itself, with SPICE but for `spice=None`."""
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    trainer = SFTTrainer(
+        model=tiny_multimodal_model(architecture),
+        args=SFTConfig(**training_options(output_dir, **{"bf16": False, "max_length": None} | arguments)),
+        train_dataset=conversations([1] * len(num_images) if form == "image" else num_images, form=form),
+        processing_class=tiny_processor(architecture),
+        peft_config=LoraConfig(r=4, target_modules=TARGETS[targets], lora_dropout=lora_dropout, task_type="CAUSAL_LM"),
+    )
+    assert type(trainer.data_collator).__name__ == "DataCollatorForVisionLanguageModeling"
+    if spice is not None:
+        spice = {"pool_size": POOL_SIZE, "num_selected": 4} | dict(spice)
+    attach(trainer, spice, verify=True)
+    return trainer
