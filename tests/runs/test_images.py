@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.data.rows import collate_row, pad_rows
@@ -22,13 +24,13 @@ from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.trainer.checks import check_kinds
 from tests.support.gradient_loop import CollectingSink
-from tests.support.multimodal import MULTIMODAL
+from tests.support.multimodal import IMAGE, MULTIMODAL, tiny_multimodal_model
 from tests.support.replays import train_and_replay
 from tests.support.trainers import read_records, same_weights, tiny_tokenizer, trainable_weights, trained_indices
 from tests.support.versions import before
 
 pytest.importorskip("PIL")
-from tests.support.processors import NUM_IMAGES, POOL_SIZE, TARGETS, conversations, make_image_trainer
+from tests.support.processors import NUM_IMAGES, POOL_SIZE, TARGETS, conversations, make_image_trainer, tiny_processor
 
 pytestmark = pytest.mark.skipif(before("transformers", "5.18"), reason="processors are made otherwise")
 
@@ -182,3 +184,55 @@ def test_a_whole_graph_reaches_a_vision_tower(tmp_path: Path, monkeypatch: pytes
             sample_gradients.compute(*pad_rows([collate_row(0, row, trainer.data_collator)]), sink)
         found = torch.cat([of_layer[0] for of_layer in sink.by_module()])
         assert float((found - gradient).norm()) < 1e-5 * float(gradient.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llava", "gemma3"])
+def test_a_script_of_the_shape_of_trls_example_runs_with_one_line_more(tmp_path: Path, architecture: str) -> None:
+    """Model and processor by name, a collator of its own, no preparation, flags: as in TRL's `sft_vlm.py`."""
+    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+    from trl.data_utils import prepare_multimodal_messages
+
+    tiny_multimodal_model(architecture).save_pretrained(tmp_path / "model")
+    tiny_processor(architecture).save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    conversations([1] * 24).to_parquet(tmp_path / "data" / "train-00000.parquet")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--model_name_or_path", str(tmp_path / "model")]
+    flags += ["--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    flags += ["--use_peft", "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "False"]
+    flags += ["--save_strategy", "no", "--report_to", "none", "--gradient_checkpointing"]
+    script_args, training_args, model_args = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig)
+    ).parse_args_and_config(flags)
+    training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    training_args.remove_unused_columns = False
+    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
+    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path)
+
+    def collate_fn(examples: list[dict[str, Any]]) -> Any:
+        images = [example["images"] for example in examples]
+        messages = [
+            prepare_multimodal_messages(example["messages"], images=seen)
+            for example, seen in zip(examples, images, strict=True)
+        ]
+        texts = [processor.apply_chat_template(each, tokenize=False) for each in messages]
+        batch = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].clone()
+        labels[(labels == processor.tokenizer.pad_token_id) | (labels == IMAGE)] = -100
+        batch["labels"] = labels
+        return batch
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collate_fn,
+        train_dataset=load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+    )
+    attach_spice(trainer, SpiceConfig(pool_size=POOL_SIZE, num_selected=4))
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+    assert [len(step) for step in trained_indices(tmp_path / "run")] == [4, 4]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
