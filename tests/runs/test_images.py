@@ -180,9 +180,10 @@ def test_a_whole_graph_reaches_a_vision_tower(tmp_path: Path, monkeypatch: pytes
     for row in trainer.train_dataset.select(range(3)):
         _, gradient = loss_gradients(trainer, row)
         sink = CollectingSink()
-        with SampleGradients(trainer.model, find_lora_modules(trainer.model)) as sample_gradients:
+        modules = find_trained_modules(trainer.model)
+        with SampleGradients(trainer.model, modules) as sample_gradients:
             sample_gradients.compute(*pad_rows([collate_row(0, row, trainer.data_collator)]), sink)
-        found = torch.cat([of_layer[0] for of_layer in sink.by_module()])
+        found = torch.cat([of_layer[0] for of_layer in sink.by_module(modules, 1)])
         assert float((found - gradient).norm()) < 1e-5 * float(gradient.norm())
 
 

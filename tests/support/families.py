@@ -272,7 +272,8 @@ def as_markdown() -> str:
     outcomes = {(family, trained): play(family, trained) for family in FAMILIES for trained in TRAINED}
     titles = {
         "batches": "in batches",
-        "rows": "row by row: some layer has no rule of its own, or takes the tokens of all rows together",
+        "rows": "row by row: some layer has no rule of its own or takes the tokens of all rows together, or padding "
+        "changes a row's loss",
         "refused": "refused",
         "untrained": "not trained by stock here either",
     }
