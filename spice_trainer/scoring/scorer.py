@@ -32,6 +32,7 @@ from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.checks import check_token_ids, token_id_limits
 from spice_trainer.data.references import RowReferences
 from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.data.stream import StreamRows
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
 from spice_trainer.gradients.trained import TrainedLayers
@@ -78,7 +79,8 @@ class GradientScorer:
         self.get_model = runtime.get_model
         self.processes = runtime.processes
         self.rows = rows
-        self._num_rows = len(rows.dataset)
+        # A stream's rows are held by number, and of a run that goes on from its beginning fewer were read than before.
+        self._num_rows = 0 if isinstance(rows.dataset, StreamRows) else len(rows.dataset)
         self.references = RowReferences(rows, config.record_id_column, config.record_text_length)
         self.config = config
         self.validation = validation

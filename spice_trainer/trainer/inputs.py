@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,9 @@ from spice_trainer.trainer.normalization import is_token_normalized
 from spice_trainer.trainer.objective import label_loss_of
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
+
+# Of a stream of validation rows.
+MAX_VALIDATION_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def training_rows(
     loaders, settings = trainer.accelerator._dataloaders, trainer.accelerator.dataloader_config
     num_loaders, dispatch_batches = len(loaders), settings.dispatch_batches
     signature_columns = getattr(trainer, "_signature_columns", None)
-    if is_stream(trainer.train_dataset) and trainer.args.world_size > 1:
+    given = trainer.train_dataset if name == "get_train_dataloader" else trainer.eval_dataset
+    if is_stream(given) and trainer.args.world_size > 1:
         # Else each process would have a part of the stream; now process 0 would read all of it, as each shall here.
         settings.dispatch_batches = True
     try:
@@ -145,6 +150,8 @@ def training_rows(
     dataset = getattr(loader, "dataset", None)
     if is_stream(dataset) and name == "get_train_dataloader":
         return open_stream(trainer, dataset), loader.collate_fn
+    if is_stream(dataset):
+        dataset = hold_stream(dataset)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not hasattr(loader, "collate_fn"):
         raise ValueError(
             f"The trainer's {name} gave a {type(loader).__name__} over a {type(dataset).__name__}, "
@@ -170,6 +177,18 @@ def open_stream(trainer: Any, dataset: Any) -> StreamRows:
                 "to select from. Check the filters, the split, and that it can be iterated more than once."
             )
     return rows
+
+
+def hold_stream(dataset: Any) -> list[Any]:
+    """The rows of a stream of validation rows, which every step compares with."""
+    rows = list(islice(dataset, MAX_VALIDATION_ROWS + 1))
+    if 0 < len(rows) <= MAX_VALIDATION_ROWS:
+        return rows
+    what = "gives no row" if not rows else f"has not ended after {MAX_VALIDATION_ROWS:,} rows"
+    raise ValueError(
+        f"The trainer's eval_dataset ({type(dataset).__name__}) is a stream that {what}, and this strategy compares "
+        "candidates with all of its rows. Fix: give it some tens or hundreds of rows, such as `stream.take(256)`."
+    )
 
 
 def own_sampling(trainer: Any) -> str | None:

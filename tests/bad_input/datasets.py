@@ -45,6 +45,10 @@ def _dataset(
     return lambda scene: scene.attach(settings, train_dataset=dataset() if callable(dataset) else dataset, **options)
 
 
+def _with_validation(dataset: Callable[[], Any]) -> Callable[[Scene], Callable[[], Any]]:
+    return lambda scene: scene.attach({"strategy": "less"}, eval_dataset=dataset())
+
+
 def _trained_on(dataset: Callable[[], Any], **options: Any) -> Callable[[Scene], Callable[[], Any]]:
     return lambda scene: scene.train(train_dataset=dataset(), **options)
 
@@ -162,6 +166,22 @@ ROWS = (
         ValueError,
         ("(ReadOnceBehind) gave 18 rows or more, and 0 when it was iterated once more", "let `__iter__` begin anew"),
         _dataset(lambda: ReadOnceBehind(tiny_rows(SAMPLE_ROWS)), max_steps=3),
+    ),
+    BadInput(
+        "stream_of_validation_rows_without_end",
+        "a stream of validation rows that does not end",
+        ATTACHING,
+        ValueError,
+        ("eval_dataset (CountedStream) is a stream that has not ended after 10,000 rows", "stream.take(256)"),
+        _with_validation(lambda: CountedStream(num_passes=10**9)),
+    ),
+    BadInput(
+        "stream_of_no_validation_rows",
+        "a stream of validation rows that gives none",
+        ATTACHING,
+        ValueError,
+        ("eval_dataset (CountedStream) is a stream that gives no row", "stream.take(256)"),
+        _with_validation(lambda: CountedStream([])),
     ),
     BadInput(
         "stream_replayed",

@@ -46,6 +46,23 @@ def test_two_processes_pick_what_one_picks(
     assert resumed == picks[2:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_partitioned_models_train_on_streams(
+    config: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    stream = setting.stream()
+    monkeypatch.setattr(setting, "dataset", lambda: stream)
+    setting.single_trainer(model_folder, tmp_path / "one", max_steps=MAX_STEPS).train()
+    picks = trained_indices(tmp_path / "one")
+    options = (f"model={model_folder}", "stream=whole", f"args={json.dumps({'max_steps': MAX_STEPS})}")
+    assert train_on_two(config, tmp_path / "two", *options) == picks
+    checkpoint = tmp_path / "two" / "trained" / "checkpoint-2"
+    assert train_on_two(config, tmp_path / "resumed", *options, f"checkpoint={checkpoint}") == picks[2:]
+
+
 def test_a_stream_that_is_split_already_is_refused(model_folder: Path, tmp_path: Path) -> None:
     launched = fork("multi_gpu", tmp_path, "train", f"model={model_folder}", "stream=split", 'args={"max_steps": 3}')
     assert launched.returncode != 0

@@ -122,6 +122,25 @@ def test_picking_every_image_trains_like_the_stock_trainer(tmp_path: Path, archi
     assert len(first) == 6 and first == pytest.approx(second, abs=1e-6)
 
 
+def test_a_stream_of_images_trains_like_the_stock_trainer_and_resumes(tmp_path: Path) -> None:
+    def make(name: str, **settings: Any) -> Any:
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8}
+        return make_image_trainer(tmp_path / name, "llava", is_stream=True, **options, **settings)
+
+    ours, stock = make("ours", spice={"pool_size": 4}, save_strategy="steps", save_steps=3), make("stock", spice=None)
+    ours.train()
+    stock.train()
+    weights, theirs = trainable_weights(ours.model), trainable_weights(stock.model)
+    # Within a step the rows are the same, in another order.
+    assert all(float((weights[name] - theirs[name]).abs().max()) <= 1e-5 for name in theirs)
+    first, second = ([line["loss"] for line in run.state.log_history if "loss" in line] for run in (ours, stock))
+    assert len(first) == 8 and first == pytest.approx(second, abs=1e-6)
+    resumed = make("resumed", spice={"pool_size": 4})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
+    assert same_weights(trainable_weights(resumed.model), weights)
+    assert trained_indices(tmp_path / "resumed") == trained_indices(tmp_path / "ours")
+
+
 def test_a_run_on_images_resumes(tmp_path: Path) -> None:
     def make(output_dir: Path) -> Any:
         return make_image_trainer(

@@ -30,6 +30,7 @@ from tests.support.trainers import (
     make_trainer,
     read_records,
     same_weights,
+    tiny_dataset,
     tiny_rows,
     tiny_tokenizer,
     trainable_weights,
@@ -391,3 +392,16 @@ def test_a_proxy_with_another_tokenizer_reads_the_texts(tmp_path: Path) -> None:
     first = read_records(tmp_path, "selections")[0]
     ids = [2 + VOCAB_SIZE - token for token in tiny_rows()[first["index"]]["input_ids"]]
     assert first["token_hash"] in (hash_tokens(ids), hash_tokens([*ids, tokenizer.eos_token_id]))
+
+
+def test_validation_rows_may_be_a_stream(tmp_path: Path) -> None:
+    """They are held, as every step compares with them; the trainer's own evaluation reads the stream."""
+    picks = []
+    for name, rows in (("rows", tiny_dataset(6, seed=1)), ("stream", tiny_dataset(6, seed=1).to_iterable_dataset())):
+        options = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 3}
+        trainer = make_trainer(tmp_path / name, spice={"strategy": "less", "validation_rows": 6}, **options)
+        trainer.train()
+        picks.append(trained_indices(tmp_path / name))
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        assert losses
+    assert picks[0] == picks[1]

@@ -144,6 +144,7 @@ def make_image_trainer(
     targets: str = "all",
     form: str = "messages",
     num_images: Sequence[int] = NUM_IMAGES,
+    is_stream: bool = False,
     lora_dropout: float = 0.0,
     **arguments: Any,
 ) -> Any:
@@ -151,10 +152,11 @@ def make_image_trainer(
     from trl import SFTConfig, SFTTrainer
 
     torch.manual_seed(0)
+    dataset = conversations([1] * len(num_images) if form == "image" else num_images, form=form)
     trainer = SFTTrainer(
         model=tiny_multimodal_model(architecture),
         args=SFTConfig(**training_options(output_dir, **{"bf16": False, "max_length": None} | arguments)),
-        train_dataset=conversations([1] * len(num_images) if form == "image" else num_images, form=form),
+        train_dataset=dataset.to_iterable_dataset() if is_stream else dataset,
         processing_class=tiny_processor(architecture),
         peft_config=LoraConfig(r=4, target_modules=TARGETS[targets], lora_dropout=lora_dropout, task_type="CAUSAL_LM"),
     )
