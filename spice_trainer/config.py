@@ -157,6 +157,7 @@ _CHECKS: dict[str, Check] = {
     "stop_ratio": RealNumber("between 0 and 1, both excluded", "it is a share of the first gain", lambda x: 0 < x < 1),
     "min_gain": RealNumber("at least 0", "gains are never negative", lambda x: x >= 0),
     "selection_epochs": WholeNumber(1, "the first epoch has no earlier picks to replay"),
+    "max_repeats": WholeNumber(0, "it counts the picks of a row after its first, and None does not limit them"),
     "tie_tolerance": RealNumber("at least 0 and below 1", "it is a share of the best score", lambda x: 0 <= x < 1),
     "strategy": _registered,
     "gradient_centering": truth_value,
@@ -241,6 +242,10 @@ class SpiceConfig:
         selection_epochs (`int`, *optional*):
             Number of epochs that select; later epochs replay the picks of the last of them. If `None`, every epoch
             selects anew. The paper uses 1.
+        max_repeats (`int`, *optional*):
+            Number of times that a row may be picked again after it was picked once, in later epochs or where the
+            dataset holds it several times. `None`: as often as the rule likes. Replayed epochs
+            (`selection_epochs`) do not count.
         tie_tolerance (`float`, *optional*, defaults to `1e-6`):
             Scores this close to the best one, relative to it, are tied and go to the earlier candidate. 0 is strict.
 
@@ -390,6 +395,9 @@ class SpiceConfig:
     selection_epochs: int | None = field(
         default=None,
         metadata={"help": "Number of epochs that select; later ones replay the last picks. None: all select."},
+    )
+    max_repeats: int | None = field(
+        default=None, metadata={"help": "Times that a row may be picked again after its first. None: no limit."}
     )
     tie_tolerance: float = field(
         default=1e-6,

@@ -139,17 +139,17 @@ class ProxyScorer(StepScorer):
 
     def state_dict(self) -> dict[str, Any]:
         """Pools compared with the target so far."""
-        return {"num_checked": self._num_checked} | self._target_state()
+        return {"num_checked": self._num_checked} | self._kept_state()
 
     def tensors(self) -> dict[str, Tensor]:
         """The proxy's adapter and optimizer."""
-        return self.learner.state_dict() | self._target_tensors()
+        return self.learner.state_dict() | self._kept_tensors()
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores both; raises a `ValueError` if the checkpoint has no proxy, or another one."""
         self.close()
         self._num_checked = saved_whole_number(state["num_checked"])
-        tensors = self._load_target(state, tensors)
+        tensors = self._load_kept(state, tensors)
         if not tensors:
             raise ValueError(
                 "The checkpoint was written by a run that selected without a proxy, and this one is set up the other "

@@ -220,6 +220,7 @@ class SelectionRun:
         """Says that the step whose picks were asked for has been trained, and returns them; the position moves on."""
         selection, self._pending, self.updates.is_seen = self.pending, None, False
         position = self.position
+        self.selector.note_trained(selection)
         if not self._replay.replays(position.epoch):
             self._replay.remember(position.epoch, position.step_in_epoch, selection.indices, selection.num_tokens)
         if self._stream is not None:

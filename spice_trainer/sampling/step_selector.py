@@ -34,6 +34,12 @@ class StepSelector:
         """What runs the model that scores: the target's scorer, or the proxy's."""
         return self.scorer.gradient_scorer
 
+    def note_trained(self, selection: StepSelection) -> None:
+        """Hears that a step has trained on its picks."""
+        if self.gradient_scorer.limit is not None:
+            picks = [pick for pool in selection.pools for pick in pool.picks]
+            self.gradient_scorer.limit.count((pick.index, pick.token_hash) for pick in picks)
+
     def select(
         self,
         plan: StepPools,
@@ -49,6 +55,8 @@ class StepSelector:
         """
         started, seconds_selecting = time.perf_counter(), 0.0
         processes, decided = self.scorer.processes, dict[int, PoolSelection]()
+        if self.gradient_scorer.limit is not None:
+            self.gradient_scorer.limit.begin_step()
         # With sharded weights an error may come within a forward, where the others don't hear of it.
         with nullcontext() if processes.lockstep else processes.failing_together("selecting"):
             for scores in self.scorer.score(plan.pools, progress=progress):

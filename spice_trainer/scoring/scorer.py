@@ -46,6 +46,7 @@ from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
 from spice_trainer.scoring.target_reader import TargetReader
 from spice_trainer.scoring.validation import ValidationRows, mean_gradient
+from spice_trainer.selection.repeats import RepeatLimit
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.target import Target
 from spice_trainer.utils.logging import logger
@@ -87,6 +88,7 @@ class GradientScorer:
         self.vocabulary = token_id_limits(self.get_model())
         self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer, config.scoring_parameters)
         self.passes = ScoringPasses(runtime, self._chosen(modules), config)
+        self.limit = None if config.max_repeats is None else RepeatLimit(config.max_repeats)
         self.hidden = HiddenScorer(runtime, config) if config.takes_hidden_states else None
         self.target: TargetReader | None = None
         if validation is not None and (not config.takes_alignment or config.length_quotas == "validation"):
@@ -199,7 +201,7 @@ class GradientScorer:
     ) -> Iterator[PoolScores]:
         """Brings features to the pools' owners, and measures the pools owned here. A collective."""
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
-        for pool, known, positions in shared.by_pool():
+        for pool, known, positions in self._limited(shared.by_pool()):
             if self._owns(pool):
                 target = self.target
                 gradients = None if target is None else target.gradients
@@ -255,6 +257,14 @@ class GradientScorer:
     def _scored_part(self, rows: Sequence[CandidateRow]) -> list[CandidateRow]:
         check_token_ids(rows, self.vocabulary)
         return [self.shorten(row) for row in rows]
+
+    def _limited(self, pools: Iterator[tuple[int, PoolScores, range]]) -> Iterator[tuple[int, PoolScores, range]]:
+        """The same pools, each with which candidates have not been picked too often; all of a step, in order."""
+        for pool, known, positions in pools:
+            if self.limit is not None:
+                hashes = [reference.token_hash for reference in known.references]
+                known = replace(known, allowed=self.limit.allow(known.candidates, hashes))
+            yield pool, known, positions
 
     def _target_of(self, known: PoolScores) -> Target | None:
         """What is known of the validation rows; copies of a pool's own rows do not count in it."""
@@ -349,7 +359,7 @@ class GradientScorer:
         with preserved_random_state(self.device):
             shared = self.share(pools)
             states = self._hidden_states(shared, report)
-        for pool, known, positions in shared.by_pool():
+        for pool, known, positions in self._limited(shared.by_pool()):
             if self._owns(pool):
                 yield self._with_hidden(known, states[positions.start : positions.stop])
 
@@ -383,7 +393,7 @@ class GradientScorer:
             else:
                 losses = self._gather(self._compute_losses(shared, report))
             states = None if self.hidden is None else self._hidden_states(shared)
-        for pool, known, positions in shared.by_pool():
+        for pool, known, positions in self._limited(shared.by_pool()):
             if self._owns(pool):
                 found = [losses.get(position, 0.0) for position in positions]
                 others = None if alone is None else [alone.get(position, 0.0) for position in positions]
@@ -425,6 +435,6 @@ class GradientScorer:
         indices = [index for pool in pools.values() for index in pool]
         with preserved_random_state(self.device):
             _, shapes = read_shapes(indices, self.collate_rows, self.processes)
-        for pool, known, _ in split_by_pool(pools, shapes):
+        for pool, known, _ in self._limited(split_by_pool(pools, shapes)):
             if self._owns(pool):
                 yield replace(known, target=self._target_of(known))

@@ -67,37 +67,49 @@ class StepScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, as JSON values."""
-        return {"num_checked": 0} | self._target_state()
+        return {"num_checked": 0} | self._kept_state()
 
     def tensors(self) -> dict[str, Tensor]:
         """The same as tensors."""
-        return self._target_tensors()
+        return self._kept_tensors()
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores both; raises a `ValueError` if the checkpoint is of a run that selected with a proxy."""
         saved_whole_number(state["num_checked"])
-        if self._load_target(state, tensors):
+        if self._load_kept(state, tensors):
             raise ValueError(
                 "The checkpoint was written by a run that selected with a proxy, and this one is set up the other "
                 "way. Resume with the same `proxy`, or start a new run."
             )
 
-    # What is known of the validation rows
+    # What is kept over steps: of the validation rows, and of how often rows were picked
 
-    def _target_state(self) -> dict[str, Any]:
+    def _kept_state(self) -> dict[str, Any]:
         target = self.gradient_scorer.target
         return {} if target is None else target.state_dict()
 
-    def _target_tensors(self) -> dict[str, Tensor]:
-        target = self.gradient_scorer.target
-        return {} if target is None else {f"{_VALIDATION}{name}": value for name, value in target.tensors().items()}
+    def _kept_tensors(self) -> dict[str, Tensor]:
+        target, limit = self.gradient_scorer.target, self.gradient_scorer.limit
+        of_target = {} if target is None else target.tensors()
+        of_limit = {} if limit is None else limit.tensors()
+        return _named(_VALIDATION, of_target) | _named(_REPEATS, of_limit)
 
-    def _load_target(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Restores it; the tensors that are of something else."""
-        of_target = {name.removeprefix(_VALIDATION): t for name, t in tensors.items() if name.startswith(_VALIDATION)}
-        if self.gradient_scorer.target is not None:
-            self.gradient_scorer.target.load_state_dict(state, of_target)
-        return {name: value for name, value in tensors.items() if not name.startswith(_VALIDATION)}
+    def _load_kept(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Restores it; returns the tensors that are of something else."""
+        target, limit = self.gradient_scorer.target, self.gradient_scorer.limit
+        if target is not None:
+            target.load_state_dict(state, _part(_VALIDATION, tensors))
+        if limit is not None:
+            limit.load(_part(_REPEATS, tensors))
+        return {name: value for name, value in tensors.items() if not name.startswith((_VALIDATION, _REPEATS))}
 
 
-_VALIDATION = "validation."
+_VALIDATION, _REPEATS = "validation.", "repeats."
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -85,6 +85,8 @@ class PoolScores:
         seed (`int`, *optional*): Seed of the run.
         step (`int`, *optional*): Optimizer step of the run, from 0.
         pool (`int`, *optional*): Pool of the step, from 0.
+        allowed (`torch.Tensor` of shape `(N,)`, boolean, *optional*): Sound candidates that may be picked, where a
+            setting such as `max_repeats` rules some out. By default all.
 
     Raises:
         ValueError: If lengths differ, or something is not of its type.
@@ -115,6 +117,7 @@ class PoolScores:
     seed: int | None = None
     step: int | None = None
     pool: int | None = None
+    allowed: Bool[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         """Checks everything that is there, so that a mistake shows whichever rule is asked for."""
@@ -162,7 +165,7 @@ class PoolScores:
 
     def eligible(self, *values: Float64[Tensor, " N"]) -> Bool[Tensor, " N"]:
         """Tells which candidates may be picked: sound, with a sound row in the Gram matrix, and finite `values`."""
-        eligible = self.sound.to("cpu").clone()
+        eligible = self._may_be_picked()
         if isinstance(self.gram, GramRows):
             eligible &= self.gram.lengths > 0
         elif self.gram is not None:
@@ -170,6 +173,10 @@ class PoolScores:
         for value in values:
             eligible &= value.isfinite()
         return eligible
+
+    def _may_be_picked(self) -> Bool[Tensor, " N"]:
+        sound = self.sound.to("cpu").clone()
+        return sound if self.allowed is None else sound & self.allowed.to("cpu")
 
     def sound_gram(self) -> Float64[Tensor, "N N"]:
         """Returns the Gram matrix with rows and columns of 0 for candidates that may not be picked."""
@@ -181,8 +188,8 @@ class PoolScores:
         if self.gram is None:
             raise ValueError("gram is None, but conflicts, information and gradients' geometry are computed from it.")
         if isinstance(self.gram, GramRows):
-            return self.gram.masked(self.sound)
-        return masked_gram(self.gram, self.sound)
+            return self.gram.masked(self._may_be_picked())
+        return masked_gram(self.gram, self._may_be_picked())
 
     def gram_of(self, indices: Sequence[int]) -> Float64[Tensor, "K K"]:
         """Returns the Gram matrix of some candidates that may be picked."""

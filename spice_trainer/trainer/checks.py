@@ -158,6 +158,7 @@ def check_run(
             num_rows=schedule.num_rows,
             samples_per_step=schedule.shape.samples_per_step,
         )
+    check_repeats(args, schedule, config)
     check_memory(scorer, min(schedule.pool_size, schedule.num_rows), config)
     check_kinds(rows, scorer.processes)
     if not any(row.num_label_tokens > 0 for row in rows):
@@ -178,6 +179,22 @@ def check_kinds(rows: Sequence[CandidateRow], processes: Processes) -> None:
         "the weights: a process with the first gathers a vision tower's from all others, which wait for something "
         "else, and none goes on. Fix: give rows of text a blank image, train on rows of one kind, or use DDP."
     )
+
+
+def check_repeats(args: TrainingArguments, schedule: PoolSchedule, config: SpiceConfig) -> None:
+    """Refuses a run that needs more picks than `max_repeats` leaves it."""
+    if config.max_repeats is None or isinstance(schedule, StreamSchedule) or config.is_adaptive:
+        return
+    steps = count_steps(args, schedule.steps_per_epoch)
+    if config.selection_epochs is not None:
+        steps = min(steps, config.selection_epochs * schedule.steps_per_epoch)
+    num_picks, num_rows = steps / schedule.steps_per_epoch * schedule.samples_per_epoch, schedule.num_rows
+    if num_picks > (1 + config.max_repeats) * num_rows:
+        raise ValueError(
+            f"SpiceConfig: max_repeats={config.max_repeats} lets {num_rows:,} rows be picked "
+            f"{(1 + config.max_repeats) * num_rows:,} times, and {steps:,} steps pick {num_picks:,.0f}. Fix: set "
+            f"max_repeats to at least {math.ceil(num_picks / num_rows) - 1}, or train fewer epochs."
+        )
 
 
 def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> Callable[[], None] | None:
