@@ -45,7 +45,9 @@ def _garbled(row: Row, other: Row, generator: random.Random) -> str:
 
 
 def _encoding(row: Row, other: Row, generator: random.Random) -> str:
-    return row.response.translate(_ACCENTED).encode().decode("latin-1")
+    # Some letters: each takes two or three tokens, and answers would grow out of their rows.
+    written = "".join(one.translate(_ACCENTED) if generator.random() < 0.3 else one for one in row.response)
+    return (written if written != row.response else f"{row.response} …").encode().decode("latin-1")
 
 
 CORRUPTIONS: dict[str, Callable[[Row, Row, random.Random], str]] = {

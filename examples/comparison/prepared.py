@@ -22,6 +22,8 @@ from comparison.settings import DataSettings, Settings
 from comparison.tokens import ChoiceTokens, TokenRow, tokenize
 from spice_trainer.sampling.schedule import plan_step
 
+DRAWN_BY = ("regimes", "corruption", "rows", "near_duplicates", "tokens")
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -67,10 +69,14 @@ class RowFile:
         return tokenize(self.tokenizer, row.instruction, row.response, row.domain)
 
     def fingerprint(self) -> list[Any]:
-        """Tells files and tokenizers apart, without reading the file."""
+        """Tells files, tokenizers and ways to draw apart, without reading the file."""
         state = Path(self.data.path).stat()
         tokenizer = self.tokenizer
-        return [state.st_size, state.st_mtime_ns, tokenizer.chat_template, len(tokenizer), tokenizer.eos_token_id]
+        # How rows are drawn is part of what they are.
+        sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in DRAWN_BY]
+        drawn_by = hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
+        names = [tokenizer.chat_template, len(tokenizer), tokenizer.eos_token_id]
+        return [state.st_size, state.st_mtime_ns, *names, drawn_by]
 
 
 def rows_per_step(settings: Settings) -> int:

@@ -36,6 +36,8 @@ class Candidate:
 
 
 MOST_EASY_TOKENS = 6
+# How far answers drawn to lengths may be from them, in the mean, as a share.
+MOST_LENGTH_GAP = 0.05
 
 Tokenizer = Callable[[Row], TokenRow]
 
@@ -219,7 +221,11 @@ def _take(candidates: Sequence[Candidate], number: int, what: str) -> list[Candi
 
 
 def _of_lengths(candidates: Sequence[Candidate], lengths: Sequence[int], what: str) -> list[Candidate]:
-    """For each answer length the row of the nearest one that is left."""
+    """For each answer length the row of the nearest one that is left.
+
+    Raises:
+        ValueError: If they are not near.
+    """
     _take(candidates, len(lengths), what)
     left = sorted(candidates, key=lambda one: one.tokens.num_labels)
     keys = [one.tokens.num_labels for one in left]
@@ -230,6 +236,14 @@ def _of_lengths(candidates: Sequence[Candidate], lengths: Sequence[int], what: s
             place -= 1
         found.append(left.pop(place))
         keys.pop(place)
+    gaps = [abs(one.tokens.num_labels - length) for one, length in zip(found, lengths, strict=True)]
+    if sum(gaps) > MOST_LENGTH_GAP * sum(lengths):
+        near = sum(gap <= MOST_LENGTH_GAP * length for gap, length in zip(gaps, lengths, strict=True))
+        raise ValueError(
+            f"{what}: of the {len(lengths):,} that are needed {near:,} are as long as wanted, and the others are "
+            f"far from it ({sum(gaps) / len(gaps):.1f} tokens in the mean). Lower the share of this domain, or give "
+            "more rows."
+        )
     return found
 
 

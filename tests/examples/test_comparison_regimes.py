@@ -141,7 +141,10 @@ def test_each_kind_of_damage() -> None:
     assert made["refusal"].response in REFUSALS
     letters = [Counter(one.response) for one in (made["garbled"], row)]
     assert letters[0] == letters[1]
-    assert made["encoding"].response.encode("latin-1").decode().startswith("Góéthé")
+    written = made["encoding"].response.encode("latin-1").decode()
+    assert len(written) == len(row.response) and written.encode().decode("latin-1") == made["encoding"].response
+    plain = Row("r", "d", "s", "Who?", "zzz")
+    assert corrupt(plain, other, "encoding", random.Random(0)).response.startswith("zzz ")
     for seed in range(20):
         near = near_copy(row, random.Random(seed))
         assert (near.instruction, near.response) != (row.instruction, row.response)
@@ -158,7 +161,10 @@ def test_rows_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     prepared(tmp_path, "dirty")
     monkeypatch.setattr(RowFile, "rows", property(lambda file: pytest.fail("the file was read again")))
     assert prepared(tmp_path, "dirty")[1] == data
-    # Other rows in the file: other draws.
+    # Drawn by other code, or from other rows.
+    monkeypatch.setattr("comparison.prepared.DRAWN_BY", ("regimes",))
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        prepared(tmp_path, "dirty")
     monkeypatch.undo()
     write_rows(tmp_path, 1470)
     assert prepare_data(settings, load_tokenizer(settings.model)).train != data.train
@@ -209,6 +215,13 @@ def test_unknown_regimes_and_too_few_rows(tmp_path: Path) -> None:
             prepared(tmp_path, "targeted", test_share=0.7)
         finally:
             REGIMES["targeted"]["shares"] = before
+    # Mathematics has no answers as short or as long as code has.
+    with pytest.raises(ValueError, match=r"rows of 'math'.*of the 16 that are needed \d+ are as long as wanted"):
+        REGIMES["length_neutral"]["lengths_of"] = "code"
+        try:
+            prepared(tmp_path, "length_neutral")
+        finally:
+            REGIMES["length_neutral"]["lengths_of"] = "math"
     with pytest.raises(ValueError, match="no training row is of the domains"):
         REGIMES["targeted"]["target"] = ["law"]
         try:

@@ -302,7 +302,7 @@ def test_shipped_laboratory(tmp_path: Path) -> None:
     settings = load_settings(EXAMPLES / "compare_lab.yaml", {"output_dir": str(tmp_path)})
     regimes = {one.regime.name: one.regime for one in settings.by_regime() if one.regime is not None}
     assert list(regimes) == ["clean", "dirty", "targeted", "imbalanced", "length_neutral"]
-    assert regimes["targeted"].shares == regimes["length_neutral"].shares
+    assert regimes["targeted"].target == regimes["length_neutral"].target == ["math"]
     assert {arm.kind for arm in settings.arms} >= set(KINDS)
     assert settings.data.target_rows == 24 and settings.data.test_rows is not None and settings.data.test_rows >= 160
     assert {one.states_dir for one in settings.by_regime()} == {str(tmp_path / "states")}
