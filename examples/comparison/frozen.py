@@ -92,8 +92,9 @@ def _key(row: Any) -> bytes:
 class StateEmbedding(nn.Module):
     """Takes the place of an input embedding: token ids in, the stored states of their rows out, 0 for padding."""
 
-    def __init__(self, states: StoredStates, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+    def __init__(self, states: StoredStates, embedding: nn.Embedding, dtype: torch.dtype, num_frozen: int) -> None:
         super().__init__()
+        self.num_frozen = num_frozen
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.dtype = dtype
         self._states = states
@@ -179,7 +180,7 @@ def keep_last_layers(model: PreTrainedModel, num_layers: int, states: StoredStat
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = list(config.layer_types[first:])
     config.tie_word_embeddings = False
-    embedding = StateEmbedding(states, model.get_input_embeddings(), model.dtype)
+    embedding = StateEmbedding(states, model.get_input_embeddings(), model.dtype, first)
     model.set_input_embeddings(embedding)
     decoder.register_forward_pre_hook(embedding.note_mask, with_kwargs=True)
     return model

@@ -7,9 +7,9 @@ other, so that it resumes exactly. All others pick by a strategy of [`SpiceConfi
 from __future__ import annotations
 
 import hashlib
-import inspect
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from comparison.frozen import StateEmbedding
 from comparison.prepared import PreparedData, rows_per_step
 from comparison.settings import Arm, Settings
 from comparison.tokens import TokenRow
@@ -196,20 +197,33 @@ def build_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        eval_dataset=target,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
     if order is None:
-        # Rules look at the Trainer's evaluation rows, unless they are given the target by its own name.
-        named = {"validation_dataset": target} if "validation_dataset" in _ATTACH_NAMES and target is not None else {}
-        attach_spice(trainer, arm_config(settings, arm), **named)
+        config = _in_its_layers(arm_config(settings, arm), model)
+        attach_spice(trainer, config, validation_dataset=target if config.takes_validation else None)
     return trainer
 
 
-_ATTACH_NAMES = inspect.signature(attach_spice).parameters
+def _in_its_layers(config: SpiceConfig, model: PeftModel) -> SpiceConfig:
+    """The settings with `hidden_layer` as a model of its last layers counts; they count the whole model's."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, StateEmbedding) or not config.takes_hidden_states:
+        return config
+    first, layer = embedding.num_frozen, config.hidden_layer
+    total = first + model.config.num_hidden_layers
+    if layer is None:
+        # As SpiceConfig has it for the whole model.
+        layer = first if 2 * first >= total else total * 7 // 8
+    if layer < first:
+        raise ValueError(
+            f"hidden_layer={layer} lies below the layers that are left of this model, {first} to {total - 1}. Set "
+            "frozen_states: false, or another layer."
+        )
+    return replace(config, hidden_layer=layer - first)
 
 
 def _dataset(rows: Sequence[TokenRow]) -> Dataset:
