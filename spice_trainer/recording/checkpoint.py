@@ -20,7 +20,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.utils.files import make_folder, read_regular, replace_file
 from spice_trainer.utils.logging import logger, printable
 from spice_trainer.utils.saved import parse_json, reading_saved
@@ -70,11 +69,10 @@ def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], ten
 def describe_schedule(schedule: PoolSchedule, *, dataset_fingerprint: str | None = None) -> dict[str, Any]:
     """What decides which rows are candidates when, as JSON values; rows may have no fingerprint."""
     # How far a stream is read follows from `max_steps`, which a resumed run may raise.
-    is_stream = isinstance(schedule, StreamSchedule)
     return {
-        "num_rows": None if is_stream else schedule.num_rows,
+        "num_rows": None if schedule.has_open_end else schedule.num_rows,
         "dataset_fingerprint": dataset_fingerprint,
-        "steps_per_epoch": None if is_stream else schedule.steps_per_epoch,
+        "steps_per_epoch": None if schedule.has_open_end else schedule.steps_per_epoch,
         "samples_per_step": schedule.shape.samples_per_step,
         "pool_size": schedule.pool_size,
         "pools_per_step": schedule.shape.pools_per_step,

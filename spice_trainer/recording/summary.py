@@ -11,7 +11,6 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.recording.ledger import CostLedger, cost_rows
 from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.scoring.memory import MemoryUse
 from spice_trainer.utils.logging import printable
 
@@ -70,7 +69,7 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
     )
     rows = f"{plan.num_rows:,} samples, {plan.total_steps:,} optimizer steps ({epochs:.3g} epochs of "
     rows += f"{schedule.steps_per_epoch:,})."
-    if isinstance(schedule, StreamSchedule):
+    if schedule.has_open_end:
         rows = f"{plan.total_steps:,} optimizer steps on a stream, of which they read {plan.num_rows:,} rows at most."
     lines = [
         f"SPICE: {rows}",

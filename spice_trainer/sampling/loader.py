@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Sampler
 from spice_trainer.data.rows import DataCollator
 from spice_trainer.gradients.forward import move_inputs
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools, cut, spread
-from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.selection.results import StepSelection
 
 
@@ -72,13 +71,11 @@ class ScheduledEpoch:
     def preview(self) -> Iterator[StepSelection]:
         """Yields the steps without picking."""
         schedule = self.schedule
-        if isinstance(schedule, StreamSchedule):
-            schedule.rows.restart()
+        schedule.restart()
         for step in takewhile(partial(schedule.has_step, 0), count()):
             selection = preview_step(schedule.pools(0, step))
             yield selection
-            if isinstance(schedule, StreamSchedule):
-                schedule.finish_step(0, step, keep=selection.indices[0])
+            schedule.finish_step(0, step, keep=selection.indices[0])
 
 
 def deal(indices: Sequence[int], num_slots: int, num_tokens: Sequence[int] = ()) -> tuple[tuple[int, ...], ...]:
@@ -151,7 +148,7 @@ class SpiceBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same on every rank; a `TypeError` of a stream, as the Trainer expects."""
-        if isinstance(self.source.schedule, StreamSchedule):
+        if self.source.schedule.has_open_end:
             raise TypeError("a stream has no length")
         return self.source.schedule.steps_per_epoch * self.slots.gradient_accumulation_steps
 

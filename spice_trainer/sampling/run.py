@@ -10,13 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.stream import StreamState
 from spice_trainer.distributed import check_agreement
 from spice_trainer.sampling.empty_steps import EmptyStepWatch, FillerRow, find_broken_weight
 from spice_trainer.sampling.loader import preview_step
@@ -24,7 +23,6 @@ from spice_trainer.sampling.position import RunPosition
 from spice_trainer.sampling.replay import PickReplay
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools
 from spice_trainer.sampling.step_selector import StepSelector
-from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.selection.results import StepSelection
 
 Listeners = Sequence[Callable[[StepSelection], None]]
@@ -61,9 +59,7 @@ class SelectionRun:
         self.config = config
         self.schedule = schedule
         self.selector = selector
-        self._stream = schedule if isinstance(schedule, StreamSchedule) else None
-        self._stream_state: StreamState | None = None
-        self.position = RunPosition(schedule.steps_per_epoch, has_open_end=self._stream is not None)
+        self.position = RunPosition(schedule.steps_per_epoch, has_open_end=schedule.has_open_end)
         # As accelerate's loader does (1.15), for datasets whose rows change from epoch to epoch.
         self._set_epoch = getattr(dataset, "set_epoch", None)
         self._total_steps = total_steps
@@ -161,15 +157,13 @@ class SelectionRun:
 
         Of a stream a collective: it is read by each process, and may break, end or go another way on one alone.
         """
-        if self._stream is None:
+        if not self.schedule.has_open_end:
             return self.schedule.has_step(epoch, step_in_epoch)
         processes = self.selector.scorer.processes
         with processes.failing_together("reading the training stream"):
-            plan = self._stream.pools(epoch, step_in_epoch)
+            plan = self.schedule.pools(epoch, step_in_epoch)
         if processes.world_size > 1:
-            ends = [row for pool in (*plan.pools[:1], *plan.pools[-1:]) for row in (pool[0], pool[-1])]
-            seen = f"rows {ends[0]} to {ends[-1]}, {self._stream.rows.digest(ends)[:12]}" if ends else "its end"
-            check_agreement(processes, {"what the training stream gives next": seen})
+            check_agreement(processes, {"what the training stream gives next": self.schedule.describe(plan)})
         return bool(plan.budgets)
 
     def preview(self) -> Iterator[StepSelection]:
@@ -178,8 +172,8 @@ class SelectionRun:
         Of a stream, whose next rows are not read for a look, one step.
         """
         epoch = self.position.epoch
-        if self._stream is not None:
-            selection = self._pending or preview_step(self._stream.held_pools(epoch, self.position.step_in_epoch))
+        if self.schedule.has_open_end:
+            selection = self._pending or preview_step(self.schedule.held_pools(epoch, self.position.step_in_epoch))
             yield from [selection] if selection.indices or selection.filler is not None else []
             return
         for step_in_epoch in range(self.schedule.steps_per_epoch):
@@ -223,8 +217,7 @@ class SelectionRun:
         self.selector.note_trained(selection)
         if not self._replay.replays(position.epoch):
             self._replay.remember(position.epoch, position.step_in_epoch, selection.indices, selection.num_tokens)
-        if self._stream is not None:
-            self._stream.finish_step(position.epoch, position.step_in_epoch, keep=self._filler.row)
+        self.schedule.finish_step(position.epoch, position.step_in_epoch, keep=self._filler.row)
         position.finish_step()
         return selection
 
@@ -239,7 +232,7 @@ class SelectionRun:
             return selection
         # Of the next step: this one's own rows broke the forward.
         next_step = step_in_epoch + 1 if self._has_step(epoch, step_in_epoch + 1) else 0
-        if self._stream is not None and next_step == 0:
+        if self.schedule.has_open_end and next_step == 0:
             next_step = step_in_epoch
         return replace(selection, filler=self.schedule.pools(epoch, next_step).pools[0][0])
 
@@ -275,7 +268,7 @@ class SelectionRun:
             "empty_steps": self._empty_steps.state_dict(),
             "filler": self._filler.state_dict(),
             "selector": self.selector.scorer.state_dict(),
-        } | ({} if self._stream is None else {"stream": asdict(self._stream.rows.state(self.position.epoch))})
+        } | self.schedule.state(self.position.epoch)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The same as tensors: replayed picks, and the proxy's adapter and optimizer."""
@@ -289,15 +282,13 @@ class SelectionRun:
         self._empty_steps.load_state_dict(state["empty_steps"])
         self._filler.load_state_dict(state.get("filler"), num_rows=self.schedule.num_rows)
         self._replay.load_state_dict(state["replay"], tensors, num_rows=self.schedule.num_rows)
-        self._stream_state = None if self._stream is None else StreamState.parse(state["stream"])
+        self.schedule.load_state_dict(state)
 
     def read_on(self) -> None:
         """Brings the stream of a resumed run to where the run stands."""
-        if self._stream is not None and self._stream_state is not None:
-            rows, position = self._stream.rows, self.position
-            rows.resume(self._stream_state, epoch=position.epoch, is_within=position.step_in_epoch > 0)
-            if self._filler.row not in rows:
-                self._filler = FillerRow()
+        self.schedule.read_on(self.position.epoch, is_within=self.position.step_in_epoch > 0)
+        if not self.schedule.holds(self._filler.row):
+            self._filler = FillerRow()
 
 
 _PROXY = "proxy."

@@ -111,12 +111,15 @@ class SpiceSampler(Sampler[int]):
         trained, and a new iteration that the epoch is over, unless none of its steps was trained. To look at rows in
         the middle of an epoch, read the dataset.
 
+        Rows are scored by the cross-entropy of their label tokens, whatever loss your loop takes of them: a smoothed
+        or weighted one is not seen here, as [`attach_spice`] sees a Trainer's.
+
         Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
         pools before the previous update.
 
         Args:
-            model (`torch.nn.Module`): PEFT model with a LoRA adapter, on its device; in a run of several processes as
-                `accelerator.prepare` returned it.
+            model (`torch.nn.Module`): Model that trains, with an adapter or in full, on its device; in a run of
+                several processes as `accelerator.prepare` returned it.
             dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Tokenised rows, with random access.
             data_collator (`Callable`): Makes `input_ids` and `labels` from a list of rows.
             per_device_train_batch_size (`int`): Rows of a micro-batch.

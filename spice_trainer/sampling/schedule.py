@@ -13,8 +13,9 @@ Everything is a function of (rows, settings, seed, epoch): no weights, no global
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -181,6 +182,9 @@ class PoolSchedule:
     are left out.
     """
 
+    # An epoch ends where its rows do, which only reading them tells.
+    has_open_end = False
+
     def __init__(self, num_rows: int, shape: StepShape, *, pool_size: int, seed: int, drop_last: bool = False) -> None:
         if num_rows < 1:
             raise ValueError(
@@ -244,6 +248,34 @@ class PoolSchedule:
     def has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Whether an epoch has such a step."""
         return step_in_epoch < self.steps_per_epoch
+
+    def held_pools(self, epoch: int, step_in_epoch: int) -> StepPools:
+        """What a look at a step sees, so that nothing moves."""
+        return self.pools(epoch, step_in_epoch)
+
+    def describe(self, plan: StepPools) -> str | None:
+        """What processes must see alike in a step, beside the rows' numbers."""
+        return None
+
+    def restart(self) -> None:
+        """Begins anew, of rows that are read one after another."""
+
+    def finish_step(self, epoch: int, step_in_epoch: int, *, keep: int | None) -> None:
+        """Says that a step was trained; rows before the step of row `keep` may go."""
+
+    def holds(self, row: int | None) -> bool:
+        """Whether a row that was trained can still be read."""
+        return True
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What resuming needs to read on, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it; nothing is read yet."""
+
+    def read_on(self, epoch: int, *, is_within: bool) -> None:
+        """Brings the rows of a resumed run to where it stands, within an epoch or at the beginning of one."""
 
     def _cut(self, rows: Sequence[int], epoch: int, step_in_epoch: int, budgets: tuple[int, ...]) -> StepPools:
         sizes = [self.pool_size] * len(budgets)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from spice_trainer.data.stream import StreamRows
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from spice_trainer.data.stream import StreamRows, StreamState
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools, StepShape
 
 
@@ -13,6 +17,8 @@ class StreamSchedule(PoolSchedule):
     next step begins with the next pass.
     """
 
+    has_open_end = True
+
     def __init__(
         self, rows: StreamRows, total_steps: int, shape: StepShape, *, pool_size: int, seed: int, drop_last: bool
     ) -> None:
@@ -20,6 +26,7 @@ class StreamSchedule(PoolSchedule):
         num_rows = total_steps * self._rows_per_step
         super().__init__(num_rows, shape, pool_size=pool_size, seed=seed, drop_last=drop_last)
         self.rows = rows
+        self._state: StreamState | None = None
 
     def has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Whether the pass has rows left for such a step; they are read now."""
@@ -55,6 +62,32 @@ class StreamSchedule(PoolSchedule):
         if not held:
             return self.pools(epoch, step_in_epoch)
         return self._cut(held, epoch, step_in_epoch, self._budgets_of_last_step(len(held)))
+
+    def describe(self, plan: StepPools) -> str:
+        """The numbers of its first and last row, and their content."""
+        ends = [row for pool in (*plan.pools[:1], *plan.pools[-1:]) for row in (pool[0], pool[-1])]
+        return f"rows {ends[0]} to {ends[-1]}, {self.rows.digest(ends)[:12]}" if ends else "its end"
+
+    def restart(self) -> None:
+        """Begins with the first pass."""
+        self.rows.restart()
+
+    def holds(self, row: int | None) -> bool:
+        """Whether it is among those that were read last."""
+        return row in self.rows
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Where the stream is read on."""
+        return {"stream": asdict(self.rows.state(epoch))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it; nothing is read yet."""
+        self._state = StreamState.parse(state["stream"])
+
+    def read_on(self, epoch: int, *, is_within: bool) -> None:
+        """Reads the stream to where a resumed run stands."""
+        if self._state is not None:
+            self.rows.resume(self._state, epoch=epoch, is_within=is_within)
 
     def _numbers(self, epoch: int, step_in_epoch: int) -> range:
         return self.rows.numbers(epoch, step_in_epoch * self._rows_per_step, self._rows_per_step)

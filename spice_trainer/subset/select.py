@@ -99,6 +99,8 @@ def select_subset(
     Interrupted, it continues from its last state when called again with the same arguments; finished, it returns what
     it found. Under `accelerate launch` all processes call it, score together, and return the same.
 
+    Rows are scored, and the model learns, by the cross-entropy of their label tokens.
+
     Args:
         model (`torch.nn.Module` or [`ProxyModel`]):
             The selector: a causal language model with a trainable LoRA adapter. A [`ProxyModel`] brings its own

@@ -35,7 +35,6 @@ from spice_trainer.gradients.unscored import unscored_share
 from spice_trainer.gradients.verification import verify_directions, verify_gradients
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.sampling.schedule import PoolSchedule
-from spice_trainer.sampling.stream_schedule import StreamSchedule
 from spice_trainer.scoring.memory import check_memory
 from spice_trainer.scoring.passes import input_device
 from spice_trainer.scoring.scorer import GradientScorer
@@ -151,7 +150,7 @@ def check_run(
     warn_of_arguments(args)
     warn_of_quantization(scorer.get_model())
     # A stream's run has the steps it would have without SPICE.
-    if not isinstance(schedule, StreamSchedule):
+    if not schedule.has_open_end:
         warn_of_schedule(
             args,
             steps_per_epoch=schedule.steps_per_epoch,

@@ -134,8 +134,8 @@ def training_rows(
     loaders, settings = trainer.accelerator._dataloaders, trainer.accelerator.dataloader_config
     num_loaders, dispatch_batches = len(loaders), settings.dispatch_batches
     signature_columns = getattr(trainer, "_signature_columns", None)
-    given = trainer.train_dataset if name == "get_train_dataloader" else trainer.eval_dataset
-    if is_stream(given) and trainer.args.world_size > 1:
+    evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    if any(map(is_stream, (trainer.train_dataset, *evaluated))) and trainer.args.world_size > 1:
         # Else each process would have a part of the stream; now process 0 would read all of it, as each shall here.
         settings.dispatch_batches = True
     try:
