@@ -182,7 +182,7 @@ def check_kinds(rows: Sequence[CandidateRow], processes: Processes) -> None:
 
 def check_repeats(args: TrainingArguments, schedule: PoolSchedule, config: SpiceConfig) -> None:
     """Refuses a run that needs more picks than `max_repeats` leaves it."""
-    if config.max_repeats is None or isinstance(schedule, StreamSchedule) or config.is_adaptive:
+    if config.max_repeats is None or schedule.has_open_end or config.is_adaptive:
         return
     steps = count_steps(args, schedule.steps_per_epoch)
     if config.selection_epochs is not None:
