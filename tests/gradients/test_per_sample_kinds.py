@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 
 from spice_trainer.data.rows import collate_row
@@ -84,6 +93,17 @@ BY_AUTOGRAD: dict[str, Callable[[], nn.Module]] = {
         tiny_model(), AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10, task_type="CAUSAL_LM")
     ),
     "vera": lambda: get_peft_model(tiny_model(), VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
+    **{
+        config.__name__: lambda config=config, options=options: get_peft_model(
+            tiny_model(), config(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **options)
+        )
+        for config, options in (
+            (LoHaConfig, {}),
+            (LoKrConfig, {}),
+            (OFTConfig, {"oft_block_size": 4}),
+            (HRAConfig, {}),
+        )
+    },
     "another_linear": _with_another_linear,
     "shared_bias": _with_a_shared_bias,
     "ia3": lambda: get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM")),
