@@ -168,6 +168,7 @@ _CHECKS: dict[str, Check] = {
     "length_bins": WholeNumber(1, "quotas need at least one range of lengths"),
     "validation_rows": WholeNumber(1, "a mean needs at least one row"),
     "validation_weights": _weights,
+    "score_once_after": WholeNumber(0, "it counts steps on random rows"),
     "validation_every": WholeNumber(1, "it counts steps from one look at the validation rows to the next"),
     "sketch_dim": WholeNumber(-1, "-1 chooses the default, 0 is exact, more is a sketch of that many"),
     "scoring_tokens_per_batch": WholeNumber(1, "a scoring pass needs at least one token"),
@@ -323,6 +324,11 @@ class SpiceConfig:
             forward is half of the work, so a half saves nothing, and where lengths are divided out the loss says
             little of the gradient. `None`: all of them.
 
+        score_once_after (`int`, *optional*):
+            Scores every row of the dataset once, after so many steps on random rows, and picks all later steps from
+            these scores, which lie under `spice/scores` in the output directory: 2 bytes for each number of
+            `sketch_dim`, a row. `None`: each step's candidates are scored at the weights of the moment.
+
         > Parameters that control a proxy
 
         proxy_model_name_or_path (`str`, *optional*):
@@ -466,6 +472,11 @@ class SpiceConfig:
         metadata={"help": "Share of a pool, those of largest loss, whose gradients are computed. None: all."},
     )
 
+    score_once_after: int | None = field(
+        default=None,
+        metadata={"help": "Score every row once, after so many steps on random rows. None: score at every step."},
+    )
+
     proxy_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A small model that scores instead of the one that trains. None: none does."}
     )
@@ -509,6 +520,7 @@ class SpiceConfig:
         self._check_strategy()
         self._check_prefilter()
         self._check_stopping()
+        self._check_once()
 
     @classmethod
     def paper(cls, *, adaptive: bool = False) -> SpiceConfig:
@@ -684,6 +696,25 @@ class SpiceConfig:
             raise ValueError(
                 f"{given} of pool_size={self.pool_size} is fewer candidates than num_selected={self.num_selected}. "
                 f"Fix: set scoring_prefilter to at least {self.num_selected / self.pool_size:.3g}."
+            )
+
+    def _check_once(self) -> None:
+        clashing = {
+            "overlap_scoring": (self.overlap_scoring, "there is nothing to score beside the training"),
+            "proxy_check_pools": (self.proxy_check_pools > 0, "the target would score at other weights"),
+            "scoring_prefilter": (self.scoring_prefilter is not None, "it compares the losses of a pool's rows"),
+            "conflict_reference": (self.takes_momentum, "the momentum changes with every step"),
+        }
+        for name, (is_set, reason) in clashing.items():
+            if self.score_once_after is not None and is_set:
+                raise ValueError(
+                    f"SpiceConfig: score_once_after={self.score_once_after} with {name}={getattr(self, name)!r}: "
+                    f"{reason}. Fix: leave one of the two out."
+                )
+        if self.score_once_after is not None and not self.takes_model:
+            raise ValueError(
+                f"SpiceConfig: score_once_after={self.score_once_after} with strategy={self.strategy!r}: this "
+                "strategy scores nothing. Fix: leave it out, or choose another strategy."
             )
 
     def _check_stopping(self) -> None:

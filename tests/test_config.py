@@ -45,6 +45,7 @@ LEGAL: dict[str, tuple[list[object], dict[str, object]]] = {
     "gradient_centering": ([True, False], {}),
     "gradient_preconditioning": (["none", "adam"], {}),
     "validation_rows": ([1, 32, 1000], {}),
+    "score_once_after": ([None, 0, 20], {}),
     "validation_weights": ([None, [1.0], [0.5, 2.0]], {}),
     "validation_every": ([1, 10], {}),
     "matching_features": (["hidden_states", "gradients"], {}),
@@ -254,6 +255,7 @@ def test_defaults():
         "scoring_target_modules": None,
         "scoring_max_tokens": None,
         "scoring_prefilter": None,
+        "score_once_after": None,
         "proxy_model_name_or_path": None,
         "proxy_learning_rate": 2e-4,
         "proxy_update_every": 1,
@@ -342,6 +344,7 @@ INTEGERS = {
     "scoring_layers": (1, 0, "scoring needs at least one layer"),
     "scoring_max_tokens": (1, 0, "a row without label tokens has no gradient"),
     "validation_rows": (1, 0, "a mean needs at least one row"),
+    "score_once_after": (0, -1, "it counts steps on random rows"),
     "validation_every": (1, 0, "it counts steps from one look at the validation rows to the next"),
     "hidden_layer": (0, -1, "layers are counted from 0, the embedding's output"),
     "length_bins": (1, 0, "quotas need at least one range of lengths"),
@@ -607,3 +610,19 @@ def test_settings_that_mean_nothing_on_hidden_states():
 @pytest.mark.parametrize("value", ["1", 1.0, [], [0.0], [1.0, -1.0], [True]])
 def test_weights_of_wrong_type(value):
     assert error_of(validation_weights=value).startswith("SpiceConfig: validation_weights")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"overlap_scoring": True}, "overlap_scoring=True: there is nothing to score beside the training"),
+        ({"proxy_check_pools": 2}, "proxy_check_pools=2: the target would score at other weights"),
+        ({"scoring_prefilter": 0.5}, "scoring_prefilter=0.5: it compares the losses of a pool's rows"),
+        ({"conflict_reference": "momentum"}, "conflict_reference='momentum': the momentum changes with every step"),
+    ],
+)
+def test_scoring_once_beside_what_changes(values, text):
+    assert error_of(score_once_after=3, **values) == (
+        f"SpiceConfig: score_once_after=3 with {text}. Fix: leave one of the two out."
+    )
+    assert "this strategy scores nothing" in error_of(score_once_after=3, strategy="random")

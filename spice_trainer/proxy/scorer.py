@@ -53,7 +53,11 @@ class ProxyScorer(StepScorer):
         self.learner.synchronize()
 
     def score(
-        self, pools: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+        self,
+        pools: Sequence[Sequence[int]],
+        *,
+        step: int = 0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[PoolScores]:
         """Scores a step's pools, or takes what was scored ahead. A collective."""
         num_checked = self._num_to_check(len(pools))

@@ -20,6 +20,7 @@ from spice_trainer.proxy.rows import rows_for_proxy, shared_rows
 from spice_trainer.proxy.scorer import ProxyScorer
 from spice_trainer.sampling.schedule import PoolSchedule
 from spice_trainer.sampling.step_selector import StepSelector
+from spice_trainer.scoring.once import OnceScorer
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.step_scorer import StepScorer
@@ -66,9 +67,16 @@ def build_selector(
                     "weights of the moment, and there is nothing to compare or to run beside. Fix: pass "
                     "`proxy=ProxyModel(...)` to attach_spice, set proxy_model_name_or_path, or leave it out."
                 )
-        scorer = StepScorer(_build_scorer(config, runtime, rows, _validation_rows(config, validation)))
+        scorer: StepScorer = StepScorer(_build_scorer(config, runtime, rows, _validation_rows(config, validation)))
     else:
         scorer = _build_proxy_scorer(config, schedule, runtime, rows, proxy=proxy, validation=validation)
+    if config.score_once_after is not None:
+        if schedule.has_open_end:
+            raise ValueError(
+                f"SpiceConfig: score_once_after={config.score_once_after} scores every row, and the rows of a stream "
+                "have no end. Fix: leave it out, or load the dataset without streaming=True."
+            )
+        scorer = OnceScorer(scorer)
     return StepSelector(scorer, config, shape=schedule.shape)
 
 

@@ -19,6 +19,7 @@ from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.scoring.step_scorer import StepScorer
 from spice_trainer.selection.pool import round_down_picks, select_pool
 from spice_trainer.selection.results import PoolSelection, StepSelection, StepTimes
+from spice_trainer.selection.strategies.registry import find_strategy
 
 
 class StepSelector:
@@ -59,10 +60,13 @@ class StepSelector:
             self.gradient_scorer.limit.begin_step()
         # With sharded weights an error may come within a forward, where the others don't hear of it.
         with nullcontext() if processes.lockstep else processes.failing_together("selecting"):
-            for scores in self.scorer.score(plan.pools, progress=progress):
+            rule = find_strategy("random") if self.scorer.is_warming_up(step) else None
+            for scores in self.scorer.score(plan.pools, step=step, progress=progress):
                 pool_started, pool = time.perf_counter(), scores.pool
                 assert pool is not None
-                decided[pool] = select_pool(scores, plan.budgets[pool], self.config, seed=self.scorer.seed, step=step)
+                budget, seed = plan.budgets[pool], self.scorer.seed
+                picked = select_pool(scores, budget, self.config, seed=seed, step=step, rule=rule)
+                decided[pool] = self.scorer.account(picked)
                 seconds_selecting += time.perf_counter() - pool_started
                 # It may hold the features, which must be gone before those of the next pools come.
                 del scores

@@ -19,24 +19,25 @@ Axes: N candidates of a pool, T pools, m features kept per candidate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.checks import check_token_ids, token_id_limits
 from spice_trainer.data.references import RowReferences
-from spice_trainer.data.rows import CandidateRow, TargetRows, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, collate_row, fetch_rows, keep_first_labels
 from spice_trainer.data.stream import StreamRows
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
 from spice_trainer.gradients.trained import TrainedLayers
-from spice_trainer.scoring.features import FeatureBuffer, send_to_owners
+from spice_trainer.scoring.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.scoring.hidden import HiddenScorer
 from spice_trainer.scoring.measure import from_features, from_hidden_states, from_losses
 from spice_trainer.scoring.out_of_memory import TokenBudget
@@ -44,6 +45,7 @@ from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.prefilter import FilteredPool, filter_by_loss
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
+from spice_trainer.scoring.store import ScoredRows
 from spice_trainer.scoring.target_reader import TargetReader
 from spice_trainer.scoring.validation import ValidationRows, mean_gradient
 from spice_trainer.selection.repeats import RepeatLimit
@@ -172,14 +174,18 @@ class GradientScorer:
         numbered = dict(enumerate(map(tuple, pools)))
         if self.config.takes_gradients:
             self.follow()
-        if self.target is not None:
-            with preserved_random_state(self.device):
-                self.target.look(self._share_validation, self.passes, self.hidden)
+        self.look_at_target()
         if self.config.takes_gradients:
             return self._score_gradients(numbered, progress)
-        if "losses" in self.config.rule.needs or self.config.takes_answers_alone:
+        if self._takes_losses:
             return self._score_losses(numbered, progress)
-        return self._score_hidden(numbered, progress) if self.hidden is not None else self._read_lengths(numbered)
+        return self._score_hidden(numbered, progress) if self.hidden is not None else self.read_lengths(numbered)
+
+    def look_at_target(self, *, is_frozen: bool = False) -> None:
+        """Brings what is known of the validation rows up to date, or keeps it as it is. A collective."""
+        if self.target is not None:
+            with preserved_random_state(self.device):
+                self.target.look(self._share_validation, self.passes, self.hidden, is_frozen=is_frozen)
 
     def share(self, pools: _Pools) -> SharedCandidates:
         """Collates the candidates of some pools and deals them to the processes. A collective."""
@@ -203,23 +209,71 @@ class GradientScorer:
         owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
         for pool, known, positions in self._limited(shared.by_pool()):
             if self._owns(pool):
-                target = self.target
-                gradients = None if target is None else target.gradients
-                scores = from_features(
-                    known,
-                    owned.take(positions),
-                    self.config,
-                    reference,
-                    self._target_of(known),
-                    None if gradients is None else gradients.features,
-                )
-                if hidden is not None:
-                    scores = self._with_hidden(scores, hidden[positions.start : positions.stop])
+                found = owned.take(positions)
+                states = None if hidden is None else hidden[positions.start : positions.stop]
+                scores = self._measured(known, found, reference, states)
+                del found
                 if filtered is not None and pool in filtered:
                     scores = replace(scores, whole=filtered[pool].whole, kept=filtered[pool].kept)
                 yield scores
                 # It may hold the features, and must be gone before those of the next pools come.
                 del scores
+
+    def _measured(
+        self,
+        known: PoolScores,
+        found: OwnedFeatures,
+        reference: Float64[Tensor, " m"] | None,
+        hidden: Float[Tensor, "N H"] | None,
+    ) -> PoolScores:
+        """What features tell, and hidden states where they are read too."""
+        gradients = None if self.target is None else self.target.gradients
+        features = None if gradients is None else gradients.features
+        scores = from_features(known, found, self.config, reference, self._target_of(known), features)
+        return scores if hidden is None else self._with_hidden(scores, hidden)
+
+    def score_rows(self, indices: tuple[int, ...]) -> tuple[ScoredRows | None, tuple[RowShape, ...]]:
+        """What is computed of some rows at the current weights, on process 0, and all rows' shapes. A collective."""
+        found: dict[str, Tensor] = {}
+        with preserved_random_state(self.device):
+            shared = self.share({0: indices})
+            hidden = None if self.hidden is None else self.hidden.compute(self.passes, shared)
+            if self.config.takes_gradients:
+                with self.failing_together():
+                    buffer = self.compute(shared)
+                owned = send_to_owners(buffer, shared.holders, shared.owners, self.processes)
+                if self._owns(0):
+                    owned = owned.take(range(len(indices)))
+                    names = ("features", "norms", "lengths", "losses", "out_of_memory")
+                    found = {name: getattr(owned, name).cpu() for name in names}
+                    found["losses"] = found["losses"].double()
+            elif self._takes_losses:
+                losses, alone = self._all_losses(shared, lambda share: None)
+                found = {"losses": _by_position(losses, len(indices))}
+                found["out_of_memory"] = found["losses"].isnan()
+                if alone is not None:
+                    found["losses_alone"] = _by_position(alone, len(indices))
+        rows = ScoredRows(hidden=hidden, **found) if self._owns(0) else None
+        return rows, shared.shapes
+
+    def put_together(self, known: PoolScores, rows: ScoredRows, reference: Float64[Tensor, " m"] | None) -> PoolScores:
+        """What was computed of a pool's rows earlier, by [`GradientScorer.score_rows`], as scoring it would give."""
+        if rows.features is not None:
+            assert rows.norms is not None and rows.lengths is not None
+            assert rows.losses is not None and rows.out_of_memory is not None
+            found = OwnedFeatures({}, rows.features, rows.norms, rows.lengths, rows.losses.float(), rows.out_of_memory)
+            return self._measured(known, found, reference, rows.hidden)
+        scores = replace(known, target=self._target_of(known))
+        if self._takes_losses:
+            assert rows.losses is not None and rows.losses_alone is not None and rows.out_of_memory is not None
+            losses = _known_losses(rows.losses, rows.out_of_memory)
+            alone = rows.losses_alone.tolist() if self.config.takes_answers_alone else None
+            scores = replace(from_losses(known, losses, alone), target=scores.target)
+        return scores if rows.hidden is None else self._with_hidden(scores, rows.hidden)
+
+    @property
+    def _takes_losses(self) -> bool:
+        return "losses" in self.config.rule.needs or self.config.takes_answers_alone
 
     def failing_together(self) -> AbstractContextManager[object]:
         """Context of this process's passes, whose errors reach all others. No collective may stand in it.
@@ -387,11 +441,7 @@ class GradientScorer:
 
         with preserved_random_state(self.device):
             shared = self.share(pools)
-            alone: Mapping[int, float | None] | None = None
-            if self.config.takes_answers_alone:
-                losses, alone = self._losses_of_answers(shared, report)
-            else:
-                losses = self._gather(self._compute_losses(shared, report))
+            losses, alone = self._all_losses(shared, report)
             states = None if self.hidden is None else self._hidden_states(shared)
         for pool, known, positions in self._limited(shared.by_pool()):
             if self._owns(pool):
@@ -399,6 +449,14 @@ class GradientScorer:
                 others = None if alone is None else [alone.get(position, 0.0) for position in positions]
                 scores = replace(from_losses(known, found, others), target=self._target_of(known))
                 yield scores if states is None else self._with_hidden(scores, states[positions.start : positions.stop])
+
+    def _all_losses(
+        self, shared: SharedCandidates, report: Callable[[float], None]
+    ) -> tuple[dict[int, float | None], dict[int, float | None] | None]:
+        """Everyone's losses by position, and those of answers alone where the rule reads them. A collective."""
+        if self.config.takes_answers_alone:
+            return self._losses_of_answers(shared, report)
+        return self._gather(self._compute_losses(shared, report)), None
 
     def _compute_losses(
         self, shared: SharedCandidates, report: Callable[[float], None] | None = None
@@ -431,10 +489,26 @@ class GradientScorer:
 
     # By lengths
 
-    def _read_lengths(self, pools: _Pools) -> Iterator[PoolScores]:
+    def read_lengths(
+        self, pools: _Pools, *, measure: Callable[[PoolScores], PoolScores] | None = None
+    ) -> Iterator[PoolScores]:
+        """What the rows' lengths alone tell; with `measure` process 0 gets all pools, and what that makes of them."""
         indices = [index for pool in pools.values() for index in pool]
         with preserved_random_state(self.device):
             _, shapes = read_shapes(indices, self.collate_rows, self.processes)
         for pool, known, _ in self._limited(split_by_pool(pools, shapes)):
-            if self._owns(pool):
+            if measure is not None and self.processes.is_main:
+                yield measure(known)
+            elif measure is None and self._owns(pool):
                 yield replace(known, target=self._target_of(known))
+
+
+def _by_position(values: Mapping[int, float | None], number: int) -> Float64[Tensor, " N"]:
+    """Losses by position; 0 for rows without a label, nan where memory did not suffice."""
+    found = [values.get(position, 0.0) for position in range(number)]
+    return torch.tensor([math.nan if value is None else value for value in found], dtype=torch.float64)
+
+
+def _known_losses(losses: Float64[Tensor, " N"], out_of_memory: Bool[Tensor, " N"]) -> list[float | None]:
+    pairs = zip(losses.tolist(), out_of_memory.tolist(), strict=True)
+    return [None if missing else loss for loss, missing in pairs]

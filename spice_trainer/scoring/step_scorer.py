@@ -6,6 +6,7 @@ Axes: N candidates of a pool.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from spice_trainer.distributed import Processes
 from spice_trainer.scoring.out_of_memory import MemoryNotice, MemoryReport
 from spice_trainer.scoring.scorer import GradientScorer
-from spice_trainer.selection.results import StepSelection
+from spice_trainer.selection.results import PoolSelection, StepSelection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.utils.saved import saved_whole_number
 
@@ -39,8 +40,23 @@ class StepScorer:
     def start(self) -> None:
         """Begins a run."""
 
+    def keep_in(self, folder: Path) -> None:
+        """Hears where files of the run go."""
+
+    def is_warming_up(self, step: int) -> bool:
+        """Whether a step's rows are drawn at random, before anything is scored."""
+        return False
+
+    def account(self, pool: PoolSelection) -> PoolSelection:
+        """A pool's selection with the tokens that were read for it."""
+        return pool
+
     def score(
-        self, pools: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+        self,
+        pools: Sequence[Sequence[int]],
+        *,
+        step: int = 0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[PoolScores]:
         """Scores a step's pools; see [`GradientScorer.score`]."""
         return self.gradient_scorer.score(pools, progress=progress)

@@ -42,9 +42,19 @@ class TargetReader:
         self._digest: str | None = None
         self._has_warned = False
 
-    def look(self, share: Callable[[], SharedCandidates], passes: ScoringPasses, hidden: HiddenScorer | None) -> None:
-        """Brings what the rule reads up to date at the beginning of a step. A collective."""
-        is_due = self._num_steps % self._config.validation_every == 0
+    def look(
+        self,
+        share: Callable[[], SharedCandidates],
+        passes: ScoringPasses,
+        hidden: HiddenScorer | None,
+        *,
+        is_frozen: bool = False,
+    ) -> None:
+        """Brings what the rule reads up to date at the beginning of a step; frozen, only what is missing.
+
+        A collective.
+        """
+        is_due = not is_frozen and self._num_steps % self._config.validation_every == 0
         self._num_steps += 1
         takes_gradients = self._config.takes_gradient_cosines and (is_due or self.gradients is None)
         takes_hidden = hidden is not None and (self.hidden is None or (is_due and not hidden.is_constant))
@@ -84,7 +94,7 @@ class TargetReader:
 
     def tensors(self) -> dict[str, Tensor]:
         """What was computed in an earlier step and is still in use."""
-        if self._config.validation_every == 1:
+        if self._config.validation_every == 1 and self._config.score_once_after is None:
             return {}
         found = {"hidden": self.hidden}
         if self.gradients is not None:

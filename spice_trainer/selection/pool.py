@@ -37,10 +37,17 @@ def select_pool(
     *,
     seed: int | None = None,
     step: int | None = None,
+    rule: Strategy | None = None,
 ) -> PoolSelection:
-    """Picks from one scored pool and describes the picks; the run's `seed` and `step` are for rules that draw."""
+    """Picks from one scored pool and describes the picks; the run's `seed` and `step` are for rules that draw.
+
+    Another `rule` than the settings' picks without quotas.
+    """
     scores = replace(scores, seed=seed, step=step)
-    rule = cast(Strategy, config.rule)
+    quotas = None
+    if rule is None:
+        rule = cast(Strategy, config.rule)
+        quotas = _quotas(scores, num_selected, config, has_own=rule.has_own_quotas)
     alpha: float | None = None
     new_measure: Callable[[], InformationMeasure] | None = None
     if scores.gram is not None:
@@ -63,7 +70,7 @@ def select_pool(
         min_gain=config.min_gain,
         tie_tolerance=config.tie_tolerance,
         new_measure=new_measure if rule.maximizes_information else None,
-        quotas=_quotas(scores, num_selected, config, has_own=rule.has_own_quotas),
+        quotas=quotas,
         length_bins=config.length_bins,
     )
     check_options(num_selected, options)

@@ -25,6 +25,7 @@ from spice_trainer.recording.metrics import RunTotals
 from spice_trainer.recording.records import RECORDS_FOLDER, RecordWriter, SelectedRow
 from spice_trainer.recording.summary import print_summary
 from spice_trainer.sampling.sampler import SpiceSampler
+from spice_trainer.scoring.once import STORE_FOLDER
 from spice_trainer.selection.results import StepSelection
 from spice_trainer.subset.manifest import MANIFEST_FILE, SubsetManifest
 from spice_trainer.subset.model import without_fingerprint
@@ -84,6 +85,7 @@ class SubsetRun:
 
     def run(self) -> None:
         """Selects until the last step, from the latest state if there is one."""
+        self.sampler.selector.scorer.keep_in(self.output_dir / RECORDS_FOLDER)
         first = self._resume()
         steps = range(first, self.sampler.schedule.steps_per_epoch)
         is_hidden, saved = not self.processes.is_main, time.monotonic()
@@ -111,6 +113,8 @@ class SubsetRun:
             print_summary(self.totals, os.fspath(self.output_dir / RECORDS_FOLDER), trains=False)
         for _, folder in self._states():
             shutil.rmtree(folder)
+        # Scores of all rows, if there are any, have served.
+        shutil.rmtree(self.output_dir / RECORDS_FOLDER / STORE_FOLDER, ignore_errors=True)
 
     def manifest(self) -> SubsetManifest:
         """All picks from the records, in the order of picking, and what they came from. On process 0."""

@@ -164,6 +164,12 @@ def select_subset(
         raise TypeError(f"config must be a SpiceConfig, got {type(config).__name__}.")
     # Nothing trains beside the selector, and there is no other model to compare it with.
     config = replace(config, overlap_scoring=False, proxy_check_pools=0)
+    if config.score_once_after:
+        raise ValueError(
+            f"SpiceConfig: score_once_after={config.score_once_after} begins with steps on random rows, which would "
+            "be in the subset. Fix: set score_once_after=0, which scores every row once at the weights that the "
+            "selector has, or train the selector beforehand."
+        )
     # Not after hours of selecting.
     if find_spec("datasets") is None:
         raise ImportError("select_subset writes a `datasets.Dataset`. Fix: pip install spice-trainer[sft].")
