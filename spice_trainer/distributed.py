@@ -7,9 +7,12 @@ Accelerate; features through one `all_to_all`, so that a candidate's features ar
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# How long a process waits for the others before it says so, and after that before it gives up.
+SECONDS_TO_NOTICE, SECONDS_TO_COME = 30.0, 570.0
+_num_waits: Counter[str] = Counter()
 
 T = TypeVar("T")
 
@@ -111,6 +118,37 @@ class Processes:
                     f"SPICE: process {rank} of {self.world_size} failed while {doing}, so this one stops too. The "
                     f"error there, with its traceback in that process's output: {failure}"
                 )
+
+
+def wait_for_all(processes: Processes, to_do: str, done: str, fix: str) -> None:
+    """Waits until every process does what `to_do` says, for minutes at most; a RuntimeError names those that do not.
+
+    Through the process group's store: a collective would wait for a process that never comes until the group's own
+    time-out, and that one for this in a collective of the training.
+    """
+    world_size = processes.world_size
+    if world_size == 1 or not torch.distributed.is_initialized():
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    number = _num_waits[to_do]
+    _num_waits[to_do] += 1
+    keys = [f"spice_trainer/{to_do}/{number}/{other}" for other in range(world_size)]
+    store.set(keys[processes.rank], "")
+    missing: list[int] = []
+    for seconds in (SECONDS_TO_NOTICE, SECONDS_TO_COME):
+        try:
+            store.wait(keys, timedelta(seconds=seconds))
+            return
+        except RuntimeError:
+            missing = [other for other, key in enumerate(keys) if not store.check([key])]
+            logging.getLogger("spice_trainer").warning(
+                "SPICE: waiting for process %s to %s too.", ", ".join(map(str, missing)), to_do
+            )
+    here = [other for other in range(world_size) if other not in missing]
+    raise RuntimeError(
+        f"{done} on process {', '.join(map(str, here))} of {world_size}, and within "
+        f"{SECONDS_TO_NOTICE + SECONDS_TO_COME:.0f} seconds not on process {', '.join(map(str, missing))}. {fix}"
+    )
 
 
 def check_agreement(processes: Processes, seen: Mapping[str, Any]) -> None:

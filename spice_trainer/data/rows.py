@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -107,6 +108,36 @@ class TargetRows:
     raw_dataset: Any = None
     tokenization: Mapping[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
+    _altering: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
+    """Whether the collator alters the rows it is given, once some were tried; by what they are of."""
+
+    def collate_each(
+        self, indices: Sequence[int], rows: Sequence[Any], *, source: str = TRAINING
+    ) -> list[CandidateRow]:
+        """Collates each row alone.
+
+        A dataset may hand out the rows that it holds: what a collator alters in them would be altered again when they
+        train. So it gets copies, unless the first rows show that it leaves them as they are.
+        """
+        given = list(map(copy_row, rows)) if self._altering.get(source, True) else rows
+        collated = [
+            collate_row(index, row, self.collate, source=source) for index, row in zip(indices, given, strict=True)
+        ]
+        if rows and source not in self._altering:
+            self._altering[source] = not all(map(_is_same, given, rows))
+        return collated
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two rows hold the same, as far as that can be told."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_is_same(first[key], second[key]) for key in first)
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    try:
+        return bool(np.all(first == second))
+    except Exception:
+        return True
 
 
 def fetch_rows(dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> list[Any]:
@@ -145,14 +176,19 @@ def naming_unreadable(dataset: Any, indices: Sequence[int], *, source: str = TRA
     try:
         yield
     except Exception as error:
-        if not any(note.startswith(READING) for note in getattr(error, "__notes__", ())):
-            # What it asks of the dataset may fail too; the error itself is what matters.
-            with suppress(Exception):
-                error.add_note(_describe_unreadable(dataset, indices, source))
+        name_unreadable(error, dataset, indices, source=source)
         raise
 
 
-READING = "SPICE was reading"
+def name_unreadable(error: Exception, dataset: Any, indices: Sequence[int], *, source: str = TRAINING) -> None:
+    """Adds a note to an error of a dataset, or of a collator that has its own, unless it has one."""
+    if not any(note.startswith((READING, COLLATING)) for note in getattr(error, "__notes__", ())):
+        # What it asks of the dataset may fail too; the error itself is what matters.
+        with suppress(Exception):
+            error.add_note(_describe_unreadable(dataset, indices, source))
+
+
+READING, COLLATING = "SPICE was reading", "SPICE was collating"
 
 
 def _describe_unreadable(dataset: Any, indices: Sequence[int], source: str) -> str:
@@ -171,7 +207,7 @@ def _describe_unreadable(dataset: Any, indices: Sequence[int], source: str) -> s
 
 def _cannot_be_read(dataset: Any, index: int) -> bool:
     try:
-        dataset.__getitems__([index])
+        fetch_rows(dataset, [index])
     except Exception:
         return True
     return False

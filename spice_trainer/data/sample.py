@@ -63,7 +63,7 @@ class RowSample:
             np.random.random()
             if isinstance(self.dataset, StreamRows):
                 return self.dataset.read_anew(indices)
-            return fetch_rows(self.dataset, indices)
+            return list(map(copy_row, fetch_rows(self.dataset, indices)))
 
     @cached_property
     def digests(self) -> tuple[str | None, ...]:
@@ -75,6 +75,19 @@ class RowSample:
         places = places[:: -(-len(places) // _READ_AGAIN)]
         again = self.read_again([self.indices[place] for place in places])
         return [self.digests[place] for place in places] == list(map(_digest, again))
+
+    def find_changed(self) -> int | None:
+        """The number of a row that is another by now, of a few that are read once more; `None` if none can be told."""
+        if isinstance(self.dataset, StreamRows) or len(self.dataset) <= self.indices[-1]:
+            return None
+        known = [place for place, digest in enumerate(self.digests) if digest is not None]
+        some = known[:: -(-len(known) // _READ_AGAIN)] if known else []
+        try:
+            again = map(_digest, self.read_again([self.indices[place] for place in some]))
+            return next((self.indices[p] for p, now in zip(some, again, strict=True) if now != self.digests[p]), None)
+        except Exception:
+            # A look, at rows that are perhaps not asked for any more.
+            return None
 
 
 def _digest(row: Any) -> str | None:

@@ -1,7 +1,7 @@
 """Which modules of a model train at the moment. Looked at again in each step, since callbacks freeze layers.
 
 What trains is what requires a gradient and is in the optimizer, as far as that is known: a layer unfrozen after the
-Trainer has made its optimizer gets gradients that nobody applies.
+Trainer has made its optimizer gets gradients that nobody applies, and so does a parameter put in another's place.
 
 Names are those from before a wrapper changed them. An adapter that was switched, merged or taken out is another matter
 than a frozen layer: the model no longer computes what the run began with, which ends it.
@@ -17,6 +17,7 @@ from torch import nn
 
 from spice_trainer.config import ScoringParameters
 from spice_trainer.distributed import Processes
+from spice_trainer.gradients.layers.base import set_idle
 from spice_trainer.gradients.lora import adapter_state, find_trained_modules, split_adapter
 from spice_trainer.utils.logging import logger
 
@@ -37,8 +38,9 @@ class TrainedLayers:
         self._get_optimizer = get_optimizer
         self._named = dict(model.named_modules())
         self._holders = [module for module in self._named.values() if module._parameters]
-        # What is compared in each step: each parameter's flag, and the optimizer's number of parameters.
-        self._flags, self._num_held = self._read_flags(), 0
+        # What is compared in each step: each parameter's flag and identity, and the optimizer's number of parameters.
+        self._flags, self._identities = self._read()
+        self._num_held, self._is_held, self._trains = 0, False, self._flags
         self._adapted = [_AdaptedLayer(self._named, *key) for key in dict.fromkeys(map(split_adapter, modules))]
 
     @property
@@ -46,13 +48,15 @@ class TrainedLayers:
         """What may train: LoRA layers and others that hold weights, also those that are frozen."""
         return [name for name, module in self._named.items() if split_adapter(name)[1] or module._parameters]
 
-    def follow(self, processes: Processes) -> bool:
-        """Looks again; whether something changed. A collective.
+    def follow(self, processes: Processes, model: nn.Module | None = None) -> bool:
+        """Looks again, at the `model` that works now; whether something changed. A collective.
 
         A RuntimeError if nothing trains any more, the adapter is another one or the processes train different layers,
         an UnsupportedModelError if what trains now cannot be scored.
         """
         with processes.failing_together("looking at which layers train"):
+            if model is not None and model is not self._model:
+                self._check_model(model)
             is_changed = self._follow()
         everyones = processes.gather((len(self.modules), crc32("\n".join(self.modules).encode())))
         for rank, theirs in enumerate(everyones):
@@ -64,13 +68,25 @@ class TrainedLayers:
                 )
         return is_changed
 
+    def _check_model(self, model: nn.Module) -> None:
+        """A wrapper may have come around the model, and may be another each time."""
+        there = set(map(id, model.modules()))
+        # FSDP1 and compiled regions may hide some.
+        if there.isdisjoint(map(id, self._named.values())):
+            raise RuntimeError(
+                f"The trainer's model is another {type(model).__name__} than the run began with, which goes on "
+                "training. Likely cause: a callback that sets `trainer.model`. Fix: leave it until the run has ended."
+            )
+
     def _follow(self) -> bool:
         for layer in self._adapted:
             layer.check()
         groups = getattr(self._get_optimizer(), "param_groups", ())
-        flags, num_held = self._read_flags(), sum(len(group["params"]) for group in groups)
+        (flags, identities), num_held = self._read(), sum(len(group["params"]) for group in groups)
         # Sharded into flat parameters, most modules have none of their own: what they trained stays.
-        if len(flags) != len(self._flags) or (flags == self._flags and num_held == self._num_held):
+        if len(flags) != len(self._flags) or (flags, identities, num_held) == (
+            self._flags, self._identities, self._num_held
+        ):  # fmt: skip
             return False
         if not any(flags):
             raise RuntimeError(
@@ -79,27 +95,36 @@ class TrainedLayers:
                 "with `control.should_training_stop = True`."
             )
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        if not any(id(parameter) in held for module in self.modules.values() for parameter in module.parameters()):
+        was_held = self._is_held
+        self._is_held = any(id(weight) in held for module in self.modules.values() for weight in module.parameters())
+        if was_held and not self._is_held:
+            raise RuntimeError(
+                "None of the layers that trained has a parameter in the optimizer any more, so no step changes them. "
+                "Likely cause: a callback put other parameters in their place (`module.weight = nn.Parameter(...)`). "
+                "Fix: let it write into those that are there (`module.weight.data.copy_(...)`)."
+            )
+        if not self._is_held:
             # There is none yet, or it has others in their place.
             held = {id(parameter) for module in self._holders for parameter in module.parameters(recurse=False)}
         self._warn_of_idle(held)
+        for module in self._holders:
+            for weight in module.parameters(recurse=False):
+                set_idle(weight, is_idle=id(weight) not in held)
         found = find_trained_modules(
             self._model,
             self._named,
             lambda parameter: parameter.requires_grad and id(parameter) in held,
             scoring_parameters=self._scoring_parameters,
         )
-        is_same = flags == self._flags and found.keys() == self.modules.keys()
-        self.modules, self._flags, self._num_held = found, flags, num_held
+        trains = [flag and identity in held for flag, identity in zip(flags, identities, strict=True)]
+        is_same = trains == self._trains and found.keys() == self.modules.keys()
+        self.modules, self._flags, self._identities, self._num_held = found, flags, identities, num_held
+        self._trains = trains
         return not is_same
 
-    def _read_flags(self) -> list[bool]:
-        return [
-            parameter.requires_grad
-            for module in self._holders
-            for parameter in module._parameters.values()
-            if parameter is not None
-        ]
+    def _read(self) -> tuple[list[bool], list[int]]:
+        weights = [weight for module in self._holders for weight in module._parameters.values() if weight is not None]
+        return [weight.requires_grad for weight in weights], list(map(id, weights))
 
     def _warn_of_idle(self, held: set[int]) -> None:
         """Says so where something requires a gradient in vain."""
@@ -110,9 +135,10 @@ class TrainedLayers:
         ]
         if idle:
             logger.warning(
-                "SPICE: %d layers require a gradient but are not in the optimizer, so they neither train nor score "
-                "(%s). The Trainer gives its optimizer what requires a gradient when training begins. Fix: freeze "
-                "layers in on_train_begin and unfreeze them later, or use optimizer.add_param_group.",
+                "SPICE: %d layers have parameters that require a gradient but are not in the optimizer, so they "
+                "neither train nor score (%s). The Trainer gives its optimizer what requires a gradient when training "
+                "begins. Fix: freeze layers in on_train_begin and unfreeze them later, or use "
+                "optimizer.add_param_group; write into a parameter rather than put another in its place.",
                 len(idle),
                 idle[0],
             )

@@ -8,6 +8,7 @@ The schedule is a function of (rows, settings, seed, step), so the state is smal
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -50,10 +51,12 @@ def save_state(checkpoint: str | os.PathLike[str], state: Mapping[str, Any], ten
     one is passed over on resume.
     """
     folder = Path(checkpoint) / STATE_FOLDER
-    text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1, allow_nan=False)
+    values = save(dict(tensors))
+    sha256 = hashlib.sha256(values).hexdigest()
+    text = json.dumps({"format_version": FORMAT_VERSION, **state, "tensors_sha256": sha256}, indent=1, allow_nan=False)
     try:
         make_folder(folder)
-        replace_file(folder / "state.safetensors", save(dict(tensors)))
+        replace_file(folder / "state.safetensors", values)
         replace_file(folder / "state.json", text + "\n")
     except OSError as error:
         raise OSError(
@@ -100,7 +103,12 @@ def load_state(
         if folder.is_symlink():
             raise OSError("the folder is a link, which is not followed")
         state: dict[str, Any] = parse_json(read_regular(path))
-        tensors = load(read_regular(folder / "state.safetensors"))
+        values = read_regular(folder / "state.safetensors")
+        tensors = load(values)
+        # Of another checkpoint it would be read just as well.
+        sha256 = hashlib.sha256(values).hexdigest()
+        if isinstance(state, dict) and state.get("tensors_sha256", sha256) != sha256:
+            raise ValueError("state.safetensors is not the one that was written with state.json")
     except (ValueError, OSError, SafetensorError) as error:
         why = "damaged, or its writing was interrupted. Resume from an earlier checkpoint."
         if folder.is_symlink() or path.is_symlink():

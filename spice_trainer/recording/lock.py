@@ -35,11 +35,12 @@ class RunLock:
         owner = _read_owner(self.path)
         if not _lock(file, owner):
             os.close(file)
+            this = "this very " if owner.get("pid") == os.getpid() else ""
             raise RuntimeError(
                 printable(
-                    f"Another run (process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}) "
-                    f"writes to {self.path.parent}: two would mix their records and checkpoints. Choose another "
-                    "output_dir, or wait until that run has ended."
+                    f"Another run ({this}process {owner.get('pid')} on {owner.get('host')}, since "
+                    f"{owner.get('since')}) writes to {self.path.parent}: two would mix their records and "
+                    "checkpoints. Choose another output_dir, or wait until that run has ended."
                 )
             )
         self._file = file

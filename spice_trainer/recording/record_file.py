@@ -75,6 +75,8 @@ class RecordFile:
         self.unwritten = b""
         self._file = FileIO(file, "rb+")
         self._digest = hashlib.sha256() if digest is None else digest
+        # Of what is sealed; not known of a file that was reopened, until more is.
+        self._sealed = hashlib.sha256() if digest is None else None
         self._written = os.fstat(file).st_size
 
     @classmethod
@@ -163,8 +165,13 @@ class RecordFile:
             at += len(block)
         yield self.unwritten[max(start - self._written, 0) : max(end - self._written, 0)]
 
-    def save(self, folder: Path, earlier: Path | None) -> None:
-        """Gives a checkpoint's folder all that was recorded; `earlier` is that of the checkpoint before it."""
+    def save(self, folder: Path, earlier: Path | None) -> bool:
+        """Gives a checkpoint's folder all that was recorded; `earlier` is that of the checkpoint before it.
+
+        Whether these are the bytes that were recorded, as far as they were not sealed before: somebody may have
+        written over them.
+        """
+        is_intact, digest = True, None if self._sealed is None else self._sealed.copy()
         segments: list[Segment] = []
         for segment in self.segments:
             if not segment.link(earlier, folder):
@@ -174,10 +181,13 @@ class RecordFile:
         start = sum(segment.size for segment in segments)
         if start < self.size or not segments:
             path = folder / f"{self.path.stem}.{start:012}.jsonl"
-            replace_file(path, self.read(start))
+            replace_file(path, _digested(self.read(start), digest))
+            is_intact = digest is None or digest.digest() == self._digest.digest()
             if self.size - start >= SEALED_BYTES:
                 segments.append(Segment.of(path, start))
+                self._sealed = self._digest.copy()
         self.segments = segments
+        return is_intact
 
     def find_sealed(self, folder: Path) -> None:
         """Takes a checkpoint's segments of this file as its own, if they hold just what was recorded."""
@@ -186,10 +196,18 @@ class RecordFile:
                 pass
             found = (Segment.of(path, start) for start, path in _find_segments(folder, self.path.name))
             self.segments = list(takewhile(lambda segment: segment.size >= SEALED_BYTES, found))
+            self._sealed = None if self.segments else hashlib.sha256()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _digested(blocks: Iterator[bytes], digest: Any) -> Iterator[bytes]:
+    for block in blocks:
+        if digest is not None:
+            digest.update(block)
+        yield block
 
 
 def read_segments(folder: Path, name: str, size: int, sha256: str) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ directory. Nothing that happens to the files while a run trains ends it: it warn
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -74,49 +75,64 @@ class RecordWriter:
         self._move_aside(_ALL_FILES)
         self._begin(uuid.uuid4().hex, is_new=True)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Gives a checkpoint's folder for them all records so far."""
-        folder = Path(folder)
+    def save(self, folder: str | os.PathLike[str]) -> str | None:
+        """Gives a checkpoint's folder for them all records so far.
+
+        Returns a checksum that tells them from those of any other checkpoint, or `None` if they could not be written.
+        """
+        folder, checksum = Path(folder), None
         with self._going_on(f"writing the records to the checkpoint, {folder},"):
             try:
                 # It may be that of an earlier checkpoint of the same number, whose files others link to.
                 _remove(folder)
                 make_folder(folder)
                 for file in self._files.values():
-                    file.save(folder, self.latest_copy)
+                    if not file.save(folder, self.latest_copy):
+                        self._warn_of_altered(file)
                 files = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in self._files.items()}
-                replace_file(folder / RUN_FILE, json.dumps({"run_id": self._run_id, "files": files}, indent=1) + "\n")
+                text = json.dumps({"run_id": self._run_id, "files": files}, indent=1) + "\n"
+                replace_file(folder / RUN_FILE, text)
             except OSError:
                 _remove(folder)
                 raise
-            self.latest_copy = folder
+            self.latest_copy, checksum = folder, hashlib.sha256(text.encode()).hexdigest()
+        return checksum
 
-    def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on behind a checkpoint's records, from [`RecordWriter.save`].
+    def resume(self, folder: str | os.PathLike[str], checksum: str | None = None) -> None:
+        """Goes on behind a checkpoint's records, from [`RecordWriter.save`]; with its `checksum` no others are taken.
 
         Lines written after the checkpoint are cut off: the resumed run writes them anew. Where other records lie in
         the way, those of another run or of none, they are renamed and the checkpoint's take their place.
         """
         folder = Path(folder)
         self._open()
+        damaged: dict[str, ValueError] = {}
         try:
-            run_id, files = _read_run_file(folder)
+            run_id, files = _read_run_file(folder, checksum)
             with self._explained():
                 known = _run_id_of(self.directory)
-                is_own = known == run_id or (known is None and files)
-                if not (is_own and self._reopen(files)):
-                    self._rebuild(folder, files)
+                is_own = known == run_id or (known is None and bool(files))
+                damaged = self._take_up(folder, files, is_own=is_own)
         except ValueError as error:
-            self._close_files()
+            run_id, files, damaged = uuid.uuid4().hex, {}, {"": error}
+        if damaged and not self._files:
             self._move_aside(_ALL_FILES)
             self._begin(uuid.uuid4().hex, is_new=False)
             logger.warning(
                 "SPICE: the checkpoint's copy of the records, %s, is missing or damaged (%s), so those of the resumed "
                 "run begin here.",
                 folder,
-                error,
+                next(iter(damaged.values())),
             )
             return
+        for name, why in damaged.items():
+            logger.warning(
+                "SPICE: of the checkpoint's copy of the records, %s, %s is damaged (%s), so that file of the resumed "
+                "run begins here; the others are complete.",
+                folder,
+                name,
+                why,
+            )
         for file in self._files.values():
             file.find_sealed(folder)
         self.latest_copy = folder
@@ -196,31 +212,36 @@ class RecordWriter:
             _numbered(earlier[0], number),
         )
 
-    def _reopen(self, files: Mapping[str, tuple[int, str]]) -> bool:
-        """Opens the directory's own records at a checkpoint's lengths, and whether they are the checkpoint's."""
-        for name, (size, sha256) in files.items():
-            file = RecordFile.reopen(self.directory / name, size, sha256)
-            if file is None:
-                self._close_files()
-                return False
-            self._files[name] = file
-        for name in RECORD_FILES:
-            if name in self._files:
-                self._files[name].cut(files[name][0])
-            else:
-                # Begun after the checkpoint: the resumed run writes it anew.
-                (self.directory / name).unlink(missing_ok=True)
-        return True
+    def _take_up(self, folder: Path, files: Mapping[str, tuple[int, str]], *, is_own: bool) -> dict[str, ValueError]:
+        """Opens records at a checkpoint's lengths: the directory's own, or where these are others, the checkpoint's.
 
-    def _rebuild(self, folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
-        """Puts a checkpoint's records in the place of those that lie there."""
-        self._move_aside(_ALL_FILES)
+        Returns what is wrong with those that are damaged in both places; they are not opened.
+        """
+        for name, (size, sha256) in files.items() if is_own else ():
+            file = RecordFile.reopen(self.directory / name, size, sha256)
+            if file is not None:
+                self._files[name] = file
+        is_own = is_own and (bool(self._files) or not files)
+        self._move_aside([name for name in files if name not in self._files] if is_own else _ALL_FILES)
+        damaged = {}
         for name, (size, sha256) in files.items():
-            replace_file(self.directory / name, read_segments(folder, name, size, sha256))
+            if name in self._files:
+                self._files[name].cut(size)
+                continue
+            try:
+                replace_file(self.directory / name, read_segments(folder, name, size, sha256))
+            except ValueError as error:
+                damaged[name] = error
+                continue
             file = RecordFile.reopen(self.directory / name, size, sha256)
             if file is None:
                 raise OSError(errno.EIO, f"{name} was changed while it was written")
             self._files[name] = file
+        for name in RECORD_FILES:
+            if is_own and name not in files:
+                # Begun after the checkpoint: the resumed run writes it anew.
+                (self.directory / name).unlink(missing_ok=True)
+        return damaged
 
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         with self._going_on(f"writing {self.directory / name}"):
@@ -237,24 +258,28 @@ class RecordWriter:
             if not file.is_in_place():
                 self._put_back(file)
             elif file.is_altered():
-                self._warn(
-                    f"{file.path} was changed by another program while this run writes it. What it took away is lost, "
-                    "and checkpoints cannot hold these records from here on: look at a copy instead",
-                    kind="altered",
-                )
+                self._warn_of_altered(file)
+
+    def _warn_of_altered(self, file: RecordFile) -> None:
+        self._warn(
+            f"{file.path} was changed by another program while this run writes it. What it took away is lost, and "
+            "checkpoints cannot hold this file's records from here on: look at a copy instead",
+            kind=f"altered {file.path.name}",
+        )
 
     def _put_back(self, file: RecordFile) -> None:
         """Somebody deleted a file in mid-run, its folder perhaps, or put another in its place."""
+        # Fails where something else is in the folder's place.
+        make_folder(self.directory)
         is_taken = os.path.lexists(file.path)
+        if is_taken:
+            self._move_aside([file.path.name])
+        file.put_back()
         self._warn(
             f"{file.path} was {'replaced' if is_taken else 'deleted'} while this run writes it, and is written there "
             "again, complete",
             kind=f"taken {is_taken}",
         )
-        make_folder(self.directory)
-        if is_taken:
-            self._move_aside([file.path.name])
-        file.put_back()
         if not os.path.lexists(self._lock.path):
             self._lock.acquire()
             self._begin(self._run_id, is_new=self._is_new)
@@ -293,18 +318,23 @@ class RecordWriter:
             ) from error
 
 
-def _read_run_file(folder: Path) -> tuple[str, dict[str, tuple[int, str]]]:
+def _read_run_file(folder: Path, checksum: str | None) -> tuple[str, dict[str, tuple[int, str]]]:
     """The run that a checkpoint's records belong to, and the length and checksum of each file."""
     try:
         if folder.is_symlink():
             raise ValueError("the folder is a link, which is not followed")
-        saved = parse_json(read_regular(folder / RUN_FILE))
+        content = read_regular(folder / RUN_FILE)
+        if checksum not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError("it belongs to another checkpoint")
+        saved = parse_json(content)
+        if not isinstance(saved["run_id"], str):
+            raise TypeError("its run_id is no text")
         files = {
             name: (saved_whole_number(saved["files"][name]["bytes"]), str(saved["files"][name]["sha256"]))
             for name in RECORD_FILES
             if name in saved["files"]
         }
-        return str(saved["run_id"]), files
+        return saved["run_id"], files
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from spice_trainer.data.rows import DataCollator
+from spice_trainer.data.rows import COLLATING, MAX_LISTED, DataCollator
 from spice_trainer.gradients.forward import move_inputs
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools, cut, spread
 from spice_trainer.selection.results import StepSelection
@@ -125,6 +125,7 @@ class Slots:
 class MicroBatch:
     """What is known of the rows that were handed out last."""
 
+    rows: tuple[int, ...] = ()
     is_neutral: bool = False  # A filler, which must not contribute to the loss.
     is_trained: bool = False  # Not a preview.
 
@@ -154,6 +155,7 @@ class SpiceBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields the micro-batches of one epoch."""
+        self._latest.pop(threading.get_ident(), None)
         is_trained = self.source.is_drawing
         if is_trained:
             # A resumed run's `skip_first_batches` walks these; nothing is scored for them.
@@ -164,8 +166,11 @@ class SpiceBatchSampler(Sampler[list[int]]):
             filler = selection.indices[0] if selection.filler is None else selection.filler
             for micro_batch in range(self.slots.gradient_accumulation_steps):
                 rows = dealt[slot_index(self.slots.rank, micro_batch, world_size=self.slots.world_size)]
-                self._latest[threading.get_ident()] = MicroBatch(is_neutral=not rows, is_trained=is_trained)
-                yield list(rows) or [filler]
+                handed = rows or (filler,)
+                self._latest[threading.get_ident()] = MicroBatch(handed, is_neutral=not rows, is_trained=is_trained)
+                yield list(handed)
+            # An error of what is picked next is not about these.
+            self._latest.pop(threading.get_ident(), None)
 
 
 class SlotCollator:
@@ -181,10 +186,14 @@ class SlotCollator:
 
     def __call__(self, rows: list[Any]) -> Any:
         """Collates `rows`."""
-        batch: Any = self.collate(rows)
+        latest = self.batch_sampler.latest
+        try:
+            batch: Any = self.collate(rows)
+        except Exception as error:
+            error.add_note(f"{COLLATING} row(s) {', '.join(map(str, latest.rows[:MAX_LISTED]))} to train on.")
+            raise
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.sum())
-        latest = self.batch_sampler.latest
         if latest.is_neutral:
             for key in ("labels", "shift_labels"):
                 if key in batch:
@@ -206,7 +215,7 @@ def build_dataloader(
 ) -> DataLoader[Any]:
     """Builds the loader described above, of the training rows in `dataset` with the user's collator."""
     batch_sampler = SpiceBatchSampler(source, slots)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=SlotCollator(collate, device, batch_sampler),
@@ -214,3 +223,6 @@ def build_dataloader(
         # Without its own generator an iteration would draw its base seed from the training run's random state.
         generator=torch.Generator(),
     )
+    # `accelerator.prepare` (1.15) gives back what has this as it is.
+    loader._is_accelerate_prepared = True
+    return loader

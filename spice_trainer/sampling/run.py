@@ -24,6 +24,7 @@ from spice_trainer.sampling.replay import PickReplay
 from spice_trainer.sampling.schedule import PoolSchedule, StepPools
 from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.selection.results import StepSelection
+from spice_trainer.utils.logging import logger
 
 Listeners = Sequence[Callable[[StepSelection], None]]
 Progress = Callable[[int, int], None]
@@ -34,6 +35,8 @@ class WeightUpdates:
     """Whether an optimizer has updated the weights since the latest step was picked, where somebody tells it."""
 
     is_seen: bool = False
+    is_foreign: bool = False
+    """Whether one stepped that may hold the weights in another form."""
 
 
 class SelectionRun:
@@ -57,6 +60,7 @@ class SelectionRun:
         progress: Progress | None = None,
     ) -> None:
         self.config = config
+        self._settings = config.to_dict()
         self.schedule = schedule
         self.selector = selector
         self.position = RunPosition(schedule.steps_per_epoch, has_open_end=schedule.has_open_end)
@@ -68,6 +72,7 @@ class SelectionRun:
         self._progress = progress
         self._pending: StepSelection | None = None
         self.updates = WeightUpdates()
+        self._watches_updates = True
         self._drawing_thread: int | None = None
         self._steps_to_skip = self._first_step = self._iteration = 0
         self._empty_steps = EmptyStepWatch(config.min_gain)
@@ -148,9 +153,16 @@ class SelectionRun:
             if not self._follows_trainer:
                 if self._iteration != iteration:
                     raise RuntimeError(_ITERATED_ANEW)
+                self._warn_of_looking_ahead(selection.step)
                 self.finish_step()
-            elif position.steps_trained == selection.step:
+            elif self._pending is selection:
                 raise RuntimeError(_NOT_TRAINED.format(step=selection.step))
+
+    def _warn_of_looking_ahead(self, step: int) -> None:
+        """Says once where a loop of one's own asks for what comes after a step before it has updated the weights."""
+        if self._watches_updates and not (self.updates.is_seen or self.updates.is_foreign):
+            self._watches_updates = False
+            logger.warning("%s", _AHEAD.format(step=step))
 
     def _has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Whether an epoch has such a step.
@@ -192,6 +204,7 @@ class SelectionRun:
         20 steps had no row with a finite, non-zero gradient.
         """
         if self._pending is None:
+            self._warn_of_other_settings()
             epoch, step_in_epoch = self.position.epoch, self.position.step_in_epoch
             if self._replay.replays(epoch):
                 selection = self._replay.step(self.schedule, epoch, step_in_epoch, global_step=self.global_step)
@@ -202,6 +215,25 @@ class SelectionRun:
             for listener in self._listeners:
                 listener(self._pending)
         return self._pending
+
+    def _warn_of_other_settings(self) -> None:
+        """Says so where somebody wrote into the settings since the run began."""
+        before, now = self._settings, self.config.to_dict()
+        if now != before:
+            self._settings = now
+            changed = [f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]]
+            logger.warning(
+                "SPICE: settings were changed in mid-run: %s. Picks from step %d on use what is read for each pool; "
+                "pools, their sizes and the layers to score by stay as they were when the run began. Fix: leave the "
+                "SpiceConfig as it is, or begin a run with another.",
+                "; ".join(changed),
+                self.global_step,
+            )
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether picks were asked for whose step is not finished."""
+        return self._pending is not None
 
     @property
     def pending(self) -> StepSelection:
@@ -295,6 +327,12 @@ _PROXY = "proxy."
 _ITERATED_ANEW = (
     "The loader was iterated anew before this iteration of it had ended, which goes on with another step. Likely "
     "cause: a look at a batch (`next(iter(loader))`) in the middle of an epoch. Fix: read rows from the dataset."
+)
+_AHEAD = (
+    "SPICE: the rows after those of step {step} were asked for, and no optimizer has updated the weights since these "
+    "were picked, so the next are picked at the same weights. That is right where a loss scaler skipped the update "
+    "or nothing trains. Likely cause otherwise: something that fetches batches ahead, such as a prefetcher around "
+    "the loader. Fix: iterate the loader itself."
 )
 _NOT_TRAINED = (
     "The rows of the step after step {step} were asked for before the Trainer had finished step {step}, and SPICE "

@@ -25,7 +25,7 @@ from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.data.sample import RowSample
 from spice_trainer.data.validation_sets import named_sets
-from spice_trainer.distributed import Processes, check_agreement, without_wrapper
+from spice_trainer.distributed import Processes, check_agreement, wait_for_all, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
 from spice_trainer.sampling.loader import Slots, build_dataloader
@@ -114,8 +114,8 @@ class SpiceSampler(Sampler[int]):
         Rows are scored by the cross-entropy of their label tokens, whatever loss your loop takes of them: a smoothed
         or weighted one is not seen here, as [`attach_spice`] sees a Trainer's.
 
-        Don't pass the loader through `accelerator.prepare`: it fetches one batch ahead, which would score a step's
-        pools before the previous update.
+        `accelerator.prepare` gives the loader back as it is. What fetches batches ahead, a prefetcher of your own say,
+        would have a step's pools scored before the previous update, and is warned about.
 
         Args:
             model (`torch.nn.Module`): Model that trains, with an adapter or in full, on its device; in a run of
@@ -153,6 +153,7 @@ class SpiceSampler(Sampler[int]):
         check_dataset(dataset)
         processes = Processes() if accelerator is None else Processes.of(accelerator)
         model = without_wrapper(model)
+        wait_for_all(processes, "bind", "SpiceSampler.bind was called", _FIX_BINDING)
         schedule = build_schedule(
             self.config,
             len(dataset),
@@ -243,10 +244,16 @@ def _watch_updates(run: SelectionRun, model: nn.Module) -> None:
     def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]):
             updates.is_seen = True
+        else:
+            updates.is_foreign = True
 
     finalize(run, register_optimizer_step_post_hook(note).remove)
 
 
+_FIX_BINDING = (
+    "Likely cause: a condition such as `if accelerator.is_main_process:` around it, or an error there, with its "
+    "traceback in that process's output. Fix: call it on every process."
+)
 _NOT_BOUND = (
     "This SpiceSampler has no model and dataset yet. Pass it to SpiceTrainer or attach_spice, which bind it when "
     "training starts, or call `sampler.bind(model, dataset, ...)` in a loop of your own."

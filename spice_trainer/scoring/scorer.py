@@ -20,6 +20,7 @@ Axes: N candidates of a pool, T pools, m features kept per candidate.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -32,7 +33,7 @@ from spice_trainer.config import SpiceConfig
 from spice_trainer.data.answers import bos_tokens, split_answer
 from spice_trainer.data.checks import check_token_ids, token_id_limits
 from spice_trainer.data.references import RowReferences
-from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, collate_row, fetch_rows, keep_first_labels
+from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, fetch_rows, keep_first_labels
 from spice_trainer.data.stream import StreamRows
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
@@ -84,6 +85,10 @@ class GradientScorer:
         self.rows = rows
         # A stream's rows are held by number, and of a run that goes on from its beginning fewer were read than before.
         self._num_rows = 0 if isinstance(rows.dataset, StreamRows) else len(rows.dataset)
+        # What is read of a stream, by a proxy with tokens of its own too, comes as the run goes on.
+        sources = (rows.dataset, getattr(rows.dataset, "dataset", None), rows.raw_dataset)
+        is_stream = any(isinstance(source, StreamRows) for source in sources)
+        self._known_length = sys.maxsize if is_stream else self._num_rows
         self.references = RowReferences(rows, config.record_id_column, config.record_text_length)
         self.config = config
         self.validation = validation
@@ -107,7 +112,7 @@ class GradientScorer:
     def follow(self, *, is_told: bool = True) -> None:
         """Scores by the layers that train now; the log says it, where it is to be told. A collective."""
         before = self.trained.modules
-        if not self.trained.follow(self.processes):
+        if not self.trained.follow(self.processes, self.get_model()):
             return
         now = self.trained.modules
         # What was learned of the memory stays.
@@ -296,8 +301,17 @@ class GradientScorer:
                 f"{self._num_rows:,} when the run began: row numbers may mean other rows. Fix: leave it as it is "
                 "until the run has ended, or give the trainer a copy."
             )
+        if length > self._known_length:
+            self._known_length = length
+            logger.warning(
+                "SPICE: the training dataset (%s) has %s rows now, and had %s when the run began: those that came "
+                "since are no candidates. Fix: give the trainer all rows before training begins.",
+                type(self.rows.dataset).__name__,
+                f"{length:,}",
+                f"{self._num_rows:,}",
+            )
         rows = fetch_rows(self.rows.dataset, indices)
-        collated = [collate_row(index, row, self.rows.collate) for index, row in zip(indices, rows, strict=True)]
+        collated = self.rows.collate_each(indices, rows)
         references = self.references.refer(indices, rows, collated)
         return self._scored_part(
             [replace(row, reference=reference) for row, reference in zip(collated, references, strict=True)]

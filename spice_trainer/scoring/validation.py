@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from spice_trainer.data.references import hash_tokens
-from spice_trainer.data.rows import VALIDATION, CandidateRow, RowReference, TargetRows, collate_row, fetch_rows
+from spice_trainer.data.rows import VALIDATION, CandidateRow, RowReference, TargetRows, fetch_rows
 from spice_trainer.distributed import Processes
 from spice_trainer.scoring.features import FeatureBuffer
 from spice_trainer.scoring.measure import unit_rows
@@ -75,8 +75,7 @@ class ValidationRows:
             numbers = [places[index][1] for index in of_set]
             source = VALIDATION if len(self.sets) == 1 else f"{VALIDATION} {name!r}"
             fetched = fetch_rows(rows.dataset, numbers, source=source)
-            for index, number, row in zip(of_set, numbers, fetched, strict=True):
-                collated = collate_row(number, row, rows.collate, source=source)
+            for index, collated in zip(of_set, rows.collate_each(numbers, fetched, source=source), strict=True):
                 reference = RowReference(token_hash=hash_tokens(collated.inputs["input_ids"]))
                 found[index] = replace(collated, reference=reference)
         return [found[index] for index in indices]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers import Trainer
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.distributed import Processes, wait_for_all
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.checks import check_trainer, is_training
@@ -17,13 +15,10 @@ from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.hooks import NOT_ATTACHED, SpiceHooks
 from spice_trainer.utils.logging import logger, show_messages
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-# How long a process waits for the others to attach before it says so, and after that before it gives up.
-SECONDS_TO_NOTICE, SECONDS_TO_ATTACH = 30.0, 300.0
-
-_num_attached = count()
+_FIX_ATTACHING = (
+    "Likely cause: a condition such as `if trainer.is_world_process_zero():` around it, or an error there, with its "
+    "traceback in that process's output. Fix: call attach_spice on every process."
+)
 
 
 def attach_spice(
@@ -94,7 +89,7 @@ def attach_spice(
             "attach_spice was called while the trainer trains, such as in a callback's on_train_begin: its loader is "
             "made already, and would go on without SPICE. Fix: attach after building the trainer, before `train()`."
         )
-    _wait_for_all(trainer.accelerator)
+    wait_for_all(Processes.of(trainer.accelerator), "attach", "attach_spice was called", _FIX_ATTACHING)
     sampler = config_or_sampler
     if isinstance(sampler, SpiceConfig):
         sampler = SpiceSampler(sampler, proxy)
@@ -109,36 +104,6 @@ def attach_spice(
     hooks.check(verify=verify)
     hooks.install()
     return hooks.handle
-
-
-def _wait_for_all(accelerator: Accelerator) -> None:
-    """Waits until every process attaches, for minutes at most; a RuntimeError names those that do not.
-
-    Through the process group's store: a collective would wait for a process that never comes until the group's own
-    time-out, and that one for this in a collective of the training.
-    """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    if world_size == 1 or not torch.distributed.is_initialized():
-        return
-    store = torch.distributed.distributed_c10d._get_default_store()
-    number = next(_num_attached)
-    keys = [f"spice_trainer/attach/{number}/{other}" for other in range(world_size)]
-    store.set(keys[rank], "")
-    missing: list[int] = []
-    for seconds in (SECONDS_TO_NOTICE, SECONDS_TO_ATTACH):
-        try:
-            store.wait(keys, timedelta(seconds=seconds))
-            return
-        except RuntimeError:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            logger.warning("SPICE: waiting for process %s to attach too.", ", ".join(map(str, missing)))
-    here = [other for other in range(world_size) if other not in missing]
-    raise RuntimeError(
-        f"attach_spice was called on process {', '.join(map(str, here))} of {world_size}, and within "
-        f"{SECONDS_TO_NOTICE + SECONDS_TO_ATTACH:.0f} seconds not on process {', '.join(map(str, missing))}. Likely "
-        "cause: a condition such as `if trainer.is_world_process_zero():` around it, or an error there, with its "
-        "traceback in that process's output. Fix: call attach_spice on every process."
-    )
 
 
 def _check_same(

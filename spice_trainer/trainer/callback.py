@@ -69,10 +69,12 @@ class SpiceCallback(TrainerCallback):
         self.run_dir: str | None = None
         self.dataset_fingerprint: str | None = None
         self.seen: dict[str, Any] = {}
+        self.find_changed_row: Callable[[], int | None] | None = None
         self._num_verifications = 0
         self._window = MetricWindow()
         self._records: RecordWriter | None = None
         self._epoch = 0
+        self._num_substeps = 0
         self._trained: StepSelection | None = None
         self._peak: str | None = None
         self._memory_before: MemoryUse | None = None
@@ -82,7 +84,7 @@ class SpiceCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # They hold the model's scorer and the run's open files; a copy of a trainer goes without them.
-        return vars(self) | {"verify": None, "_records": None, "saved": None}
+        return vars(self) | {"verify": None, "_records": None, "saved": None, "find_changed_row": None}
 
     def close(self) -> None:
         """Stops listening and closes the record files."""
@@ -141,12 +143,19 @@ class SpiceCallback(TrainerCallback):
     ) -> None:
         """Notes the epoch that the Trainer begins."""
         self._epoch = self.sampler.run.position.epoch
+        self._num_substeps = 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Makes sure that what is about to train was picked."""
         _ = self.sampler.run.pending
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts the micro-batches of a step before its last."""
+        self._num_substeps += 1
 
     def on_selection(self, selection: StepSelection) -> None:
         """Hears of a step's picks before it trains."""
@@ -162,9 +171,15 @@ class SpiceCallback(TrainerCallback):
             torch.cuda.synchronize(self._device)
         # Before the records are written, which is no training.
         seconds = time.perf_counter() - self._training_started
+        self._num_substeps = 0
         self.catch_up(state)
+        if self._trained is None and self.sampler.run.is_pending:
+            # Somebody has put the Trainer's number back.
+            self._finish_step(state)
         selection, self._trained = self._trained, None
-        assert selection is not None, "of this step"
+        if selection is None:
+            # Somebody else has called the event.
+            return
         num_tokens = self.collator.take_num_tokens() if self.collator is not None else 0
         num_tokens = sum(self.processes.gather(num_tokens))
         self.totals.add_training(seconds, num_tokens)
@@ -189,18 +204,48 @@ class SpiceCallback(TrainerCallback):
         process alone.
         """
         if self.sampler.run.global_step < state.global_step:
-            self._trained = selection = self.sampler.run.finish_step()
-            self._add_to_totals(selection)
-            self._window.add(step_metrics(selection) | transfer_metrics(selection))
-            if self._records is not None:
-                self._records.write_selection(selection)
+            self._finish_step(state)
+
+    def _finish_step(self, state: TrainerState) -> None:
+        run = self.sampler.run
+        self._trained = selection = run.finish_step()
+        if run.global_step != state.global_step:
+            logger.warning(
+                "SPICE: a callback changed `state.global_step` from %d to %d, the number that the "
+                "records go on with. Fix: to train fewer steps, set `control.should_training_stop`.",
+                run.global_step,
+                state.global_step,
+            )
+            run.position.steps_trained = state.global_step
+        self._add_to_totals(selection)
+        self._window.add(step_metrics(selection) | transfer_metrics(selection))
+        if self._records is not None:
+            self._records.write_selection(selection)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Goes on to the next epoch where this one was ended early; where training was, the run can go on in it."""
         if self._is_within_epoch and (control.should_epoch_stop or not control.should_training_stop):
+            if self._num_substeps and not control.should_training_stop:
+                logger.warning(
+                    "SPICE: epoch %d was ended after %d of the %d micro-batches of a step: the Trainer adds their "
+                    "gradients to those of the next step, whose records do not name their rows. Likely cause: a "
+                    "callback that sets should_epoch_stop in on_substep_end. Fix: set it in on_step_end.",
+                    self._epoch,
+                    self._num_substeps,
+                    args.gradient_accumulation_steps,
+                )
             self.sampler.run.finish_epoch()
+        if self.find_changed_row is not None and (row := self.find_changed_row()) is not None:
+            self.find_changed_row = None
+            logger.warning(
+                "SPICE: row %d of the training dataset is another than when the run began, so numbers in the records "
+                "mean different rows before and after, and a row may have been a candidate twice. Likely cause: "
+                "something in this process shuffles or edits it. Fix: leave it as it is until the run has ended, or "
+                "give the trainer a copy.",
+                row,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -259,8 +304,7 @@ class SpiceCallback(TrainerCallback):
         if control.should_epoch_stop and self._is_within_epoch:
             # The Trainer saves first, and then leaves the epoch.
             position.finish_epoch()
-        if self._records is not None:
-            self._records.save(Path(checkpoint) / RECORDS_COPY)
+        records = self._records.save(Path(checkpoint) / RECORDS_COPY) if self._records is not None else None
         save_state(
             checkpoint,
             {
@@ -271,6 +315,7 @@ class SpiceCallback(TrainerCallback):
                 "window": self._window.state_dict(),
                 "totals": self.totals.state_dict(),
                 "transfers": self.transfers.state_dict(),
+                "records_sha256": records,
             },
             self.sampler.run.tensors(),
         )
@@ -299,7 +344,7 @@ class SpiceCallback(TrainerCallback):
             self.transfers.load_state_dict(saved["transfers"])
         self.sampler.run.read_on()
         if self._records is not None:
-            self._records.resume(Path(checkpoint) / RECORDS_COPY)
+            self._records.resume(Path(checkpoint) / RECORDS_COPY, saved.get("records_sha256"))
 
     def _describe_schedule(self) -> dict[str, Any]:
         return describe_schedule(self.sampler.schedule, dataset_fingerprint=self.dataset_fingerprint)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -29,8 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.checks import check_collator, check_dataset, check_token_ids, token_id_limits
 from spice_trainer.data.fingerprints import fingerprint_rows
-from spice_trainer.data.rows import TargetRows
-from spice_trainer.distributed import Processes, check_agreement
+from spice_trainer.data.rows import TargetRows, name_unreadable
+from spice_trainer.distributed import Processes, check_agreement, wait_for_all
 from spice_trainer.recording.checkpoint import checkpoint_to_resume, mark_incomplete
 from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import PickSource, ScheduledEpoch, SlotCollator, Slots, build_dataloader
@@ -67,6 +68,10 @@ HOOKED_METHODS = (
 )
 
 
+_FIX_BEGINNING = (
+    "Likely cause: SPICE was detached on some of the processes only, one of them does not train, or an error there, "
+    "with its traceback in that process's output. Fix: call attach_spice, detach_spice and train() on every process."
+)
 NOT_ATTACHED = "SPICE is not attached to this trainer, so there is nothing to detach."
 
 
@@ -95,6 +100,7 @@ class SpiceHooks:
         self._validation: dict[str, TargetRows] | None = None
         self._is_installed = False
         self._build_loader: Callable[[], DataLoader[Any]] | None = None
+        self._dataset: Any = None
         self._begins_run: int | None = None
         self._plan: RunPlan | None = None
         self._earlier: EarlierSample | None = None
@@ -105,7 +111,7 @@ class SpiceHooks:
         self._config_of_search: SpiceConfig | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_verify_later": None, "_build_loader": None}
+        return vars(self) | {"_verify_later": None, "_build_loader": None, "_dataset": None}
 
     def install(self) -> None:
         """Binds the hooked methods and adds the callback."""
@@ -236,6 +242,12 @@ class SpiceHooks:
 
     def on_inner_training_loop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tells the callback which checkpoint is resumed and where the run writes, before the loader is built."""
+        if self._build_loader is not None:
+            raise RuntimeError(
+                "`train()` was called while this trainer trains, such as in a callback: the run within would take the "
+                "records and the position of the one around it. Fix: train with another trainer and output_dir, or "
+                "after this run has ended."
+            )
         warn_of_settings_in_arguments(self.trainer.args, self.sampler.config)
         # Of this thread: another may ask for a loader meanwhile.
         self._begins_run, self._build_loader = threading.get_ident(), None
@@ -284,7 +296,10 @@ class SpiceHooks:
         """
         if self._begins_run == threading.get_ident():
             self._begins_run = None
-            self._build_loader = self.begin_run()
+            processes = Processes.of(self.trainer.accelerator)
+            wait_for_all(processes, "train", "The run with SPICE began", _FIX_BEGINNING)
+            with processes.failing_together("building the run's loader"):
+                self._build_loader = self.begin_run()
             loader = self._build_loader()
             self.callback.collator = loader.collate_fn if isinstance(loader.collate_fn, SlotCollator) else None
             return loader
@@ -307,10 +322,14 @@ class SpiceHooks:
             total_steps=plan.total_steps,
             follows_trainer=True,
         )
+        self._dataset = inputs.dataset
         self.callback.processes = inputs.selector.scorer.processes
         self.callback.plan = plan
         fingerprint = fingerprint_rows(inputs.sample, self._earlier.digests if self._earlier is not None else None)
         self.callback.dataset_fingerprint = fingerprint
+        # Rows that are random, or of their epoch, are others each time.
+        is_fixed = fingerprint is not None and not hasattr(inputs.dataset, "set_epoch")
+        self.callback.find_changed_row = inputs.sample.find_changed if is_fixed else None
         self.callback.seen = describe_for_others(inputs, self.sampler.config, fingerprint)
         self._earlier = EarlierSample.of(inputs)
 
@@ -342,7 +361,7 @@ class SpiceHooks:
                 "cause: a callback that schedules the batch size. Fix: keep it within a run, or resume from a "
                 "checkpoint with the other value and a per_device_train_batch_size that keeps the samples of a step."
             )
-        with self.sampler.run.drawing():
+        with self.sampler.run.drawing(), self._naming_rows():
             batch_samples, num_items_in_batch = original(*args, **kwargs)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
@@ -352,7 +371,7 @@ class SpiceHooks:
 
     def on_log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         """SPICE's averages join the dict of a training log, the only one every reporter and `log_history` see."""
-        if "loss" in logs:
+        if "loss" in logs and self._is_training_log(logs):
             logs.update(self.callback.take_metrics())
         elif logs.get("train_runtime") and "train_samples_per_second" in logs:
             # The trainer assumes that every row of the dataset was trained on.
@@ -378,6 +397,23 @@ class SpiceHooks:
         return result
 
     # Parts
+
+    def _is_training_log(self, logs: Mapping[str, float]) -> bool:
+        """Whether it is the trainer's own log, which takes the window, and not one of a callback or a loss."""
+        step = self.trainer.state.global_step
+        # The trainer notes the step before it logs; one that does not still logs its learning rate.
+        return getattr(self.trainer, "_globalstep_last_logged", step) == step or "learning_rate" in logs
+
+    @contextmanager
+    def _naming_rows(self) -> Iterator[None]:
+        """Adds to an error of the dataset which row of a micro-batch it is about."""
+        try:
+            yield
+        except Exception as error:
+            collator = self.callback.collator
+            if collator is not None and collator.batch_sampler.latest.rows:
+                name_unreadable(error, self._dataset, collator.batch_sampler.latest.rows)
+            raise
 
     def _original(self, name: str) -> Callable[..., Any]:
         replaced: Callable[..., Any] | None = self._replaced[name]

@@ -35,7 +35,10 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
 
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it; a link in its place is an `OSError`."""
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OSError(errno.ENOTDIR, f"it is no folder: {os.fspath(path)!r}") from None
     if path.is_symlink():
         raise OSError(errno.ELOOP, f"it is a link, which is not followed: {os.fspath(path)!r}")
 

@@ -68,7 +68,7 @@ ROWS = (
         "file_in_the_way",
         "an output directory where SPICE's folder cannot be made",
         STARTING,
-        FileExistsError,
+        NotADirectoryError,
         ("SPICE cannot write its records to", "run/spice", "make it writable, or choose another output_dir"),
         _in_the_way("spice"),
     ),
@@ -93,7 +93,7 @@ ROWS = (
         "the output directory of a run that is still going on",
         STARTING,
         RuntimeError,
-        ("Another run (process", "two would mix their records and checkpoints", "Choose another output_dir"),
+        ("Another run (this very process", "two would mix their records and checkpoints", "Choose another output_dir"),
         _another_run,
     ),
 )

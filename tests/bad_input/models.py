@@ -39,6 +39,13 @@ def _later(change: Callable[[Any], Any]) -> Callable[[Scene], Callable[[], Any]]
     return prepare
 
 
+def _put_new_parameters(model: Any) -> None:
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad:
+                setattr(module, name, torch.nn.Parameter(weight.detach().clone()))
+
+
 class _AfterAStep(TrainerCallback):
     def __init__(self, change: Callable[[Any], Any]) -> None:
         self.change = change
@@ -341,8 +348,20 @@ ROWS = (
         "unfreezing layers that the Trainer's optimizer does not have",
         TRAINING,
         None,
-        ("1 layers require a gradient but are not in the optimizer", "on_train_begin", "optimizer.add_param_group"),
+        (
+            "1 layers have parameters that require a gradient but are not in the optimizer",
+            "on_train_begin",
+            "optimizer.add_param_group",
+        ),
         _meanwhile(lambda model: model.get_base_model().model.norm.requires_grad_(True)),
+    ),
+    BadInput(
+        "parameters_replaced_meanwhile",
+        "putting new parameters in the place of those that train, in mid-run",
+        TRAINING,
+        RuntimeError,
+        ("None of the layers that trained has a parameter in the optimizer", "`module.weight.data.copy_(...)`"),
+        _meanwhile(_put_new_parameters),
     ),
     BadInput(
         "merged_meanwhile",

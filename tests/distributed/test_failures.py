@@ -92,6 +92,28 @@ def test_attaching_on_one_process_ends_soon_and_says_where(model_folder: Path, t
     )
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            "detach",
+            "The run with SPICE began on process 0 of 2, and within 5 seconds not on process 1. Likely cause: SPICE",
+        ),
+        (
+            "bind",
+            "SpiceSampler.bind was called on process 0 of 2, and within 5 seconds not on process 1. Likely cause",
+        ),
+        ("break", "SPICE: process 1 of 2 failed while building the run's loader, so this one stops too"),
+    ],
+)
+def test_what_one_process_does_alone_ends_the_run_by_name(
+    how: str, said: str, model_folder: Path, tmp_path: Path
+) -> None:
+    launched = fork("multi_gpu", tmp_path, "disagree", f"how={how}", f"model={model_folder}", timeout=120)
+    assert launched.returncode != 0 and not launched.timed_out
+    assert said in launched.stderr
+
+
 def test_layers_frozen_on_one_process_end_the_run(model_folder: Path, tmp_path: Path) -> None:
     launched = fork("multi_gpu", tmp_path, "freeze", "where=last", f"model={model_folder}", timeout=120)
     assert launched.returncode != 0 and not launched.timed_out

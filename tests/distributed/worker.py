@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
-import spice_trainer.trainer.attach
+import spice_trainer.distributed
 from spice_trainer import ProxyModel, SpiceConfig, SpiceSampler, attach_spice, detach_spice, select_subset
 from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.sampling.step_selector import StepSelector
@@ -285,13 +285,41 @@ class Worker:
 
     def attach_on_one(self) -> dict[str, Any]:
         """Attaches on process 0 alone, as under `if trainer.is_world_process_zero():`."""
-        spice_trainer.trainer.attach.SECONDS_TO_NOTICE, spice_trainer.trainer.attach.SECONDS_TO_ATTACH = 2.0, 3.0
+        self.wait_shortly()
         trainer, _ = self.build("attached")
         # Together they attach and detach as often as they like.
         detach_spice(trainer)
         attach_spice(trainer, SpiceConfig(**setting.SETTINGS)).detach()
         if self.rank == 0:
             attach_spice(trainer, SpiceConfig(**setting.SETTINGS))
+        trainer.train()
+        return {"steps": trainer.state.global_step}
+
+    def wait_shortly(self) -> None:
+        """Waits for seconds where a run waits for minutes."""
+        spice_trainer.distributed.SECONDS_TO_NOTICE, spice_trainer.distributed.SECONDS_TO_COME = 2.0, 3.0
+
+    def disagree(self) -> dict[str, Any]:
+        """Does something on the last process alone, that others wait for or do not do."""
+        self.wait_shortly()
+        how, is_last = self.options["how"], self.rank == self.world_size - 1
+        if how == "bind":
+            accelerator = Accelerator(cpu=True)
+            if not is_last:
+                SpiceSampler(SpiceConfig(**setting.SETTINGS)).bind(
+                    setting.load_model(Path(self.options["model"])),
+                    setting.dataset(),
+                    data_collator=collate,
+                    per_device_train_batch_size=2,
+                    accelerator=accelerator,
+                )
+            torch.distributed.barrier()
+            return {}
+        trainer, _ = self.build("disagreeing")
+        if how == "detach" and is_last:
+            detach_spice(trainer)
+        if how == "break" and is_last:
+            trainer.train_dataset = trainer.train_dataset.remove_columns("labels")
         trainer.train()
         return {"steps": trainer.state.global_step}
 
@@ -336,6 +364,7 @@ TASKS = {
     "other_rows": Worker.see_other_rows,
     "freeze": Worker.freeze,
     "attach_on_one": Worker.attach_on_one,
+    "disagree": Worker.disagree,
 }
 
 

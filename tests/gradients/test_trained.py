@@ -143,7 +143,8 @@ def test_what_is_unfrozen_too_late_does_not_score(tmp_path: Path, caplog: pytest
     assert len(trainer._spice.sampler.scorer.modules) == 14
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if "layers.1." in name)
     (warned,) = [record.getMessage() for record in caplog.records if "in the optimizer" in record.getMessage()]
-    assert "14 layers require a gradient but are not in the optimizer, so they neither train nor score" in warned
+    assert "14 layers have parameters that require a gradient but are not in the optimizer" in warned
+    assert "so they neither train nor score" in warned
     assert "Fix: freeze layers in on_train_begin and unfreeze them later, or use optimizer.add_param_group" in warned
 
 
@@ -161,6 +162,68 @@ def test_what_is_given_to_the_optimizer_scores() -> None:
     )
     next(scorer.score([POOL]))
     assert len(scorer.modules) == 28
+
+
+def _put_others(model: nn.Module, part: str) -> None:
+    """New parameters of the same values in the place of LoRA's."""
+    for name, module in model.named_modules():
+        if part in name and ".lora_" in name and isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+
+
+def test_parameters_that_others_replaced_end_the_run_by_name() -> None:
+    """The optimizer goes on with the old ones, which nobody uses."""
+    model = tiny_lora_model()
+    scorer = _scorer(model, _trained_a_step(model))
+    next(scorer.score([POOL]))
+    _put_others(model, "")
+    with pytest.raises(RuntimeError, match=r"no step changes them.*Fix: let it write into those that are there"):
+        next(scorer.score([POOL]))
+
+
+def test_some_parameters_that_others_replaced_do_not_score(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_lora_model()
+    scorer = _scorer(model, _trained_a_step(model))
+    next(scorer.score([POOL]))
+    _put_others(model, "layers.1.")
+    found = next(scorer.score([POOL]))
+    assert len(scorer.modules) == 14 and "14 layers have parameters that require a gradient" in caplog.text
+    _set(model, "layers.1.", False)
+    assert torch.equal(found.gram, next(_scorer(model, None).score([POOL])).gram)
+
+
+def test_parameters_that_the_optimizer_takes_over_score() -> None:
+    model = tiny_lora_model()
+    optimizer = _trained_a_step(model)
+    scorer = _scorer(model, optimizer)
+    next(scorer.score([POOL]))
+    _put_others(model, "")
+    optimizer.param_groups[0]["params"] = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for module in scorer.modules.values():
+            module.weight.mul_(1.5)
+    assert torch.equal(next(scorer.score([POOL])).gram, next(_scorer(model, None).score([POOL])).gram)
+
+
+@pytest.mark.parametrize("held", ["bias", "weight"])
+def test_of_a_layer_only_what_the_optimizer_has_scores(held: str) -> None:
+    model = tiny_lora_model("gpt_neox", lora_bias=True)
+
+    def only_held() -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.requires_grad_(name.endswith(held))
+
+    only_held()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    scorer = _scorer(model, optimizer)
+    expected = next(scorer.score([POOL])).gram
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.requires_grad_(True)
+    assert torch.equal(next(scorer.score([POOL])).gram, expected)
+    optimizer.add_param_group({"params": [w for n, w in model.named_parameters() if "lora_B" in n and held not in n]})
+    assert not torch.equal(next(scorer.score([POOL])).gram, expected)
 
 
 def test_a_bias_that_is_frozen_is_followed() -> None:

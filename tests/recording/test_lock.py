@@ -64,7 +64,7 @@ def test_one_process_after_itself(locks: bool, tmp_path: Path, monkeypatch: pyte
     first, second = RecordWriter(tmp_path), RecordWriter(tmp_path)
     first.start()
     if locks:
-        with pytest.raises(RuntimeError, match=f"Another run .process {os.getpid()} on"):
+        with pytest.raises(RuntimeError, match=f"Another run .this very process {os.getpid()} on"):
             second.start()
     first.close()
     second.start()

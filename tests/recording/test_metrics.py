@@ -114,3 +114,32 @@ def test_speed_counts_the_samples_that_were_trained(max_steps: int, tmp_path: Pa
     assert num_trained == (12 if max_steps == 3 else 44)
     assert last["train_samples_per_second"] == pytest.approx(num_trained / last["train_runtime"], rel=1e-2)
     assert result.metrics["train_samples_per_second"] == last["train_samples_per_second"]
+
+
+class LogsALoss(TrainerCallback):
+    """Somebody's own number of the name that the trainer's has, where that logs nothing."""
+
+    trainer: Any
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (3, 5):
+            self.trainer.log({"loss": 1.5})
+
+
+def test_a_log_of_somebody_elses_takes_no_averages(tmp_path: Path) -> None:
+    found = []
+    for name in ("logging", "not"):
+        callback = LogsALoss()
+        trainer = make_trainer(tmp_path / name, spice={}, logging_steps=2)
+        if name == "logging":
+            callback.trainer = trainer
+            # Behind SPICE's own, which has taken the step by then.
+            trainer.add_callback(callback)
+        trainer.train()
+        own = [row for row in trainer.state.log_history if row.get("loss") == 1.5]
+        assert len(own) == (2 if name == "logging" else 0) and not any(map(_spice_keys, own))
+        found.append([
+            {key: value for key, value in row.items() if key in PICK_KEYS} for row in trainer.state.log_history
+            if "loss" in row and row not in own
+        ])  # fmt: skip
+    assert len(found[0]) == 3 and found[0] == found[1] and all(row.keys() == PICK_KEYS for row in found[0])

@@ -183,6 +183,69 @@ def test_a_file_that_is_changed_in_place_is_told(
     assert path.read_bytes() == content + b'{"step": 3}\n{"step": 4}\n{"step": 5}\n'
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_bytes_that_are_written_over_are_told_and_cost_one_file_alone(
+    sealed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The length is the same, so only the checksum tells; the other files are resumed whole."""
+    writer, path = started(tmp_path), tmp_path / "spice" / "costs.jsonl"
+    write_and_save(writer, tmp_path, range(1), NUM_LINES if sealed else 3)
+    for _ in range(3):
+        writer._write("trained.jsonl", [LINE])
+    with path.open("r+b") as file:
+        file.seek(-NUM_BYTES, os.SEEK_END)
+        file.write(b"XXXXX")
+    assert "was changed" not in caplog.text
+    writer.write_costs(LINE)
+    if sealed:
+        with path.open("r+b") as file:
+            file.seek(-NUM_BYTES, os.SEEK_END)
+            file.write(b"XXXXX")
+    for number in (1, 2):
+        writer.save(tmp_path / f"checkpoint-{number}")
+        writer.write_costs(LINE)
+    writer.close()
+    assert caplog.text.count(f"{path} was changed by another program") == 1
+    run_id = json.loads((tmp_path / "spice" / "run.json").read_text())["run_id"]
+    content = path.read_bytes()
+    for folder in (tmp_path / "spice", tmp_path / "elsewhere"):
+        resumed = RecordWriter(folder)
+        resumed.resume(tmp_path / "checkpoint-2")
+        resumed.write_costs({"step": 9})
+        resumed.save(tmp_path / "again")
+        resumed.close()
+        assert (folder / "costs.jsonl").read_text() == '{"step": 9}\n'
+        assert (folder / "trained.jsonl").stat().st_size == 3 * NUM_BYTES
+        assert json.loads((folder / "run.json").read_text())["run_id"] == run_id
+        whole = RecordWriter(tmp_path / f"whole of {folder.name}")
+        whole.resume(tmp_path / "again")
+        whole.close()
+        assert (whole.directory / "costs.jsonl").read_text() == '{"step": 9}\n'
+    assert caplog.text.count("costs.jsonl is damaged") == 2 and "the others are complete" in caplog.text
+    assert (tmp_path / "spice" / "costs.1.jsonl").read_bytes() == content
+    assert not (tmp_path / "spice" / "trained.1.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_lies_in_the_folders_place_is_named(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer, folder = started(tmp_path), tmp_path / "spice"
+    (tmp_path / "other").mkdir()
+    for step in range(6):
+        if step == 2:
+            shutil.rmtree(folder)
+            folder.symlink_to(tmp_path / "other") if kind == "link" else folder.write_text("mine")
+        if step == 4:
+            folder.unlink()
+        writer.write_costs({"step": step})
+        if step == 3:
+            assert "written there again" not in caplog.text
+            assert f"it is {'a link' if kind == 'link' else 'no folder'}" in caplog.text
+    assert "is written there again, complete" in caplog.text
+    writer.close()
+    assert [json.loads(line)["step"] for line in (folder / "costs.jsonl").read_text().splitlines()] == list(range(6))
+    assert not list((tmp_path / "other").iterdir())
+
+
 @pytest.mark.parametrize("what", ["the folder", "a file", "replaced"])
 def test_files_that_vanish_are_written_again(what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = started(tmp_path)

@@ -203,7 +203,7 @@ def test_a_second_run_in_the_same_place_trains_nothing(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             second = make_trainer(tmp_path, spice={}, max_steps=1)
             before = trainable_weights(second.model)
-            with pytest.raises(RuntimeError, match=f"Another run .process {os.getpid()} on .* writes to"):
+            with pytest.raises(RuntimeError, match=f"Another run .this very process {os.getpid()} on .* writes to"):
                 second.train()
             assert same_weights(trainable_weights(second.model), before)
 

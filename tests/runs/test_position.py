@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -352,6 +353,26 @@ def test_epochs_that_were_ended_early_are_resumed_as_they_were_trained(tmp_path:
         assert "init_training_references" not in vars(resumed.state)
 
 
+class EndsEpochWithinStep(TrainerCallback):
+    """Ends the first epoch after the first micro-batch of its third step."""
+
+    is_done = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = state.global_step == 2 and not self.is_done
+        self.is_done |= control.should_epoch_stop
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_micro_batches_that_a_callback_leaves_to_the_next_step_are_told(
+    ends: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = EndsEpochWithinStep() if ends else TrainerCallback()
+    trainer = train(tmp_path, callback, spice={}, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert trainer.state.global_step == (8 if ends else 12)
+    assert ("epoch 0 was ended after 1 of the 2 micro-batches of a step" in caplog.text) == ends
+
+
 def test_a_run_stopped_within_an_epoch_goes_on_in_it(tmp_path: Path) -> None:
     class Stops(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -544,6 +565,32 @@ def test_a_loop_of_ones_own_that_leaves_its_epochs_early(steps: int) -> None:
             if number == steps:
                 break
     assert heard == [(step, step // steps) for step in range(3 * steps)]
+
+
+@pytest.mark.parametrize("how", ["as it is", "prepared", "with a prefetcher"])
+def test_a_loop_of_ones_own_scores_a_step_after_the_one_before(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`accelerator.prepare` would fetch a batch ahead; what does so is warned about."""
+    model, sampler = tiny_lora_model(), SpiceSampler(SpiceConfig(pool_size=10, num_selected=4))
+    accelerator = Accelerator(cpu=True)
+    loader: Any = sampler.bind(
+        model, tiny_dataset(), data_collator=collate, accelerator=accelerator, per_device_train_batch_size=4
+    )
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    if how == "prepared":
+        model, loader, optimizer = accelerator.prepare(model, loader, optimizer)
+    events: list[str] = []
+    sampler.add_listener(lambda selection: events.append(f"picked {selection.step}"))
+    ahead = iter(loader)
+    batches = [next(ahead)] if how == "with a prefetcher" else []
+    for step in range(3):
+        batches.append(next(ahead))
+        model(**batches.pop(0)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        events.append(f"trained {step}")
+    in_order = [f"{what} {step}" for step in range(3) for what in ("picked", "trained")]
+    assert (events == in_order) == (how != "with a prefetcher")
+    assert caplog.text.count("such as a prefetcher around the loader") == (how == "with a prefetcher")
 
 
 def test_an_attached_sampler_is_not_bound_by_hand(tmp_path: Path) -> None:

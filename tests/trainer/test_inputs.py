@@ -1,7 +1,8 @@
-"""How often a dataset is read before the first step: rows may be decoded, or come over a network, one by one."""
+"""How a dataset is read: how often before the first step, what names a row that breaks, what changes in rows."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from tests.support.trainers import (
     BATCH_SIZE,
     POOL_SIZE,
     SETTINGS,
+    collate,
     make_sft_trainer,
     make_trainer,
     read_records,
+    tiny_dataset,
     tiny_rows,
+    trained_indices,
 )
 
 pytestmark = pytest.mark.oldest
@@ -112,6 +116,88 @@ def test_a_dataset_that_shrinks_in_mid_run_is_refused(tmp_path: Path) -> None:
 
 
 LABEL = "the trainer left out 3 of 40 rows, of which max_length=8 leaves no label token"
+
+
+class Broken(MapStyle):
+    """Some rows cannot be read any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.broken:
+            raise OSError("the user's own error")
+        return super().__getitem__(index)
+
+
+class Breaks(TrainerCallback):
+    """Breaks a picked row, or the collator, once everything is picked."""
+
+    def __init__(self, output_dir: Path, rows: set[int]) -> None:
+        self.output_dir = output_dir
+        self.rows = rows
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.add(trained_indices(self.output_dir)[0][1])
+
+
+@pytest.mark.parametrize("what", ["dataset", "collator"])
+def test_a_row_that_breaks_where_it_trains_is_named(what: str, tmp_path: Path) -> None:
+    """Of a replayed epoch nothing is scored: only the trainer's own loader reads the row."""
+    rows, broken = Broken(), set[int]()
+    breaks = Breaks(tmp_path, rows.broken if what == "dataset" else broken)
+    broken_ids = broken if what == "collator" else ()
+
+    def collate_unbroken(given: list[Any]) -> Any:
+        if any(rows.rows[index]["input_ids"] == row["input_ids"] for index in broken_ids for row in given):
+            raise OSError("the user's own error")
+        return collate(given)
+
+    settings = {"selection_epochs": 1}
+    trainer = make_trainer(
+        tmp_path, spice=settings, train_dataset=rows, data_collator=collate_unbroken, callbacks=[breaks],
+        num_train_epochs=2,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="the user's own error") as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    (row,) = breaks.rows
+    if what == "dataset":
+        assert note.startswith(f"SPICE was reading row(s) {row} of the training dataset (Broken)")
+    else:
+        assert note.startswith("SPICE was collating row(s) ") and str(row) in re.findall(r"\d+", note)
+
+
+def _lengthening(rows: list[Any]) -> Any:
+    """A collator that leaves its rows a token longer."""
+    for row in rows:
+        for values in row.values():
+            values.append(values[-1])
+    return collate(rows)
+
+
+@pytest.mark.parametrize("strategy", ["spice", "less"])
+def test_rows_that_a_collator_alters_train_as_with_a_dataset_that_hands_out_new_ones(
+    strategy: str, tmp_path: Path
+) -> None:
+    """Scored or looked at, a row of the list is left as it is; trained, the collator has it as in the stock loader."""
+    found = []
+    for name, dataset in (("held", tiny_rows()), ("new", tiny_dataset())):
+        trainer = make_trainer(
+            tmp_path / name, spice={"strategy": strategy}, train_dataset=dataset, data_collator=_lengthening,
+            eval_dataset=tiny_rows(6, seed=1) if name == "held" else tiny_dataset(6, seed=1),
+        )  # fmt: skip
+        trainer.train()
+        found.append((trained_indices(tmp_path / name), [entry.get("loss") for entry in trainer.state.log_history]))
+        if name == "held":
+            trained = {index for step in trained_indices(tmp_path / name) for index in step}
+            longer = [len(row["labels"]) - len(old["labels"]) for row, old in zip(dataset, tiny_rows(), strict=True)]
+            assert longer == [int(index in trained) for index in range(len(longer))]
+    assert found[0] == found[1]
 
 
 def _prompts(num_rows: int = 40) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 # By class, or by the full name of one whose library need not be there.
 LAYER_KINDS: dict[type[nn.Module] | str, type[ScoredLayer]] = {}
@@ -124,6 +125,23 @@ def register_layer(*classes: type[nn.Module] | str) -> Callable[[type[ScoredLaye
         return kind
 
     return register
+
+
+# Parameters that require a gradient which no optimizer applies.
+_idle = WeakIdKeyDictionary()
+
+
+def trains(parameter: Tensor) -> bool:
+    """Whether a parameter of a layer that is scored trains."""
+    return parameter.requires_grad and parameter not in _idle
+
+
+def set_idle(parameter: Tensor, *, is_idle: bool) -> None:
+    """Says whether a parameter is trained in vain, where the optimizer is known."""
+    if is_idle:
+        _idle[parameter] = True
+    else:
+        _idle.pop(parameter, None)
 
 
 def by_sample(values: Tensor, num_samples: int, num_tokens: int, *, may_be_flat: bool = True) -> Tensor | None:

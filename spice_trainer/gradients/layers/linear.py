@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, holds_only, register_layer
+from spice_trainer.gradients.layers.base import ScoredLayer, by_sample, holds_only, register_layer, trains
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 # They write x Wᵀ + b out.
@@ -35,9 +35,9 @@ class LinearLayer(ScoredLayer):
         super().__init__(name, module)
         # `layers.0.experts.3.up_proj`, beside `layers.0.fc1`.
         self._is_routed = len(_NUMBERS.findall(name)) > 1
-        self._has_bias = module.bias is not None and module.bias.requires_grad
+        self._has_bias = module.bias is not None and trains(module.bias)
         # Of what is sharded the flag may be lost.
-        self._has_weight = module.weight.requires_grad or not self._has_bias
+        self._has_weight = trains(module.weight) or not self._has_bias
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from spice_trainer.gradients.layers.base import ScoredLayer, register_layer
+from spice_trainer.gradients.layers.base import ScoredLayer, register_layer, trains
 
 
 class ParameterLayer(ScoredLayer):
@@ -25,7 +25,7 @@ class ParameterLayer(ScoredLayer):
         self._others = others
         holders = [*(holders or [module]), *(other.module for other in others)]
         found = [parameter for holder in holders for parameter in holder.parameters(recurse=False)]
-        self._parameters = list({id(parameter): parameter for parameter in found if parameter.requires_grad}.values())
+        self._parameters = list({id(parameter): parameter for parameter in found if trains(parameter)}.values())
 
     @property
     def parameters(self) -> Sequence[Tensor]:

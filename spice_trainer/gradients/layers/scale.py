@@ -23,6 +23,7 @@ from spice_trainer.gradients.layers.base import (
     holds_only,
     register_layer,
     stand_ins,
+    trains,
     whole_shape,
 )
 
@@ -44,7 +45,7 @@ class ScaleLayer(ScoredLayer):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
         names = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
-        self._names = [key for key in names if getattr(module, key).requires_grad] or names
+        self._names = [key for key in names if trains(getattr(module, key))] or names
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
