@@ -30,6 +30,8 @@ from spice_trainer.selection import (
 
 if TYPE_CHECKING:
     from spice_trainer.config import SpiceConfig
+    from spice_trainer.pilot.report import PilotReport
+    from spice_trainer.pilot.run import run_pilot
     from spice_trainer.proxy.model import ProxyModel
     from spice_trainer.sampling.sampler import SpiceSampler
     from spice_trainer.subset.select import SelectedSubset, select_subset
@@ -47,6 +49,7 @@ except _PackageNotFoundError:
 __all__ = [
     "PickOptions",
     "Picks",
+    "PilotReport",
     "PoolScores",
     "ProxyModel",
     "SelectedSubset",
@@ -63,6 +66,7 @@ __all__ = [
     "attach_spice",
     "detach_spice",
     "register_strategy",
+    "run_pilot",
     "select",
     "select_from_gradients",
     "select_subset",
@@ -76,6 +80,7 @@ if not TYPE_CHECKING:
     # Imported when first asked for: transformers, PEFT and accelerate cost seconds that selecting on a Gram matrix and
     # reading a manifest have no use for.
     _MODULES = {
+        "PilotReport": "pilot.report",
         "ProxyModel": "proxy.model",
         "SelectedSubset": "subset.select",
         "SpiceCallback": "trainer.callback",
@@ -87,6 +92,7 @@ if not TYPE_CHECKING:
         "SpiceTrainerMixin": "trainer.attach",
         "attach_spice": "trainer.attach",
         "detach_spice": "trainer.attach",
+        "run_pilot": "pilot.run",
         "select_subset": "subset.select",
     }
 

@@ -13,7 +13,16 @@ def _select(arguments: list[str]) -> None:
     main(arguments)
 
 
-COMMANDS = {"select": (_select, "Select a subset of a dataset with no target training.")}
+def _pilot(arguments: list[str]) -> None:
+    from spice_trainer.cli.pilot import main
+
+    main(arguments)
+
+
+COMMANDS = {
+    "pilot": (_pilot, "Tell from a few hundred rows whether selecting could help."),
+    "select": (_select, "Select a subset of a dataset with no target training."),
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,16 +12,13 @@ spice-trainer select --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate import Accelerator
-from peft import LoraConfig
 
+from spice_trainer.cli.model import load_model
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.files import open_dataset
-from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.subset.select import select_subset
-from spice_trainer.utils.random import seeded_random_state
 
 
 @dataclass
@@ -52,7 +49,7 @@ class SubsetArguments:
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, by default those of the command line, and selects."""
     try:
-        from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+        from trl import ModelConfig, ScriptArguments, TrlParser
     except ImportError as error:
         raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
     parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, SubsetArguments), prog="spice-trainer select")
@@ -73,34 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     dataset = open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config)
     accelerator = Accelerator()
-    quantization = get_quantization_config(model)
-    model_kwargs: dict[str, Any] = {
-        "dtype": model.dtype,
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        # TRL 1.16's ModelConfig no longer asks; who needs it calls select_subset from Python.
-        "trust_remote_code": getattr(model, "trust_remote_code", False),
-    }
-    if quantization is not None:
-        model_kwargs |= {"quantization_config": quantization, "device_map": {"": accelerator.device}}
-    lora = LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        # `None` leaves them to the selector.
-        target_modules=model.lora_target_modules,
-        use_rslora=model.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    # The same fresh adapter on every process, and when an interrupted selection continues.
-    with seeded_random_state(accelerator.device, arguments.seed):
-        selector = ProxyModel.from_pretrained(
-            model.model_name_or_path,
-            lora_config=lora,
-            model_kwargs=model_kwargs,
-            learning_rate=config.proxy_learning_rate,
-            update_every=config.proxy_update_every,
-        )
+    selector = load_model(model, config, accelerator=accelerator, seed=arguments.seed)
     subset = select_subset(
         selector,
         dataset,

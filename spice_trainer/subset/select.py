@@ -23,12 +23,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.checks import check_dataset, check_is_labelled, check_token_ids, embedding_size
+from spice_trainer.data.checks import check_token_ids
 from spice_trainer.data.fingerprints import fingerprint_dataset
-from spice_trainer.data.raw_rows import find_raw_format
-from spice_trainer.data.rows import TargetRows
+from spice_trainer.data.reading import read_rows
 from spice_trainer.data.sample import RowSample
-from spice_trainer.data.tokenized_rows import TokenizedRows, collate_rows
 from spice_trainer.data.validation_sets import named_sets
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.gradients.verification import verify_gradients
@@ -189,8 +187,8 @@ def select_subset(
         with processes.failing_together("preparing the selection"):
             read = partial(
                 read_rows,
-                proxy=proxy,
-                processing_class=processing_class,
+                model=proxy.model,
+                processing_class=proxy.processing_class if processing_class is None else processing_class,
                 data_collator=data_collator,
                 max_length=max_length,
                 completion_only=completion_only_loss,
@@ -303,28 +301,6 @@ def _identify(
         "update_every": proxy.update_every,
         **config.to_dict(),
     }
-
-
-def read_rows(
-    dataset: Any, proxy: ProxyModel, processing_class: Any, data_collator: Any, **tokenization: Any
-) -> TargetRows:
-    """The dataset's rows as the selector reads them."""
-    processing_class = proxy.processing_class if processing_class is None else processing_class
-    known = {"processing_class": processing_class, "vocab_size": embedding_size(proxy.model), "raw_dataset": dataset}
-    check_dataset(dataset)
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    is_raw = find_raw_format(columns) is not None
-    if "input_ids" in columns and ("labels" in columns or data_collator is not None or not is_raw):
-        if data_collator is None:
-            check_is_labelled(dataset, "The dataset", "data_collator=...")
-        return TargetRows(dataset, data_collator if data_collator is not None else collate_rows, **known)
-    if processing_class is None and is_raw:
-        raise ValueError(
-            f"The dataset holds raw rows ({', '.join(sorted(columns))}) and select_subset has no tokenizer to read "
-            "them with. Pass `processing_class=`, the selector's tokenizer."
-        )
-    rows = TokenizedRows(dataset, processing_class, **tokenization)
-    return TargetRows(rows, rows.collate, **known)
 
 
 def check_selection(

@@ -64,15 +64,15 @@ def pick_length_matched(scores: PoolScores, num_selected: int, options: PickOpti
     """Picks random rows whose answers are as long as the validation rows', or the pool's where these do not differ.
 
     The control for every rule that aims: often length is most of what such a rule sees, and this asks no model.
-    Whether lengths differ is told by the Cramér–von Mises test, at the level of `targeted_matching`'s gate. Gains are
-    0.
+    Whether lengths differ is told by a permutation test, at the level of `targeted_matching`'s gate. Gains are 0.
     """
     target, quotas, facts = scores.target or Target(()), options.quotas, dict[str, float]()
     if quotas is None:
         sound = _sound_rows(scores, target)
         lengths = torch.tensor([*(scores.label_tokens or ()), *target.label_tokens])
         is_candidate = torch.arange(len(lengths)) < scores.num_candidates
-        p_value = lengths_differ(lengths[sound & is_candidate].tolist(), lengths[sound & ~is_candidate].tolist())
+        of_both = (lengths[sound & is_candidate].tolist(), lengths[sound & ~is_candidate].tolist())
+        p_value = lengths_differ(*of_both, seed=seed_from(scores.seed, scores.step, scores.pool))
         quotas = _own_quotas(scores, target, sound, p_value <= SHIFT_LEVEL, num_selected, options.length_bins)
         facts = {"shift_p_value": p_value} if target.num_rows else {}
     return pick_random(scores, num_selected, replace(options, quotas=quotas))._replace(facts=facts)
