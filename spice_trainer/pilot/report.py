@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import StringIO
+from textwrap import fill
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from spice_trainer.pilot.evidence import Pointing
 from spice_trainer.selection.target import SHIFT_LEVEL
@@ -117,30 +114,29 @@ class PilotReport:
         """All of it as JSON values, with the recommendation."""
         return asdict(self) | {"strategy": self.strategy, "recommendation": self.recommendation}
 
-    def tables(self) -> list[Table]:
-        """The numbers as tables for a terminal."""
-        shift = Table("Do training and validation rows differ?", "p", "aim (ρ)", "explained by length")
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """The numbers as tables of texts, a heading first."""
+        shift: list[tuple[str, ...]] = [
+            ("Do training and validation rows differ?", "p", "aim (ρ)", "explained by length")
+        ]
         for name, found in self.shifts.items():
             values = (found.p_value, found.shrinkage, found.by_length)
-            shift.add_row(name.replace("_", " "), *(f"{value:.3g}" for value in values))
-        shift.add_row("answer lengths alone", f"{self.length_p_value:.3g}", "", "")
-        where = Table("Where picks point (cosine with rows not read)", "cosine", "− random", "standard error")
+            shift.append((name.replace("_", " "), *(f"{value:.3g}" for value in values)))
+        shift.append(("answer lengths alone", f"{self.length_p_value:.3g}", "", ""))
+        where: list[tuple[str, ...]] = [
+            ("Where picks point (cosine with rows not read)", "cosine", "− random", "standard error")
+        ]
         for name, pointing in self.pointing.items():
-            better = " *" if pointing.is_better else ""
-            over = f"{pointing.over_random:+.3f}{better}"
-            where.add_row(name, f"{pointing.cosine:.3f}", over, f"{pointing.standard_error:.3f}")
+            over = f"{pointing.over_random:+.3f}{' *' if pointing.is_better else ''}"
+            where.append((name, f"{pointing.cosine:.3f}", over, f"{pointing.standard_error:.3f}"))
         return [shift, where]
 
     def __str__(self) -> str:
         """Tables, costs and the recommendation."""
-        console = Console(width=100, record=True, file=StringIO())
-        console.print(f"{self.num_rows} training rows, {self.num_validation} validation rows")
-        for table in self.tables():
-            console.print(table)
-        console.print(self.describe_costs())
-        console.print(self.recommendation)
-        text: str = console.export_text()
-        return text.rstrip()
+        parts = [f"{self.num_rows} training rows, {self.num_validation} validation rows"]
+        parts += [_table(rows) for rows in self.tables()]
+        parts += [fill(self.describe_costs(), _WIDTH), fill(self.recommendation, _WIDTH)]
+        return "\n\n".join(parts)
 
     def describe_costs(self) -> str:
         """What scoring a pool takes here beside training on its picks, and what plain training would buy."""
@@ -153,3 +149,15 @@ class PilotReport:
             f"{picks:.2f} s. In the time of scoring, plain training goes through {gradients:.0f} more random rows "
             f"(hidden states: {states:.0f}). The pilot took {self.costs.pilot:.0f} s."
         )
+
+
+_WIDTH = 100
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])

@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datasets import Dataset
-
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import VALIDATION, TargetRows, collate_row, copy_row, fetch_rows
 from spice_trainer.data.validation_sets import DEFAULT_NAME, find_copies, named_sets, warn_of_copies
@@ -78,6 +76,9 @@ def _tokenize(trainer: Any, dataset: Any, name: str) -> Any:
     is_left = kwargs.get("skip_prepare_dataset") or getattr(trainer, "_skip_prepare_dataset", False)
     if prepare is None or is_left or getattr(trainer, "_is_vision_dataset", False):
         return dataset
+    # TRL, which has this method, needs the library; a plain Trainer does not.
+    from datasets import Dataset
+
     if not isinstance(dataset, Dataset):
         dataset = Dataset.from_list([dict(row) for row in fetch_rows(dataset, range(len(dataset)))])
     formatting_func = getattr(trainer, "_formatting_func", None)
