@@ -259,11 +259,13 @@ class SpiceConfig:
             largest total loss (`"loss"`), the largest loss per token (`"perplexity"`), the largest loss with over
             loss without the instruction, below 1 (`"ifd"`), the gradient most like that of the validation set
             (`"less"`), the mean nearest a target between the pool and the validation rows
-            (`"targeted_matching"`), or random rows of their answer lengths (`"length_matched"`). What a rule does
-            not read is not computed: `"random"` and `"length_matched"` run no forward, `"loss"`, `"perplexity"`,
-            `"ifd"` and, on hidden states, `"targeted_matching"` no backward. Only `"spice"` has a conflict penalty
-            and, with `"fisher"`, a `conflict_reference`; only rules with a Gram matrix read
-            `gradient_normalization`; settings of gradients are ignored where none are taken.
+            (`"targeted_matching"`), random rows of their answer lengths (`"length_matched"`), what takes most off the
+            validation rows' loss by its Taylor expansion (`"greats"`), the same drawn at a temperature (`"opus"`),
+            each validation row's most similar one in turn (`"rds"`), or draws from their optimal transport to the pool
+            (`"tsds"`). What a rule does not read is not computed: `"random"` and `"length_matched"` run no forward,
+            `"loss"`, `"perplexity"`, `"ifd"`, `"rds"`, `"tsds"` and, on hidden states, `"targeted_matching"` no
+            backward. Only `"spice"` has a conflict penalty and, with `"fisher"`, a `conflict_reference`; only rules
+            with a Gram matrix read `gradient_normalization`; settings of gradients are ignored where none are taken.
         gradient_centering (`bool`, *optional*, defaults to `False`):
             Whether `"spice"` and `"fisher"` take the mean gradient of a pool off each of its gradients, as far as
             anything is left. For exact information.
@@ -274,7 +276,7 @@ class SpiceConfig:
             whole on every process (not FSDP or DeepSpeed; a proxy has its own). Preconditioned gradients are long, up
             to the root of their dimension: set `alpha_scaling="pool"` with it, or `gradient_normalization="unit"`
             (where it was measured, `"none"` picked the shortest answers of a pool and `"sqrt_tokens"` the longest).
-            With `"less"` the validation set's gradients stay as they are.
+            With `"less"`, `"greats"` and `"opus"` the validation set's gradients stay as they are.
 
         > Parameters that aim the selection
 
@@ -291,7 +293,7 @@ class SpiceConfig:
         hidden_layer (`int`, *optional*):
             The layer whose input these hidden states are, from 0. `None`: the lowest that trains, if at least half of
             the layers lie below it, so that they stay the same while training; else the one that seven eighths lie
-            below.
+            below, and for `"rds"` what the head reads, which is the number of layers and one.
         length_quotas (`str`, *optional*, defaults to `"auto"`):
             Whether each range of answer lengths gets a number of picks of its own: its share of the `"pool"`, in
             strata of equal size, or of the `"validation"` rows. `"none"`: the rule alone decides. `"auto"`: as the
@@ -416,7 +418,8 @@ class SpiceConfig:
         default="spice",
         metadata={
             "help": "Rule that picks from a pool: spice, fisher, random, top_norm, dpp, matching, facility_location, "
-            "loss, perplexity, ifd, less, targeted_matching, length_matched, or one that you registered."
+            "loss, perplexity, ifd, less, targeted_matching, length_matched, greats, opus, rds, tsds, or one that you "
+            "registered."
         },
     )
     gradient_centering: bool = field(
@@ -606,7 +609,17 @@ class SpiceConfig:
     @property
     def takes_hidden_states(self) -> bool:
         """Whether the strategy compares hidden states."""
-        return "hidden_cosines" in self.rule.needs
+        return "hidden_cosines" in self.rule.needs or self.takes_last_hidden_states
+
+    @property
+    def takes_last_hidden_states(self) -> bool:
+        """Whether these are the ones that the head reads, as they are."""
+        return "last_hidden_cosines" in self.rule.needs
+
+    @property
+    def takes_learning_rate(self) -> bool:
+        """Whether the strategy reads the optimizer's learning rate."""
+        return "learning_rate" in self.rule.needs
 
     @property
     def takes_validation(self) -> bool:

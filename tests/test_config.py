@@ -437,7 +437,11 @@ def test_switch_of_wrong_type(name, value):
 # A setting, what is wrong with it, and the strategies that it means something to.
 BY_INFORMATION = ("spice", "fisher")
 WITH_GRAM = ("spice", "fisher", "dpp", "matching", "facility_location")
-WITH_GRADIENTS = ("spice", "fisher", "targeted_matching", "top_norm", "dpp", "matching", "facility_location", "less")
+ON_GRADIENTS = ("less", "greats", "opus")
+WITH_GRADIENTS = (
+    *("spice", "fisher", "targeted_matching", "top_norm", "dpp", "matching", "facility_location"),
+    *ON_GRADIENTS,
+)
 WITHOUT_MODEL = ("random", "length_matched")
 LIMITED = [
     ("stop_ratio", 0.5, "it is a share of a gain of information, which this strategy has none of", BY_INFORMATION),
@@ -483,7 +487,7 @@ def test_strategies_that_need_no_features_keep_the_fewest():
     for strategy in STRATEGY_NAMES:
         on_gradients = {"strategy": strategy, "matching_features": "gradients"}
         kept = {SpiceConfig(**on_gradients, sketch_dim=dim).resolve_sketch_dim() for dim in (-1, 0, 512)}
-        needs_features = strategy in (*WITH_GRAM, "less", "targeted_matching")
+        needs_features = strategy in (*WITH_GRAM, *ON_GRADIENTS, "targeted_matching")
         assert kept == ({DEFAULT_SKETCH_DIM, 0, 512} if needs_features else {MIN_SKETCH_DIM})
         config = SpiceConfig(**on_gradients)
         assert config.takes_gradients == (strategy in WITH_GRADIENTS) and config.takes_gram == (strategy in WITH_GRAM)

@@ -29,9 +29,7 @@ class _ReachedError(Exception):
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model's language model, in the order in which they run; a `ValueError` if they are not told."""
-    base = base_model(model)
-    get_decoder = getattr(base, "get_decoder", None)
-    decoder = (get_decoder() if callable(get_decoder) else None) or base
+    base, decoder = base_model(model), _decoder(model)
     config: Any = getattr(base, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     number = getattr(config, "num_hidden_layers", None)
@@ -43,6 +41,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             'SpiceConfig(matching_features="gradients"), or a strategy that reads no hidden states.'
         )
     return list(fitting[0])
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The part of the model that holds the layers, or all of it if it does not tell."""
+    base = base_model(model)
+    get_decoder = getattr(base, "get_decoder", None)
+    return (get_decoder() if callable(get_decoder) else None) or base
 
 
 def lowest_trained_layer(model: nn.Module) -> int:
@@ -81,22 +86,32 @@ def _behind(base: nn.Module, layers: list[nn.Module]) -> list[Tensor]:
     return []
 
 
+def last_layer(model: nn.Module) -> int:
+    """The layer whose hidden states the head reads: behind all layers, and the norm that may follow."""
+    return len(decoder_layers(model)) + 1
+
+
 class HiddenStates:
     """Context manager that computes them at one layer and leaves no trace; see [`SampleGradients`].
 
-    `layer` counts from 0; the number of layers is what the last one gives. The model comes without its DDP or
-    DeepSpeed wrapper.
+    `layer` counts from 0; the number of layers is what the last one gives, and one more what the head reads. The model
+    comes without its DDP or DeepSpeed wrapper.
     """
 
     def __init__(self, model: nn.Module, layer: int) -> None:
         self.model = model
         layers = decoder_layers(model)
-        if not 0 <= layer <= len(layers):
+        if not 0 <= layer <= len(layers) + 1:
             raise ValueError(
                 f"SpiceConfig: hidden_layer={layer}, and the model has the layers 0 to {len(layers) - 1}. Fix: set "
-                f"hidden_layer to at most {len(layers)}, which is the output of the last, or leave it out."
+                f"hidden_layer to at most {len(layers)}, which is the output of the last, or {len(layers) + 1}, which "
+                "is what the head reads, or leave it out."
             )
-        self._layer, self._is_output = (layers[-1], True) if layer == len(layers) else (layers[layer], False)
+        self._layer, self._is_output = (layers[layer], False) if layer < len(layers) else (layers[-1], True)
+        if layer == len(layers) + 1:
+            decoder = _decoder(model)
+            # A model that is nothing but a decoder gives logits.
+            self._layer = self._layer if decoder is base_model(model) else decoder
         # Elsewhere a module's own hooks have to come to their end: they let go of weights.
         self._stops = not is_sharded(model) and not hasattr(base_model(model), "hf_device_map")
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
@@ -149,7 +164,8 @@ class HiddenStates:
         self._reach(given)
 
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._reach(output[0] if isinstance(output, tuple) else output)
+        last = getattr(output, "last_hidden_state", None)
+        self._reach(last if last is not None else output[0] if isinstance(output, tuple) else output)
 
     def _reach(self, states: Any) -> None:
         if self._states is None and isinstance(states, Tensor):

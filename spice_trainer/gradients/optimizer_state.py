@@ -86,6 +86,16 @@ def layer_states(optimizer: Any, modules: Mapping[str, nn.Module], *, setting: s
     return found
 
 
+def learning_rate_of(optimizer: Any) -> float:
+    """The learning rate of an optimizer's next step, of its first parameter group; a `ValueError` without one."""
+    if optimizer is None:
+        raise ValueError(
+            "SpiceConfig: this strategy reads the learning rate, and there is no optimizer. Fix: pass `optimizer=` to "
+            "SpiceSampler.bind, or choose another strategy."
+        )
+    return float(optimizer.param_groups[0]["lr"])
+
+
 # Preconditioning
 
 

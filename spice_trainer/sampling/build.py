@@ -13,7 +13,7 @@ from typing import Any
 from spice_trainer.config import SpiceConfig
 from spice_trainer.data.rows import TargetRows
 from spice_trainer.gradients.lora import UnsupportedModelError, find_trained_modules
-from spice_trainer.gradients.optimizer_state import check_adam, check_momentum, unwrap_optimizer
+from spice_trainer.gradients.optimizer_state import check_adam, check_momentum, learning_rate_of, unwrap_optimizer
 from spice_trainer.proxy.learner import AdapterLearner
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.proxy.rows import rows_for_proxy, shared_rows
@@ -33,6 +33,8 @@ def check_optimizer(optimizer: Any, config: SpiceConfig) -> None:
         check_adam(unwrap_optimizer(optimizer))
     if config.takes_momentum:
         check_momentum(unwrap_optimizer(optimizer))
+    if config.takes_learning_rate:
+        learning_rate_of(optimizer)
 
 
 def build_selector(

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.gradients.hidden_states import decoder_layers, lowest_trained_layer
+from spice_trainer.gradients.hidden_states import decoder_layers, last_layer, lowest_trained_layer
 from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates
@@ -35,6 +35,8 @@ class HiddenScorer:
         model = runtime.get_model()
         num_layers, lowest = len(decoder_layers(model)), lowest_trained_layer(model)
         default = lowest if 2 * lowest >= num_layers else num_layers * 7 // 8
+        if config.takes_last_hidden_states:
+            default = last_layer(model)
         self.layer = default if config.hidden_layer is None else config.hidden_layer
         self._kept: dict[int, Tensor] = {}
 
@@ -50,7 +52,7 @@ class HiddenScorer:
         indices: Sequence[int] | None = None,
         report: Callable[[float], None] | None = None,
     ) -> Float[Tensor, "N H"]:
-        """Hidden states of all candidates on every process, on the CPU, nan for rows without; a collective.
+        """Hidden states of all candidates on every process, on the CPU, −inf for rows without; a collective.
 
         With their dataset `indices` they are kept, and taken from what was kept, as long as training leaves them.
         """
@@ -73,7 +75,7 @@ class HiddenScorer:
         width = next((states.shape[1] for _, states in gathered if states is not None), None)
         if width is None:
             width = len(next(iter(self._kept.values()))) if self._kept else 1
-        states = torch.full((len(shared.shapes), width), torch.nan)
+        states = torch.full((len(shared.shapes), width), -torch.inf)
         for positions, rows in gathered:
             if rows is not None:
                 states[positions] = rows

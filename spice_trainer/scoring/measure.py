@@ -79,23 +79,33 @@ def from_losses(
 
 
 def from_hidden_states(
-    known: PoolScores, states: Float[Tensor, "N H"], target: Target | None, target_states: Float[Tensor, "m H"] | None
+    known: PoolScores,
+    states: Float[Tensor, "N H"],
+    target: Target | None,
+    target_states: Float[Tensor, "m H"] | None,
+    *,
+    is_last: bool = False,
 ) -> PoolScores:
-    """What hidden states of the candidates and the validation rows tell; nan stands where memory did not suffice."""
+    """What hidden states of the candidates and the validation rows tell; −inf stands where memory did not suffice.
+
+    Those of the last layer are compared as they are, others less their mean.
+    """
     rows = states if target_states is None else torch.cat([states, target_states])
     finite = rows.isfinite().all(dim=1)
-    centred = rows.double()
-    centred = centred - centred[finite].mean(dim=0) if bool(finite.any()) else centred
-    cosines = measure_rows(centred.masked_fill(~finite[:, None], 0.0)).cosines
+    rows = rows.double()
+    if not is_last and bool(finite.any()):
+        rows = rows - rows[finite].mean(dim=0)
+    cosines = measure_rows(rows.masked_fill(~finite[:, None], 0.0)).cosines
     has_label = torch.tensor(known.label_tokens, dtype=torch.int64) > 0
     of_pool = finite[: len(states)]
     return replace(
         known,
         finite=known.finite & (of_pool | ~has_label),
         sound=known.sound & of_pool,
-        out_of_memory=known.out_of_memory | (states.isnan().all(dim=1) & has_label),
-        hidden_cosines=cosines,
+        out_of_memory=known.out_of_memory | (states.isneginf().all(dim=1) & has_label),
         target=target,
+        hidden_cosines=None if is_last else cosines,
+        last_hidden_cosines=cosines if is_last else None,
     )
 
 
@@ -130,6 +140,7 @@ def from_features(
             rows = torch.cat([rows, target_features.to(rows)])
         known = replace(known, target=target, gradient_cosines=measure_rows(rows).cosines)
         del rows
+        known = replace(known, gradient_lengths=found.lengths.double())
     known = replace(known, target=target)
     if config.takes_gram:
         known = _with_gram(known, found, config)

@@ -3,7 +3,7 @@
     Gram matrix (spice, fisher, dpp, matching, …), norms, products with a validation set   a forward and a backward
     losses                                                                                 a forward
     losses of answers alone (ifd)                                                          one more
-    hidden states (targeted_matching)                                                      a forward up to a layer
+    hidden states (targeted_matching, rds)                                                 a forward up to a layer
     lengths alone (random)                                                                 nothing: rows are collated
 
 For every candidate x of the step's pools g_x is its sample gradient at the current weights, stored exactly or as a
@@ -37,6 +37,7 @@ from spice_trainer.data.rows import CandidateRow, RowShape, TargetRows, fetch_ro
 from spice_trainer.data.stream import StreamRows
 from spice_trainer.gradients.backends import rows_influence_each_other
 from spice_trainer.gradients.lora import choose_modules
+from spice_trainer.gradients.optimizer_state import learning_rate_of
 from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.scoring.hidden import HiddenScorer
@@ -235,6 +236,8 @@ class GradientScorer:
         gradients = None if self.target is None else self.target.gradients
         features = None if gradients is None else gradients.features
         scores = from_features(known, found, self.config, reference, self._target_of(known), features)
+        if self.config.takes_learning_rate:
+            scores = replace(scores, learning_rate=learning_rate_of(self.runtime.get_optimizer()))
         return scores if hidden is None else self._with_hidden(scores, hidden)
 
     def score_rows(self, indices: tuple[int, ...]) -> tuple[ScoredRows | None, tuple[RowShape, ...]]:
@@ -439,10 +442,9 @@ class GradientScorer:
         return self.hidden.compute(self.passes, shared, indices, report)
 
     def _with_hidden(self, known: PoolScores, states: Float[Tensor, "N H"]) -> PoolScores:
-        target = self.target
-        if target is None:
-            return from_hidden_states(known, states, None, None)
-        return from_hidden_states(known, states, self._target_of(known), target.hidden)
+        target_states = None if self.target is None else self.target.hidden
+        is_last = self.config.takes_last_hidden_states
+        return from_hidden_states(known, states, self._target_of(known), target_states, is_last=is_last)
 
     # By losses
 

@@ -18,11 +18,20 @@ from spice_trainer.selection.checks import check_mask, masked_gram, sound_rows
 from spice_trainer.selection.large_pool import GramRows
 from spice_trainer.selection.target import Target
 
-_VECTORS = ("gradient_norms", "losses", "losses_without_instruction", "alignment", "momentum_cosines")
+_VECTORS = (
+    "gradient_norms",
+    "gradient_lengths",
+    "losses",
+    "losses_without_instruction",
+    "alignment",
+    "momentum_cosines",
+)
 
 NEEDS_IN_WORDS = {
     "gram": "the Gram matrix of the candidates' gradients",
     "gradient_norms": "the norms of the candidates' raw gradients",
+    "gradient_lengths": "the lengths of the candidates' gradients as gradient_cosines compare them",
+    "learning_rate": "the optimizer's learning rate",
     "losses": "the candidates' mean losses",
     "losses_without_instruction": "the losses of the answers without what precedes them",
     "label_tokens": "the number of label tokens of each candidate",
@@ -30,6 +39,7 @@ NEEDS_IN_WORDS = {
     "reference_norm": "the norm of the validation set's mean gradient",
     "gradient_cosines": "the cosines of the candidates' and the validation rows' gradients",
     "hidden_cosines": "the cosines of the candidates' and the validation rows' hidden states",
+    "last_hidden_cosines": "the cosines of the candidates' and the validation rows' last hidden states",
     "target": "validation rows (validation_dataset)",
     "seed": "the run's seed",
     "step": "the optimizer step",
@@ -64,6 +74,11 @@ class PoolScores:
             finite.
         hidden_cosines (`torch.Tensor` of shape `(N + m, N + m)`, *optional*): The same of their hidden states, less
             the mean of all.
+        last_hidden_cosines (`torch.Tensor` of shape `(N + m, N + m)`, *optional*): The same of the hidden states that
+            the model's head reads, as they are.
+        gradient_lengths (`torch.Tensor` of shape `(N,)`, *optional*): Norms of the candidates' gradients that
+            `gradient_cosines` compares: the raw ones, or as Adam would apply them.
+        learning_rate (`float`, *optional*): The optimizer's, of the step that is picked for.
         target ([`Target`], *optional*): The validation rows.
         momentum_cosines (`torch.Tensor` of shape `(N,)`, *optional*): Cosines of the gradients with the optimizer's
             momentum, for conflicts with it; never of centred gradients.
@@ -102,6 +117,9 @@ class PoolScores:
     reference_norm: float | None = None
     gradient_cosines: Float[Tensor, "M M"] | None = None
     hidden_cosines: Float[Tensor, "M M"] | None = None
+    last_hidden_cosines: Float[Tensor, "M M"] | None = None
+    gradient_lengths: Float[Tensor, " N"] | None = None
+    learning_rate: float | None = None
     target: Target | None = None
     momentum_cosines: Float[Tensor, " N"] | None = None
     gradients: Float[Tensor, "N D"] | None = None
@@ -129,7 +147,7 @@ class PoolScores:
             if value is not None:
                 _check_vector(name, value, self.num_candidates)
         expected = self.num_candidates + (0 if self.target is None else self.target.num_rows)
-        for name in ("gradient_cosines", "hidden_cosines"):
+        for name in ("gradient_cosines", "hidden_cosines", "last_hidden_cosines"):
             matrix = getattr(self, name)
             if matrix is not None and tuple(matrix.shape) != (expected, expected):
                 raise ValueError(

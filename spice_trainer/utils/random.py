@@ -45,3 +45,8 @@ def seeded_random_state(device: torch.device, seed: int) -> Iterator[None]:
 def seed_from(*parts: object) -> int:
     """A seed that depends on all parts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+
+
+def unit_from(*parts: object) -> float:
+    """A uniform number between 0 and 1, both excluded, that depends on all parts, the same on every machine."""
+    return (int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little") + 0.5) / 2**48

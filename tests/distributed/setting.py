@@ -175,7 +175,9 @@ def make_trainer(
         data_collator=data_collator,
         callbacks=callbacks,
     )
-    attach_spice(trainer, SpiceConfig(**(SETTINGS | (spice or {}))), proxy=proxy)
+    config = SpiceConfig(**(SETTINGS | (spice or {})))
+    aim = trainer.eval_dataset if config.takes_validation and not config.takes_alignment else None
+    attach_spice(trainer, config, proxy=proxy, validation_dataset=aim)
     return trainer
 
 

@@ -16,6 +16,7 @@ from tests.support.trainers import read_records, trained_indices
 
 pytestmark = pytest.mark.distributed
 
+AIMED = ("targeted_matching", "rds", "tsds", "greats", "opus")
 # DDP is what `make test` tries; with sharded weights the same takes longer.
 CONFIGS = ["multi_gpu", *(pytest.param(config, marks=pytest.mark.slow) for config in ("fsdp2", "deepspeed_zero3"))]
 
@@ -106,7 +107,7 @@ def test_packed_picks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "ifd"])
+@pytest.mark.parametrize("strategy", [*("random", "loss", "matching", "less", "ifd"), *AIMED])
 def test_strategies(strategy: str, tmp_path: Path) -> None:
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
@@ -126,7 +127,7 @@ def test_a_strategy_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ifd", "less"])
+@pytest.mark.parametrize("strategy", ["ifd", "less", "rds", "greats"])
 def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
     # Every process runs as many forwards as the others: two a row, or those of the validation rows first.
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}

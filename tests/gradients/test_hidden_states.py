@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spice_trainer.gradients.hidden_states import HiddenStates, decoder_layers, lowest_trained_layer
+from spice_trainer.gradients.hidden_states import HiddenStates, decoder_layers, last_layer, lowest_trained_layer
 from tests.support.models import ARCHITECTURES, VOCAB_SIZE, add_lora, tiny_lora_model, tiny_model
 from tests.support.traces import model_state, random_states
 
@@ -47,6 +47,17 @@ def test_the_last_layers_output_is_before_the_last_norm():
     handle.remove()
     weights = torch.arange(1.0, 7.0) / 21
     assert torch.allclose(states_of(model, 2, (6, 6)), torch.einsum("s,nsh->nh", weights, norm_inputs[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_last_ones_are_what_the_head_reads(architecture):
+    model = tiny_lora_model(architecture).eval()
+    inputs, _ = batch((6, 6))
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    weights = torch.arange(1.0, 7.0) / 21
+    found = states_of(model, last_layer(model), (6, 6))
+    assert torch.allclose(found, torch.einsum("s,nsh->nh", weights, expected), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -97,7 +108,7 @@ def test_which_layer_is_the_lowest_that_trains():
 
 
 def test_a_layer_that_is_not_there():
-    with pytest.raises(ValueError, match="hidden_layer=3, and the model has the layers 0 to 1"):
-        HiddenStates(tiny_model("llama"), 3)
+    with pytest.raises(ValueError, match="hidden_layer=4, and the model has the layers 0 to 1"):
+        HiddenStates(tiny_model("llama"), 4)
     with pytest.raises(ValueError, match="has no list of layers"):
         decoder_layers(torch.nn.Linear(2, 2))

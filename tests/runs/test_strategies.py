@@ -15,10 +15,12 @@ from torch import Tensor
 
 from spice_trainer import ProxyModel, SpiceConfig, attach_spice
 from spice_trainer.config import STRATEGIES
+from spice_trainer.data.references import hash_tokens
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.scoring.features import FeatureBuffer
 from tests.subset.test_select import picks as subset_picks
 from tests.subset.test_select import select
+from tests.support import field_oracles
 from tests.support import strategy_oracles as oracle
 from tests.support.gradient_loop import looped_gradients
 from tests.support.greedy_oracle import greedy_oracle
@@ -36,8 +38,12 @@ from tests.support.trainers import (
 
 NAMES = tuple(STRATEGIES)
 WITHOUT_MODEL = ("random", "length_matched")
+ON_HIDDEN_STATES = ("targeted_matching", "rds", "tsds")
+AIMED = (*ON_HIDDEN_STATES, "greats", "opus")
 BOS = 1
 NUM_VALIDATION = 5
+# Of the first step of a trainer of `make_trainer`.
+LEARNING_RATE = 1e-2
 
 
 def rows_with_bos() -> list[dict[str, list[int]]]:
@@ -66,7 +72,7 @@ def build(folder: Path, strategy: str, **options: Any) -> Any:
         spice=spice,
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(VALIDATION) if strategy == "less" else None,
-        validation_dataset=VALIDATION if strategy == "targeted_matching" else None,
+        validation_dataset=VALIDATION if strategy in AIMED else None,
         **options,
     )
 
@@ -102,10 +108,10 @@ def answer_losses(model: Any, row: dict[str, list[int]]) -> tuple[float, float]:
     return mean_loss(ids, start), mean_loss(prefix + answer, len(prefix))
 
 
-def hidden_state(model: Any, row: dict[str, list[int]]) -> Tensor:
-    """The mean of what the second of two layers takes of a row, the k-th token k times."""
+def hidden_state(model: Any, row: dict[str, list[int]], layer: int = 1) -> Tensor:
+    """The mean of what the second of two layers takes of a row, or another, the k-th token k times."""
     with torch.no_grad():
-        states = model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[1][0]
+        states = model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[layer][0]
     weights = torch.arange(1, len(states) + 1).double()
     return (weights[:, None] * states.double()).sum(dim=0) / weights.sum()
 
@@ -173,6 +179,22 @@ def expected_picks(strategy: str, pool: list[int], num_selected: int, **spice: A
         target_counts = [sum(label != -100 for label in row["labels"][1:]) for row in VALIDATION[:NUM_VALIDATION]]
         units, targets, seed = oracle.unit(units), oracle.unit(targets), oracle.seed_of(42, 0, 0)
         return oracle.targeted(units, targets, counts.tolist(), target_counts, sound, num_selected, seed)
+    if strategy == "rds":
+        units = torch.stack([hidden_state(model, row, -1) for row in rows])
+        targets = torch.stack([hidden_state(model, row, -1) for row in VALIDATION[:NUM_VALIDATION]])
+        names = [hash_tokens(torch.tensor(row["input_ids"])) for row in VALIDATION[:NUM_VALIDATION]]
+        units, targets = oracle.unit(units), oracle.unit(targets)
+        return field_oracles.rds(units, targets, sound, num_selected, (42, 0, 0), names=names)
+    if strategy == "tsds":
+        states = torch.stack([hidden_state(model, row) for row in [*rows, *VALIDATION[:NUM_VALIDATION]]])
+        mean = states[[*sound, *range(len(rows), len(states))]].mean(dim=0)
+        units = oracle.unit(states - mean)
+        return field_oracles.tsds(units[: len(rows)], units[len(rows) :], sound, num_selected, (42, 0, 0))
+    if strategy in ("greats", "opus"):
+        reference = gradients_of(model, VALIDATION[:NUM_VALIDATION])[1].mean(dim=0)
+        if strategy == "greats":
+            return field_oracles.greats(gradients, reference, sound, num_selected, LEARNING_RATE)
+        return field_oracles.opus(gradients, reference, sound, num_selected, LEARNING_RATE, (42, 0, 0))
     if strategy in ("dpp", "matching", "facility_location"):
         return getattr(oracle, strategy)(weighted, num_selected)
     if strategy == "top_norm":
@@ -263,7 +285,7 @@ def test_records_hold_what_the_strategy_knows(strategy: str, tmp_path: Path, cap
     assert (" scores, with " in first) == (strategy not in WITHOUT_MODEL)
     has_gram, has_gradients = (
         "gram" in STRATEGIES[strategy].needs,
-        strategy not in (*WITHOUT_MODEL, "loss", "perplexity", "ifd", "targeted_matching"),
+        strategy not in (*WITHOUT_MODEL, "loss", "perplexity", "ifd", *ON_HIDDEN_STATES),
     )
     by_information = strategy in ("spice", "fisher")
     for line in read_records(tmp_path, "selections"):
@@ -339,16 +361,16 @@ def test_nothing_is_computed_that_is_not_needed(
     dimension = trainer._spice.sampler.scorer.dimension
     assert labelled < POOL_SIZE < dimension
     expected = {"random": (0, 0, 0), "loss": (labelled, 0, 0), "perplexity": (labelled, 0, 0)}
-    expected |= {"length_matched": (0, 0, 0), "targeted_matching": (0, 0, 0)}
+    expected |= {"length_matched": (0, 0, 0), **dict.fromkeys(ON_HIDDEN_STATES, (0, 0, 0))}
     expected |= {"ifd": (2 * labelled, 0, 0), "top_norm": (0, labelled, 16)}
-    expected |= {"less": (0, labelled + NUM_VALIDATION, dimension)}
+    expected |= dict.fromkeys(("less", "greats", "opus"), (0, labelled + NUM_VALIDATION, dimension))
     assert tuple(counts.values()) == expected.get(strategy, (0, labelled, dimension))
 
 
 # Resume, processes, proxies, subsets
 
 
-@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "targeted_matching"])
+@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", *AIMED])
 def test_resume_is_bit_identical(strategy: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.3}
     whole = build(tmp_path / "whole", strategy, **options)
@@ -378,11 +400,11 @@ def test_equal_micro_batches_keep_the_information_of_the_picks(tmp_path: Path) -
     assert rounded.information != pytest.approx(sum(rounded.selection.gains), rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["matching", "less", "loss", "targeted_matching"])
+@pytest.mark.parametrize("strategy", ["matching", "less", "loss", *AIMED])
 def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
-    """With the target's own weights and none to learn, its first picks are the target's."""
+    """With the target's own weights, and learning rate where that counts, its first picks are the target's."""
     build(tmp_path / "alone", strategy, max_steps=1).train()
-    proxy = ProxyModel(tiny_lora_model(), learning_rate=0.0)
+    proxy = ProxyModel(tiny_lora_model(), learning_rate=LEARNING_RATE if strategy in ("greats", "opus") else 0.0)
     trainer = make_trainer(
         tmp_path / "proxy",
         train_dataset=Dataset.from_list(ROWS),
@@ -392,7 +414,7 @@ def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
     checks = {"proxy_check_pools": 1} if strategy == "matching" else {}
     settings = {"pool_size": 10, "num_selected": 4, "gradient_normalization": "sqrt_tokens"}
     config = SpiceConfig(**settings, strategy=strategy, validation_rows=NUM_VALIDATION, **checks)
-    aim = {"validation_dataset": VALIDATION} if strategy == "targeted_matching" else {}
+    aim = {"validation_dataset": VALIDATION} if strategy in AIMED else {}
     attach_spice(trainer, config, proxy=proxy, verify=False, **aim)
     trainer.train()
     assert trained_indices(tmp_path / "proxy") == trained_indices(tmp_path / "alone")

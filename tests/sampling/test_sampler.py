@@ -22,6 +22,22 @@ def _bind(sampler: SpiceSampler, model: torch.nn.Module, **overrides: Any) -> Da
     return sampler.bind(model, Dataset.from_list(tiny_rows()), data_collator=collate, **settings)
 
 
+def test_a_rule_that_reads_the_learning_rate_needs_an_optimizer() -> None:
+    model, validation = tiny_lora_model(), Dataset.from_list(tiny_rows(6, seed=3))
+    config = SpiceConfig(strategy="greats", pool_size=12, num_selected=6)
+    with pytest.raises(ValueError, match=r"reads the learning rate, and there is no optimizer. Fix: pass `optimizer="):
+        _bind(SpiceSampler(config), model, validation_dataset=validation)
+    # It is that of the moment.
+    sampler = SpiceSampler(config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loader = _bind(sampler, model, validation_dataset=validation, optimizer=optimizer)
+    for rate in (0.1, 0.3):
+        optimizer.param_groups[0]["lr"] = rate
+        scores = next(sampler.run.selector.gradient_scorer.score([range(12)]))
+        assert scores.learning_rate == rate
+    assert len(loader)
+
+
 def test_a_sampler_bound_by_hand(tmp_path: Path) -> None:
     model, sampler = tiny_lora_model(), SpiceSampler(SpiceConfig(pool_size=12, num_selected=6))
     steps: list[StepSelection] = []

@@ -25,13 +25,19 @@ from tests.support.short_memory import ShortMemory
 from tests.support.trainers import collate, make_trainer, tiny_dataset, tiny_rows
 
 POOL = [3, 17, 5, 20, 9, 1, 11, 8]
-ROW_BY_ROW = ("random", "top_norm", "loss", "perplexity", "ifd", "less")
+ON_HIDDEN_STATES = ("targeted_matching", "rds", "tsds")
+ON_LENGTHS = ("random", "length_matched")
+WITHOUT_GRAM = ("top_norm", "loss", "perplexity", "ifd", "less", "greats", "opus", *ON_HIDDEN_STATES, *ON_LENGTHS)
 
 
 def scored(model: Any, rows: Any, strategy: str, pool: list[int] = POOL, **settings: Any) -> Any:
     config = SpiceConfig(**({"sketch_dim": 0, "pool_size": 8, "num_selected": 2, "strategy": strategy} | settings))
-    validation = ValidationRows({"validation": TargetRows(rows, collate)}, 32) if strategy == "less" else None
-    (scores,) = make_scorer(model, config, rows=rows, collate=collate, validation=validation).score([pool])
+    validation = ValidationRows({"validation": TargetRows(rows, collate)}, 32) if config.takes_validation else None
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scorer = make_scorer(
+        model, config, rows=rows, collate=collate, validation=validation, get_optimizer=lambda: optimizer
+    )
+    (scores,) = scorer.score([pool])
     return scores, select_pool(scores, 8, config, seed=1, step=0)
 
 
@@ -43,21 +49,24 @@ def test_broken_rows_are_picked_by_nobody_who_looks(strategy: str) -> None:
     for index, kind in ((nan, "nan"), (infinite, "infinite"), (masked, "masked_label"), (zero, "zero")):
         break_row(rows[index], kind)
     scores, found = scored(fragile_model(), rows, strategy)
-    assert (scores.gram is None) == (strategy in ROW_BY_ROW)
+    assert (scores.gram is None) == (strategy in WITHOUT_GRAM)
     assert found.zero == (zero,)
-    if strategy == "random":
+    if strategy in ON_HIDDEN_STATES:
+        # Which have no loss that could be infinite.
+        assert set(found.indices) == {masked, *POOL[4:]} and set(found.nonfinite) == {nan, infinite}
+    elif strategy in ON_LENGTHS:
         assert set(found.indices) == set(POOL) - {zero} and found.nonfinite == ()
     else:
         assert set(found.indices) == set(POOL[4:]) and set(found.nonfinite) == {nan, infinite, masked}
         assert all(map(math.isfinite, found.selection.gains))
 
 
-@pytest.mark.parametrize("strategy", ["loss", "ifd", "top_norm", "less"])
+@pytest.mark.parametrize("strategy", ["loss", "ifd", "top_norm", "less", "rds", "greats"])
 def test_a_row_that_does_not_fit_is_left_out(strategy: str) -> None:
     rows = tiny_rows(32)
     rows[9] = {"input_ids": [5] * 40, "attention_mask": [1] * 40, "labels": [-100] * 20 + [5] * 20}
     model = tiny_lora_model()
-    short = ShortMemory(model, 39, in_backward=strategy in ("top_norm", "less"))
+    short = ShortMemory(model, 39, in_backward=strategy in ("top_norm", "less", "greats"))
     _, found = scored(model, rows, strategy)
     short.remove()
     assert found.out_of_memory == (9,) and found.nonfinite == () and set(found.indices) == {*POOL} - {9}

@@ -22,6 +22,7 @@ from spice_trainer.selection.information import ExactInformation, build_informat
 from spice_trainer.selection.results import Selection
 from spice_trainer.selection.strategies.matching import nonnegative_weights
 from spice_trainer.selection.target import Target
+from tests.support import field_oracles
 from tests.support import strategy_oracles as oracles
 from tests.support.greedy_oracle import conflict, greedy_oracle, log_det_gain
 
@@ -61,6 +62,7 @@ def pool(num_rows, dimension, seed=0, spread=1.0, unsound=()):
 
 
 TARGET_LENGTHS = (4, 9, 20, 33, 50, 51)
+LEARNING_RATE = 0.05
 
 
 def target_rows(known, number):
@@ -79,7 +81,11 @@ def inputs_of(known, order=None, target_lengths=TARGET_LENGTHS):
     return PoolScores(
         sound=sound,
         gradient_cosines=units @ units.T,
-        target=Target(target_lengths),
+        hidden_cosines=units @ units.T,
+        last_hidden_cosines=units @ units.T,
+        gradient_lengths=rows.norm(dim=1),
+        learning_rate=LEARNING_RATE,
+        target=Target(target_lengths, gradient_norms=torch.linspace(0.5, 2.0, len(target_lengths)).double()),
         gram=rows @ rows.T,
         gradient_norms=rows.norm(dim=1),
         losses=known["losses"][order],
@@ -108,6 +114,8 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
         reference = known["reference"]
         cosines = [float(row @ reference / (row.norm() * reference.norm())) for row in rows]
         return oracles.ranked(cosines, sound, num_selected, tie_tolerance, smallest_scale=1.0)
+    if name in ("rds", "tsds", "greats", "opus"):
+        return of_the_field(name, known, sound, num_selected, tie_tolerance)
     if name == "targeted_matching":
         targets = target_rows(known, len(TARGET_LENGTHS))
         units, seed = oracles.unit(rows), oracles.seed_of(3, 5, 7)
@@ -119,6 +127,19 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
         "loss": [loss * tokens for loss, tokens in zip(losses, known["label_tokens"], strict=True)],
     }[name]
     return oracles.ranked(values, sound, num_selected, tie_tolerance)
+
+
+def of_the_field(name, known, sound, num_selected, tie_tolerance):
+    """Rules that aim at validation rows, from the vectors."""
+    rows, targets, key = known["gradients"], target_rows(known, len(TARGET_LENGTHS)), (3, 5, 7)
+    if name == "rds":
+        return field_oracles.rds(oracles.unit(rows), targets, sound, num_selected, key, tie_tolerance)
+    if name == "tsds":
+        return field_oracles.tsds(oracles.unit(rows), targets, sound, num_selected, key)
+    reference = (targets * torch.linspace(0.5, 2.0, len(targets)).double()[:, None]).mean(dim=0)
+    if name == "greats":
+        return field_oracles.greats(rows, reference, sound, num_selected, LEARNING_RATE, tie_tolerance)
+    return field_oracles.opus(rows, reference, sound, num_selected, LEARNING_RATE, key)
 
 
 RULES = tuple(name for name in NAMES if name not in ("spice", "fisher", "random", "length_matched"))
@@ -140,7 +161,10 @@ def test_strategies_equal_brute_force(name, num_rows, dimension, num_selected):
         assert selection.stopped_early is False
 
 
-@pytest.mark.parametrize("name", RULES)
+DRAWN = ("tsds", "opus")
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in DRAWN])
 def test_ties_go_to_the_lowest_position(name):
     known = pool(12, 20, seed=4)
     for field in ("gradients", "losses", "losses_without_instruction"):
@@ -239,7 +263,8 @@ def test_what_a_candidate_costs():
     assert passes == {
         "spice": (1, 1), "fisher": (1, 1), "random": (0, 0), "top_norm": (1, 1), "dpp": (1, 1), "matching": (1, 1),
         "facility_location": (1, 1), "loss": (1, 0), "perplexity": (1, 0), "ifd": (2, 0), "less": (1, 1),
-        "length_matched": (0, 0), "targeted_matching": (1, 1),
+        "length_matched": (0, 0), "targeted_matching": (1, 1), "rds": (1, 0), "tsds": (1, 0), "greats": (1, 1),
+        "opus": (1, 1),
     }  # fmt: skip
     assert {name for name, rule in STRATEGIES.items() if "gram" in rule.needs} == {"spice", "fisher", *OF_GRADIENTS}
     assert {n for n, rule in STRATEGIES.items() if rule.compares_gradients} == {
@@ -247,6 +272,8 @@ def test_what_a_candidate_costs():
         "fisher",
         "less",
         "targeted_matching",
+        "greats",
+        "opus",
         *OF_GRADIENTS,
     }
     hidden = STRATEGIES["targeted_matching"].on_hidden_states
@@ -255,7 +282,10 @@ def test_what_a_candidate_costs():
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in NAMES for field in STRATEGIES[name].needs])
 def test_what_is_missing_is_named(name, field):
-    inputs = replace(inputs_of(pool(5, 8)), **{field: None})
+    # Cosines are of the target's rows too, and a rule that has two kinds takes the one that is there.
+    missing = {"target", "gradient_cosines", "hidden_cosines", "last_hidden_cosines"}
+    missing = missing if field == "target" else {field, "hidden_cosines"} if field == "gradient_cosines" else {field}
+    inputs = replace(inputs_of(pool(5, 8)), **dict.fromkeys(missing))
     with pytest.raises(ValueError, match=rf'strategy="{name}" needs .*, but {field} is None'):
         select_by_strategy(name, inputs, 2)
 
@@ -495,9 +525,10 @@ def test_picks_do_not_depend_on_the_scale_of_the_gradients(name, scale):
     known = pool(10, 8, seed=9)
     # α goes with the scale, as alpha_scaling="pool" makes it.
     usual = select_by_strategy(name, inputs_of(known), 7)
-    scaled = select_by_strategy(
-        name, inputs_of({**known, "gradients": known["gradients"] * scale}), 7, fisher_alpha=1 / scale**2
-    )
+    inputs = inputs_of({**known, "gradients": known["gradients"] * scale})
+    # So does the learning rate.
+    inputs = replace(inputs, learning_rate=LEARNING_RATE / scale)
+    scaled = select_by_strategy(name, inputs, 7, fisher_alpha=1 / scale**2)
     assert scaled.indices == usual.indices
     assert scaled.information == pytest.approx(usual.information, rel=1e-6)
     assert all(map(math.isfinite, scaled.gains))
@@ -549,7 +580,7 @@ def test_properties(known, name, num_selected, random):
 
     # Reordering the pool reorders the picks; of rows that are as long as each other the first is in the lower stratum.
     has_ties = keeps_quotas and len(set(known["label_tokens"])) < num_rows
-    if name not in ("random", "length_matched") and not has_ties:
+    if name not in ("random", "length_matched", *DRAWN) and not has_ties:
         order = random.sample(range(num_rows), num_rows)
         straight = select_by_strategy(name, inputs, num_selected, tie_tolerance=1e-9)
         reordered = select_by_strategy(name, inputs_of(known, order), num_selected, tie_tolerance=1e-9)

@@ -17,8 +17,11 @@ from spice_trainer.selection.strategies.coverage import DPP, FACILITY_LOCATION
 from spice_trainer.selection.strategies.information import FISHER, SPICE
 from spice_trainer.selection.strategies.matching import MATCHING
 from spice_trainer.selection.strategies.ranking import IFD, LESS, LOSS, PERPLEXITY, RANDOM, TOP_NORM
+from spice_trainer.selection.strategies.round_robin import RDS
 from spice_trainer.selection.strategies.strategy import Strategy
 from spice_trainer.selection.strategies.targeted import LENGTH_MATCHED, TARGETED_MATCHING
+from spice_trainer.selection.strategies.taylor import GREATS, OPUS
+from spice_trainer.selection.strategies.transport import TSDS
 
 # In the order in which messages list them.
 _OF_THE_PACKAGE = (
@@ -35,6 +38,10 @@ _OF_THE_PACKAGE = (
     PERPLEXITY,
     IFD,
     LESS,
+    RDS,
+    GREATS,
+    OPUS,
+    TSDS,
 )
 
 

@@ -115,14 +115,21 @@ class Strategy:
     @property
     def num_backwards(self) -> int:
         """Backwards through the model that a candidate costs."""
-        return int(
-            bool({"gram", "gradient_norms", "gradient_cosines", "alignment", "reference_norm"} & set(self.needs))
-        )
+        of_gradients = {
+            "gram",
+            "gradient_norms",
+            "gradient_cosines",
+            "gradient_lengths",
+            "alignment",
+            "reference_norm",
+        }
+        return int(bool(of_gradients & set(self.needs)))
 
     @property
     def num_forwards(self) -> int:
         """Forwards through the model that a candidate costs."""
-        alone, hidden = ("losses_without_instruction" in self.needs), ("hidden_cosines" in self.needs)
+        alone = "losses_without_instruction" in self.needs
+        hidden = bool({"hidden_cosines", "last_hidden_cosines"} & set(self.needs))
         return hidden + alone + max(self.num_backwards, int("losses" in self.needs or alone))
 
     @property
