@@ -261,11 +261,12 @@ class SpiceConfig:
             (`"less"`), the mean nearest a target between the pool and the validation rows
             (`"targeted_matching"`), random rows of their answer lengths (`"length_matched"`), what takes most off the
             validation rows' loss by its Taylor expansion (`"greats"`), the same drawn at a temperature (`"opus"`),
-            each validation row's most similar one in turn (`"rds"`), or draws from their optimal transport to the pool
-            (`"tsds"`). What a rule does not read is not computed: `"random"` and `"length_matched"` run no forward,
-            `"loss"`, `"perplexity"`, `"ifd"`, `"rds"`, `"tsds"` and, on hidden states, `"targeted_matching"` no
-            backward. Only `"spice"` has a conflict penalty and, with `"fisher"`, a `conflict_reference`; only rules
-            with a Gram matrix read `gradient_normalization`; settings of gradients are ignored where none are taken.
+            each validation row's most similar one in turn (`"rds"`), draws from their optimal transport to the pool
+            (`"tsds"`), or the largest logits farthest from earlier picks (`"uds"`). What a rule does not read is not
+            computed: `"random"` and `"length_matched"` run no forward, `"loss"`, `"perplexity"`, `"ifd"`, `"rds"`,
+            `"tsds"`, `"uds"` and, on hidden states, `"targeted_matching"` no backward. Only `"spice"` has a conflict
+            penalty and, with `"fisher"`, a `conflict_reference`; only rules with a Gram matrix read
+            `gradient_normalization`; settings of gradients are ignored where none are taken.
         gradient_centering (`bool`, *optional*, defaults to `False`):
             Whether `"spice"` and `"fisher"` take the mean gradient of a pool off each of its gradients, as far as
             anything is left. For exact information.
@@ -418,8 +419,8 @@ class SpiceConfig:
         default="spice",
         metadata={
             "help": "Rule that picks from a pool: spice, fisher, random, top_norm, dpp, matching, facility_location, "
-            "loss, perplexity, ifd, less, targeted_matching, length_matched, greats, opus, rds, tsds, or one that you "
-            "registered."
+            "loss, perplexity, ifd, less, targeted_matching, length_matched, greats, opus, rds, tsds, uds, "
+            "or one that you registered."
         },
     )
     gradient_centering: bool = field(
@@ -617,6 +618,11 @@ class SpiceConfig:
         return "last_hidden_cosines" in self.rule.needs
 
     @property
+    def takes_logits(self) -> bool:
+        """Whether the strategy reads what logits tell, or what they told of earlier picks."""
+        return bool({"logit_norms", "logit_features", "past_features"} & set(self.rule.needs))
+
+    @property
     def takes_learning_rate(self) -> bool:
         """Whether the strategy reads the optimizer's learning rate."""
         return "learning_rate" in self.rule.needs
@@ -717,6 +723,7 @@ class SpiceConfig:
             "proxy_check_pools": (self.proxy_check_pools > 0, "the target would score at other weights"),
             "scoring_prefilter": (self.scoring_prefilter is not None, "it compares the losses of a pool's rows"),
             "conflict_reference": (self.takes_momentum, "the momentum changes with every step"),
+            "strategy": (self.takes_logits, "its memory of past picks changes with every step"),
         }
         for name, (is_set, reason) in clashing.items():
             if self.score_once_after is not None and is_set:

@@ -94,6 +94,7 @@ class ProxyScorer(StepScorer):
         next_pools: Sequence[Sequence[int]] | None,
     ) -> StepSelection:
         """Compares with the target, learns from the picks, and begins with the next step's pools. A collective."""
+        selection = super().after_step(selection, pools, budgets, next_pools)
         selection = selection.took(StepTimes(ahead=self._seconds_ahead))
         num_checked = self._num_to_check(len(pools))
         if num_checked > 0:

@@ -109,6 +109,20 @@ def from_hidden_states(
     )
 
 
+def from_logits(known: PoolScores, told: Float64[Tensor, "N W"], past: Float[Tensor, "P F"] | None) -> PoolScores:
+    """What logits tell, norm and sketch, beside sketches of past picks; −inf stands where memory did not suffice."""
+    finite, has_label = told.isfinite().all(dim=1), torch.tensor(known.label_tokens, dtype=torch.int64) > 0
+    return replace(
+        known,
+        finite=known.finite & (finite | ~has_label),
+        sound=known.sound & finite,
+        out_of_memory=known.out_of_memory | (told.isneginf().all(dim=1) & has_label),
+        logit_norms=told[:, 0],
+        logit_features=told[:, 1:],
+        past_features=told.new_zeros(0, told.shape[1] - 1) if past is None else past,
+    )
+
+
 def from_features(
     known: PoolScores,
     found: OwnedFeatures,

@@ -24,6 +24,7 @@ from spice_trainer.data.checks import naming_rows
 from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.forward import input_embedding, move_inputs
 from spice_trainer.gradients.hidden_states import HiddenStates
+from spice_trainer.gradients.label_logits import LabelLogits
 from spice_trainer.gradients.layers.registry import scored_layers
 from spice_trainer.gradients.optimizer_state import AdamMoments, OptimizerMomentum
 from spice_trainer.gradients.per_sample import SampleGradients
@@ -162,6 +163,27 @@ class ScoringPasses:
         scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
         places = {place: position for place, position in enumerate(shared.held)}
         return {places[place]: row for place, row in states.items() if places[place] in scored}
+
+    def compute_logits(
+        self, shared: SharedCandidates, report: Callable[[float], None] | None = None
+    ) -> dict[int, Tensor]:
+        """Runs forwards: norm and sketch of the logits of each candidate that this process scores, by position.
+
+        On the CPU; none for a candidate that does not fit into memory.
+        """
+        found: dict[int, Tensor] = {}
+
+        def run(logits: LabelLogits, rows: list[CandidateRow], places: Sequence[int] | None) -> None:
+            inputs, labels = self._move(*pad_rows(rows))
+            with self._autocast():
+                told = logits.compute(inputs, labels)
+            if places is not None:
+                found.update(zip(places, told, strict=True))
+
+        self._run(shared, run, lambda place: None, report, LabelLogits(self.get_model(), self._seed))
+        scored = {position for batch in shared.batches[: shared.num_kept] for position in batch}
+        places = {place: position for place, position in enumerate(shared.held)}
+        return {places[place]: row for place, row in found.items() if places[place] in scored}
 
     def _move(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         device = self.device

@@ -4,6 +4,7 @@
     losses                                                                                 a forward
     losses of answers alone (ifd)                                                          one more
     hidden states (targeted_matching, rds)                                                 a forward up to a layer
+    logits (uds)                                                                           a forward
     lengths alone (random)                                                                 nothing: rows are collated
 
 For every candidate x of the step's pools g_x is its sample gradient at the current weights, stored exactly or as a
@@ -41,9 +42,10 @@ from spice_trainer.gradients.optimizer_state import learning_rate_of
 from spice_trainer.gradients.trained import TrainedLayers
 from spice_trainer.scoring.features import FeatureBuffer, OwnedFeatures, send_to_owners
 from spice_trainer.scoring.hidden import HiddenScorer
-from spice_trainer.scoring.measure import from_features, from_hidden_states, from_losses
+from spice_trainer.scoring.measure import from_features, from_hidden_states, from_logits, from_losses
 from spice_trainer.scoring.out_of_memory import TokenBudget
 from spice_trainer.scoring.passes import ScoringPasses
+from spice_trainer.scoring.past_picks import PastPicks
 from spice_trainer.scoring.prefilter import FilteredPool, filter_by_loss
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
@@ -96,6 +98,7 @@ class GradientScorer:
         self.vocabulary = token_id_limits(self.get_model())
         self.trained = TrainedLayers(self.get_model(), modules, runtime.get_optimizer, config.scoring_parameters)
         self.passes = ScoringPasses(runtime, self._chosen(modules), config)
+        self.past = PastPicks(runtime) if config.takes_logits else None
         self.limit = None if config.max_repeats is None else RepeatLimit(config.max_repeats)
         self.hidden = HiddenScorer(runtime, config) if config.takes_hidden_states else None
         self.target: TargetReader | None = None
@@ -181,6 +184,11 @@ class GradientScorer:
         if self.config.takes_gradients:
             self.follow()
         self.look_at_target()
+        if self.past is not None:
+            return self._score_logits(numbered, progress)
+        return self._score(numbered, progress)
+
+    def _score(self, numbered: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
         if self.config.takes_gradients:
             return self._score_gradients(numbered, progress)
         if self._takes_losses:
@@ -445,6 +453,26 @@ class GradientScorer:
         target_states = None if self.target is None else self.target.hidden
         is_last = self.config.takes_last_hidden_states
         return from_hidden_states(known, states, self._target_of(known), target_states, is_last=is_last)
+
+    # By logits
+
+    def _score_logits(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
+        """What logits tell, beside what else the rule reads."""
+        assert self.past is not None
+        total = sum(map(len, pools.values()))
+
+        def report(share: float) -> None:
+            if progress is not None:
+                progress(int(share * total), total)
+
+        with preserved_random_state(self.device):
+            shared = self.share(pools)
+            told = self.past.compute(self.passes, shared, [row for rows in pools.values() for row in rows], report)
+        of_pool = {pool: positions for pool, _, positions in shared.by_pool()}
+        del shared
+        for scores in self._score(pools, None):
+            found = told[of_pool[scores.pool or 0]]
+            yield from_logits(scores, found if scores.whole is None else found[list(scores.kept)], self.past.memory)
 
     # By losses
 

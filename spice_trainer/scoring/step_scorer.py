@@ -72,6 +72,8 @@ class StepScorer:
 
         Returns the selection with what was found and took time. A collective.
         """
+        if self.gradient_scorer.past is not None:
+            self.gradient_scorer.past.remember(selection.indices)
         return selection
 
     def take_notices(self) -> dict[str, MemoryNotice | None]:
@@ -108,7 +110,9 @@ class StepScorer:
         target, limit = self.gradient_scorer.target, self.gradient_scorer.limit
         of_target = {} if target is None else target.tensors()
         of_limit = {} if limit is None else limit.tensors()
-        return _named(_VALIDATION, of_target) | _named(_REPEATS, of_limit)
+        past = self.gradient_scorer.past
+        of_past = {} if past is None else past.tensors()
+        return _named(_VALIDATION, of_target) | _named(_REPEATS, of_limit) | _named(_PAST, of_past)
 
     def _load_kept(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Restores it; returns the tensors that are of something else."""
@@ -117,10 +121,12 @@ class StepScorer:
             target.load_state_dict(state, _part(_VALIDATION, tensors))
         if limit is not None:
             limit.load(_part(_REPEATS, tensors))
-        return {name: value for name, value in tensors.items() if not name.startswith((_VALIDATION, _REPEATS))}
+        if self.gradient_scorer.past is not None:
+            self.gradient_scorer.past.load(_part(_PAST, tensors))
+        return {name: value for name, value in tensors.items() if not name.startswith(_KEPT)}
 
 
-_VALIDATION, _REPEATS = "validation.", "repeats."
+_VALIDATION, _REPEATS, _PAST = _KEPT = ("validation.", "repeats.", "past.")
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

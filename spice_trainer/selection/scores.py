@@ -21,6 +21,7 @@ from spice_trainer.selection.target import Target
 _VECTORS = (
     "gradient_norms",
     "gradient_lengths",
+    "logit_norms",
     "losses",
     "losses_without_instruction",
     "alignment",
@@ -40,6 +41,9 @@ NEEDS_IN_WORDS = {
     "gradient_cosines": "the cosines of the candidates' and the validation rows' gradients",
     "hidden_cosines": "the cosines of the candidates' and the validation rows' hidden states",
     "last_hidden_cosines": "the cosines of the candidates' and the validation rows' last hidden states",
+    "logit_norms": "the nuclear norms of the logits at the candidates' labels",
+    "logit_features": "sketches of the logits at the candidates' labels",
+    "past_features": "sketches of the logits of earlier steps' picks",
     "target": "validation rows (validation_dataset)",
     "seed": "the run's seed",
     "step": "the optimizer step",
@@ -76,6 +80,9 @@ class PoolScores:
             the mean of all.
         last_hidden_cosines (`torch.Tensor` of shape `(N + m, N + m)`, *optional*): The same of the hidden states that
             the model's head reads, as they are.
+        logit_norms (`torch.Tensor` of shape `(N,)`, *optional*): Nuclear norms of the logits at each row's labels.
+        logit_features (`torch.Tensor` of shape `(N, F)`, *optional*): Sketches of these logits.
+        past_features (`torch.Tensor` of shape `(P, F)`, *optional*): The same of the last picks of earlier steps.
         gradient_lengths (`torch.Tensor` of shape `(N,)`, *optional*): Norms of the candidates' gradients that
             `gradient_cosines` compares: the raw ones, or as Adam would apply them.
         learning_rate (`float`, *optional*): The optimizer's, of the step that is picked for.
@@ -118,6 +125,9 @@ class PoolScores:
     gradient_cosines: Float[Tensor, "M M"] | None = None
     hidden_cosines: Float[Tensor, "M M"] | None = None
     last_hidden_cosines: Float[Tensor, "M M"] | None = None
+    logit_norms: Float[Tensor, " N"] | None = None
+    logit_features: Float[Tensor, "N F"] | None = None
+    past_features: Float[Tensor, "P F"] | None = None
     gradient_lengths: Float[Tensor, " N"] | None = None
     learning_rate: float | None = None
     target: Target | None = None

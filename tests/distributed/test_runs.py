@@ -107,7 +107,7 @@ def test_packed_picks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [*("random", "loss", "matching", "less", "ifd"), *AIMED])
+@pytest.mark.parametrize("strategy", [*("random", "loss", "matching", "less", "ifd", "uds"), *AIMED])
 def test_strategies(strategy: str, tmp_path: Path) -> None:
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}
     folder = setting.save_model(tmp_path / "model", lora_dropout=0.0)
@@ -127,7 +127,7 @@ def test_a_strategy_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ifd", "less", "rds", "greats"])
+@pytest.mark.parametrize("strategy", ["ifd", "less", "rds", "greats", "uds"])
 def test_strategies_with_sharded_weights(strategy: str, tmp_path: Path) -> None:
     # Every process runs as many forwards as the others: two a row, or those of the validation rows first.
     spice = {"strategy": strategy, "validation_rows": setting.NUM_VALIDATION}

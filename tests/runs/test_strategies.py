@@ -179,6 +179,10 @@ def expected_picks(strategy: str, pool: list[int], num_selected: int, **spice: A
         target_counts = [sum(label != -100 for label in row["labels"][1:]) for row in VALIDATION[:NUM_VALIDATION]]
         units, targets, seed = oracle.unit(units), oracle.unit(targets), oracle.seed_of(42, 0, 0)
         return oracle.targeted(units, targets, counts.tolist(), target_counts, sound, num_selected, seed)
+    if strategy == "uds":
+        norms = [float(torch.linalg.svdvals(field_oracles.label_logits(model, rows[place])).sum()) for place in sound]
+        values = dict(zip(sound, norms, strict=True))
+        return oracle.ranked([values.get(place, 0.0) for place in range(len(rows))], sound, num_selected)
     if strategy == "rds":
         units = torch.stack([hidden_state(model, row, -1) for row in rows])
         targets = torch.stack([hidden_state(model, row, -1) for row in VALIDATION[:NUM_VALIDATION]])
@@ -285,7 +289,7 @@ def test_records_hold_what_the_strategy_knows(strategy: str, tmp_path: Path, cap
     assert (" scores, with " in first) == (strategy not in WITHOUT_MODEL)
     has_gram, has_gradients = (
         "gram" in STRATEGIES[strategy].needs,
-        strategy not in (*WITHOUT_MODEL, "loss", "perplexity", "ifd", *ON_HIDDEN_STATES),
+        strategy not in (*WITHOUT_MODEL, "loss", "perplexity", "ifd", "uds", *ON_HIDDEN_STATES),
     )
     by_information = strategy in ("spice", "fisher")
     for line in read_records(tmp_path, "selections"):
@@ -362,6 +366,7 @@ def test_nothing_is_computed_that_is_not_needed(
     assert labelled < POOL_SIZE < dimension
     expected = {"random": (0, 0, 0), "loss": (labelled, 0, 0), "perplexity": (labelled, 0, 0)}
     expected |= {"length_matched": (0, 0, 0), **dict.fromkeys(ON_HIDDEN_STATES, (0, 0, 0))}
+    expected |= {"uds": (0, 0, 0)}
     expected |= {"ifd": (2 * labelled, 0, 0), "top_norm": (0, labelled, 16)}
     expected |= dict.fromkeys(("less", "greats", "opus"), (0, labelled + NUM_VALIDATION, dimension))
     assert tuple(counts.values()) == expected.get(strategy, (0, labelled, dimension))
@@ -370,7 +375,7 @@ def test_nothing_is_computed_that_is_not_needed(
 # Resume, processes, proxies, subsets
 
 
-@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", *AIMED])
+@pytest.mark.parametrize("strategy", ["random", "loss", "matching", "less", "uds", *AIMED])
 def test_resume_is_bit_identical(strategy: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.3}
     whole = build(tmp_path / "whole", strategy, **options)
@@ -400,7 +405,7 @@ def test_equal_micro_batches_keep_the_information_of_the_picks(tmp_path: Path) -
     assert rounded.information != pytest.approx(sum(rounded.selection.gains), rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["matching", "less", "loss", *AIMED])
+@pytest.mark.parametrize("strategy", ["matching", "less", "loss", "uds", *AIMED])
 def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
     """With the target's own weights, and learning rate where that counts, its first picks are the target's."""
     build(tmp_path / "alone", strategy, max_steps=1).train()

@@ -27,7 +27,18 @@ from tests.support.trainers import collate, make_trainer, tiny_dataset, tiny_row
 POOL = [3, 17, 5, 20, 9, 1, 11, 8]
 ON_HIDDEN_STATES = ("targeted_matching", "rds", "tsds")
 ON_LENGTHS = ("random", "length_matched")
-WITHOUT_GRAM = ("top_norm", "loss", "perplexity", "ifd", "less", "greats", "opus", *ON_HIDDEN_STATES, *ON_LENGTHS)
+WITHOUT_GRAM = (
+    "top_norm",
+    "loss",
+    "perplexity",
+    "ifd",
+    "less",
+    "greats",
+    "opus",
+    "uds",
+    *ON_HIDDEN_STATES,
+    *ON_LENGTHS,
+)
 
 
 def scored(model: Any, rows: Any, strategy: str, pool: list[int] = POOL, **settings: Any) -> Any:
@@ -51,7 +62,7 @@ def test_broken_rows_are_picked_by_nobody_who_looks(strategy: str) -> None:
     scores, found = scored(fragile_model(), rows, strategy)
     assert (scores.gram is None) == (strategy in WITHOUT_GRAM)
     assert found.zero == (zero,)
-    if strategy in ON_HIDDEN_STATES:
+    if strategy in (*ON_HIDDEN_STATES, "uds"):
         # Which have no loss that could be infinite.
         assert set(found.indices) == {masked, *POOL[4:]} and set(found.nonfinite) == {nan, infinite}
     elif strategy in ON_LENGTHS:
@@ -61,7 +72,7 @@ def test_broken_rows_are_picked_by_nobody_who_looks(strategy: str) -> None:
         assert all(map(math.isfinite, found.selection.gains))
 
 
-@pytest.mark.parametrize("strategy", ["loss", "ifd", "top_norm", "less", "rds", "greats"])
+@pytest.mark.parametrize("strategy", ["loss", "ifd", "top_norm", "less", "rds", "greats", "uds"])
 def test_a_row_that_does_not_fit_is_left_out(strategy: str) -> None:
     rows = tiny_rows(32)
     rows[9] = {"input_ids": [5] * 40, "attention_mask": [1] * 40, "labels": [-100] * 20 + [5] * 20}

@@ -84,6 +84,9 @@ def inputs_of(known, order=None, target_lengths=TARGET_LENGTHS):
         hidden_cosines=units @ units.T,
         last_hidden_cosines=units @ units.T,
         gradient_lengths=rows.norm(dim=1),
+        logit_norms=known["losses"][order] * 7.0,
+        logit_features=known["gradients"].nan_to_num(0.0, 0.0)[order] / known["gradients"].nan_to_num(0.0, 0.0).norm(),
+        past_features=target_rows(known, 3),
         learning_rate=LEARNING_RATE,
         target=Target(target_lengths, gradient_norms=torch.linspace(0.5, 2.0, len(target_lengths)).double()),
         gram=rows @ rows.T,
@@ -114,6 +117,11 @@ def expected_picks(name, known, num_selected, tie_tolerance=1e-6):
         reference = known["reference"]
         cosines = [float(row @ reference / (row.norm() * reference.norm())) for row in rows]
         return oracles.ranked(cosines, sound, num_selected, tie_tolerance, smallest_scale=1.0)
+    if name == "uds":
+        inputs = inputs_of(known)
+        return field_oracles.uds(
+            inputs.logit_norms, inputs.logit_features, inputs.past_features, sound, num_selected, tie_tolerance
+        )
     if name in ("rds", "tsds", "greats", "opus"):
         return of_the_field(name, known, sound, num_selected, tie_tolerance)
     if name == "targeted_matching":
@@ -264,7 +272,7 @@ def test_what_a_candidate_costs():
         "spice": (1, 1), "fisher": (1, 1), "random": (0, 0), "top_norm": (1, 1), "dpp": (1, 1), "matching": (1, 1),
         "facility_location": (1, 1), "loss": (1, 0), "perplexity": (1, 0), "ifd": (2, 0), "less": (1, 1),
         "length_matched": (0, 0), "targeted_matching": (1, 1), "rds": (1, 0), "tsds": (1, 0), "greats": (1, 1),
-        "opus": (1, 1),
+        "opus": (1, 1), "uds": (1, 0),
     }  # fmt: skip
     assert {name for name, rule in STRATEGIES.items() if "gram" in rule.needs} == {"spice", "fisher", *OF_GRADIENTS}
     assert {n for n, rule in STRATEGIES.items() if rule.compares_gradients} == {

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 
-from tests.support.strategy_oracles import greedy
+from tests.support.strategy_oracles import greedy, ranked
 
 
 def uniform(*parts):
@@ -98,3 +98,20 @@ def tsds(units, targets, sound, num_selected, key):
 
     picks = sorted(sound, key=place)[:num_selected]
     return picks, [chances[index] for index in picks]
+
+
+def uds(norms, features, past, sound, num_selected, tie_tolerance=1e-6):
+    """The largest norms and eleven times the mean distance from the past, if there is one."""
+    values = [float(norm) for norm in norms]
+    for index, feature in enumerate(features):
+        distances = [float((feature - one).norm()) for one in past]
+        values[index] += 11.0 * sum(distances) / len(distances) if distances else 0.0
+    return ranked(values, sound, num_selected, tie_tolerance)
+
+
+def label_logits(model, row):
+    """A row's logits at its label positions."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+    places = [place for place, label in enumerate(row["labels"][1:]) if label != -100]
+    return logits[places]

@@ -15,6 +15,7 @@ from spice_trainer.selection.results import Selection
 from spice_trainer.selection.scores import PoolScores
 from spice_trainer.selection.strategies.coverage import DPP, FACILITY_LOCATION
 from spice_trainer.selection.strategies.information import FISHER, SPICE
+from spice_trainer.selection.strategies.logits import UDS
 from spice_trainer.selection.strategies.matching import MATCHING
 from spice_trainer.selection.strategies.ranking import IFD, LESS, LOSS, PERPLEXITY, RANDOM, TOP_NORM
 from spice_trainer.selection.strategies.round_robin import RDS
@@ -42,6 +43,7 @@ _OF_THE_PACKAGE = (
     GREATS,
     OPUS,
     TSDS,
+    UDS,
 )
 
 

@@ -130,7 +130,8 @@ class Strategy:
         """Forwards through the model that a candidate costs."""
         alone = "losses_without_instruction" in self.needs
         hidden = bool({"hidden_cosines", "last_hidden_cosines"} & set(self.needs))
-        return hidden + alone + max(self.num_backwards, int("losses" in self.needs or alone))
+        logits = bool({"logit_norms", "logit_features"} & set(self.needs))
+        return hidden + alone + logits + max(self.num_backwards, int("losses" in self.needs or alone))
 
     @property
     def compares_gradients(self) -> bool:
