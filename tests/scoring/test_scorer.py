@@ -197,7 +197,7 @@ def test_a_user_that_draws_random_numbers_leaves_no_trace() -> None:
 def test_an_error_while_scoring_leaves_no_trace() -> None:
     def failing(rows: list[Any]) -> dict[str, Tensor]:
         random.random(), torch.rand(1)
-        if rows[0] is ROWS[8]:
+        if rows[0] == ROWS[8]:
             raise OSError("no such file")
         return collate(rows)
 
