@@ -29,7 +29,7 @@ class SubsetArguments:
     validation_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "File, folder or name of the rows that the strategy less compares with; of its dataset_test_split."
+            "help": "File, folder or name of rows to do well on, for strategies that aim; of its dataset_test_split."
         },
     )
     samples_per_step: int | None = field(
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--model_name_or_path and --dataset_name are needed")
     validation = None
     if config.needs_validation and arguments.validation_dataset_name is None:
-        parser.error(
-            f"--strategy {config.strategy} needs --validation_dataset_name, the rows to compare candidates with"
-        )
+        quotas = config.length_quotas == "validation"
+        what = "--length_quotas validation" if quotas else f"--strategy {config.strategy}"
+        parser.error(f"{what} needs --validation_dataset_name, the rows to compare candidates with")
     if arguments.validation_dataset_name is not None:
         validation = open_dataset(
             arguments.validation_dataset_name,

@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from spice_trainer.data.checks import check_is_rows
 from spice_trainer.data.json_values import canonical_line
 from spice_trainer.data.rows import fetch_rows, spread_positions
@@ -100,6 +102,28 @@ def fingerprint_rows(sample: RowSample, earlier: Sequence[str | None] | None = N
         return None
     header = {"kind": "rows", "num_rows": len(dataset), "rows": sample.digests}
     return hashlib.sha256(canonical_line(header, "the rows")).hexdigest()
+
+
+def fingerprint_sets(sets: Mapping[str, Any], num_rows: int) -> str | None:
+    """Fingerprint of the first rows of named validation sets, without touching a random state.
+
+    `None` where rows are not made of JSON-like values, or change from one reading to the next.
+    """
+    lines: list[Any] = []
+    for name, dataset in sets.items():
+        is_decoded = any(map(_is_decoded, (getattr(dataset, "features", None) or {}).values()))
+        rows = _StoredRows(dataset) if is_decoded else dataset
+        positions = range(min(num_rows, len(rows)))
+        sample = RowSample(rows, tuple(positions), _read(rows, positions), torch.device("cpu"))
+        if None in sample.digests or not sample.comes_out_the_same(positions):
+            return None
+        lines.append([name, *sample.digests])
+    return hashlib.sha256(canonical_line({"kind": "validation sets", "sets": lines}, "the sets")).hexdigest()
+
+
+def _read(rows: Any, positions: range) -> tuple[Any, ...]:
+    with preserved_random_state(torch.device("cpu")):
+        return tuple(fetch_rows(rows, positions))
 
 
 class _StoredRows:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from spice_trainer.data.rows import MAX_LISTED, CandidateRow
+from spice_trainer.data.rows import (
+    MAX_LISTED,
+    VALIDATION,
+    CandidateRow,
+    TargetRows,
+    fetch_rows,
+)
 from spice_trainer.data.stream import is_stream
 from spice_trainer.utils.logging import logger
 
@@ -24,6 +31,13 @@ def named_sets(given: Any) -> dict[str, Any]:
     sets = {str(name): rows for name, rows in given.items()} if isinstance(given, Mapping) else {DEFAULT_NAME: given}
     if not sets:
         raise ValueError("validation_dataset is an empty dict. Fix: give rows to do well on, or leave it out.")
+    columns = [name for name, rows in sets.items() if isinstance(rows, list) and rows and not _is_row(rows[0])]
+    if isinstance(given, Mapping) and columns:
+        raise TypeError(
+            f"validation_dataset is a dict whose {', '.join(map(repr, columns[:MAX_LISTED]))} holds no rows: it looks "
+            "like one row, or like columns. Fix: give a list of rows, datasets.Dataset.from_dict(columns), or a dict "
+            "of named sets of rows."
+        )
     for name, rows in sets.items():
         which = "validation_dataset" if len(sets) == 1 else f"validation_dataset[{name!r}]"
         if is_stream(rows) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
@@ -43,13 +57,54 @@ def named_sets(given: Any) -> dict[str, Any]:
     return sets
 
 
+def _is_row(value: Any) -> bool:
+    """Whether something may be a row of a list; what a torch.utils.data.Dataset gives may be anything."""
+    return isinstance(value, Mapping) or hasattr(value, "keys")
+
+
+def checked_sets(sets: Mapping[str, TargetRows], training: Any, num_rows: int) -> dict[str, TargetRows]:
+    """The first `num_rows` rows of each without copies of training rows; a ValueError where nothing is left."""
+    return {name: _checked(rows, name, training, num_rows) for name, rows in sets.items()}
+
+
+def _checked(rows: TargetRows, name: str, training: Any, num_rows: int) -> TargetRows:
+    number = min(num_rows, len(rows.dataset))
+    fetched = fetch_rows(rows.dataset, range(number), source=VALIDATION)
+    collated = rows.collate_each(range(number), fetched, source=f"{VALIDATION} {name!r}")
+    if not any(row.num_label_tokens for row in collated):
+        raise ValueError(
+            f"None of the {len(collated)} rows of the validation set {name!r} that are read has a label token (all "
+            "labels are -100), so there is nothing to do well on. Look at the prompt masking and at `max_length`."
+        )
+    copies = find_copies(collated, training)
+    if not copies:
+        return rows
+    warn_of_copies(name, sorted(copies), "what picks aim at")
+    left = [position for position in range(number) if position not in copies]
+    if not left:
+        raise ValueError(
+            f"All {number} rows of the validation set {name!r} are training rows too, so aiming at them would tell "
+            "nothing of other rows. Fix: take them out of the training dataset, or give others."
+        )
+    raw = rows.raw_dataset
+    if raw is not None:
+        raw = raw.select(left) if hasattr(raw, "select") else fetch_rows(raw, left)
+    dataset = rows.dataset.select(left) if hasattr(rows.dataset, "select") else [fetched[row] for row in left]
+    return replace(rows, dataset=dataset, raw_dataset=raw)
+
+
 def find_copies(rows: Sequence[CandidateRow], dataset: Any) -> set[int]:
     """Positions of validation rows whose tokens are those of a training row, in a dataset that stores tokens.
 
     Of any other dataset, whose rows may be dear to read, nothing is looked at.
     """
     columns = getattr(dataset, "column_names", None)
-    if not hasattr(dataset, "with_format") or not isinstance(columns, list) or "input_ids" not in columns:
+    if (
+        is_stream(dataset)
+        or not hasattr(dataset, "with_format")
+        or not isinstance(columns, list)
+        or "input_ids" not in columns
+    ):
         return set()
     if len(dataset) > _MAX_SEARCHED:
         return set()

@@ -157,7 +157,10 @@ class HiddenStates:
             weights = attended.cumsum(dim=1) * attended
             weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
             # A padded position may hold anything, also nan.
-            return torch.einsum("ns,nsh->nh", weights, states.masked_fill(attended[..., None] == 0, 0.0))
+            states = states.masked_fill(attended[..., None] == 0, 0.0)
+            # Under the training's precision the mean itself would be rounded to it.
+            with torch.autocast(states.device.type, enabled=False):
+                return torch.einsum("ns,nsh->nh", weights, states)
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("hidden_states")

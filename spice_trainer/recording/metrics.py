@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from spice_trainer.selection.results import StepSelection, StepTimes
+from spice_trainer.selection.target import SHIFT_LEVEL
 from spice_trainer.utils.saved import saved_number, saved_numbers
 
 
@@ -130,6 +131,10 @@ class RunTotals:
     label_tokens_pool: float = 0.0
     information: float = 0.0
     information_top_norm: float = 0.0
+    num_pools_aimed: int = 0
+    num_pools_shifted: int = 0
+    shift_distance: float = 0.0
+    shift_shrinkage: float = 0.0
     tokens_scored: int = 0
     tokens_trained: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -161,6 +166,18 @@ class RunTotals:
             self.information += pool.information or 0.0
             self.information_top_norm += pool.information_top_norm or 0.0
             self.tokens_scored += pool.num_tokens_pool
+            self._add_shift(pool.selection.facts)
+
+    def _add_shift(self, facts: Mapping[str, float]) -> None:
+        p_value, shrinkage = facts.get("shift_p_value"), facts.get("shift_shrinkage")
+        if p_value is None:
+            return
+        self.num_pools_aimed += 1
+        # Of lengths alone there is no target to shrink.
+        if (shrinkage is None and p_value <= SHIFT_LEVEL) or shrinkage:
+            self.num_pools_shifted += 1
+            self.shift_shrinkage += shrinkage or 0.0
+            self.shift_distance += facts.get("shift_distance", 0.0)
 
     def add_training(self, seconds: float, num_tokens: int) -> None:
         """Adds one step's training."""

@@ -55,14 +55,21 @@ class RecordWriter:
     """Appends a run's records; gives every checkpoint those so far, and goes on behind them on resume.
 
     One run writes to a directory at a time. Once it has begun, a record that cannot be written is a warning, unless
-    `is_result` says that the records are what the run is for.
+    `is_result` says that the records are what the run is for. `validation` describes the rows that picks aim at.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, is_result: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_result: bool = False,
+        validation: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self.latest_copy: Path | None = None
         """Where the latest checkpoint's records are, to which the next one links."""
         self._is_result = is_result
+        self._validation = {} if validation is None else {"validation": dict(validation)}
         self._lock = RunLock(self.directory / LOCK_FILE)
         self._files: dict[str, RecordFile] = {}
         self._run_id = ""
@@ -90,7 +97,8 @@ class RecordWriter:
                     if not file.save(folder, self.latest_copy):
                         self._warn_of_altered(file)
                 files = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in self._files.items()}
-                text = json.dumps({"run_id": self._run_id, "files": files}, indent=1) + "\n"
+                about = {"run_id": self._run_id, **self._validation, "files": files}
+                text = json.dumps(about, indent=1) + "\n"
                 replace_file(folder / RUN_FILE, text)
             except OSError:
                 _remove(folder)
@@ -189,7 +197,7 @@ class RecordWriter:
     def _begin(self, run_id: str, *, is_new: bool) -> None:
         self._run_id, self._is_new = run_id, is_new
         with self._explained():
-            replace_file(self.directory / RUN_FILE, json.dumps({"run_id": run_id}) + "\n")
+            replace_file(self.directory / RUN_FILE, json.dumps({"run_id": run_id} | self._validation) + "\n")
 
     def _close_files(self) -> None:
         for file in self._files.values():

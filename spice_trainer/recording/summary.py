@@ -25,7 +25,7 @@ class RunPlan:
 
     D is `dimension`, of which `num_features` numbers are kept per candidate, `feature_bytes` on each process. Tokens
     of a row are means of a sample, as it is trained on and as it is scored: a proxy may have another tokenizer.
-    `token_normalized` is whether the loss is normalised by `num_items_in_batch`.
+    `token_normalized` is whether the loss is normalised by `num_items_in_batch`; `aim` says what picks aim at.
     """
 
     num_rows: int
@@ -38,6 +38,7 @@ class RunPlan:
     mean_candidate_tokens: float
     num_proxy_parameters: int | None
     token_normalized: bool
+    aim: str = ""
 
 
 def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> str:
@@ -78,6 +79,7 @@ def describe_run(plan: RunPlan, schedule: PoolSchedule, config: SpiceConfig) -> 
         f"{schedule.pool_size} and trains on {at_most}{picks} picks: {shape.effective_share:.1%} of the candidates "
         f"(asked for: {shape.requested_share:.1%}).",
         f'Rows are picked by strategy="{config.strategy}".',
+        *([plan.aim] if plan.aim else []),
         *([f"{scorer} scores, {shared}with {how}.", *_describe_part(config)] if config.takes_model else []),
         f"Per step about {num_scored * plan.mean_candidate_tokens:,.0f} tokens are scored and "
         f"{at_most}{picks * plan.mean_row_tokens:,.0f} trained.",
@@ -190,6 +192,7 @@ def summarize_run(
             "Label tokens of a pick / of a candidate",
             f"{totals.mean_label_tokens_selected:.1f} / {totals.mean_label_tokens_pool:.1f}",
         ),
+        *_describe_shift(totals),
         *_describe_information(totals),
         *cost_rows(totals, ledger),
     ]
@@ -221,6 +224,23 @@ def _describe_gradients(totals: RunTotals, share: Callable[[float, float], str])
     if with_conflict or not totals.num_selected:
         changed = totals.num_changed_by_conflict
         yield ("Picks changed by the conflict penalty", f"{changed:,} ({share(changed, with_conflict)})")
+
+
+def _describe_shift(totals: RunTotals) -> Iterator[tuple[str, str]]:
+    """A row on the difference between pools and validation rows, where the strategy looked for one."""
+    if not totals.num_pools_aimed:
+        return
+    shifted = f"{totals.num_pools_shifted:,} of {totals.num_pools_aimed:,} pools"
+    if not totals.num_pools_shifted:
+        value = f"{shifted}: nothing was aimed at, so picks are like random rows of their pool's answer lengths"
+    elif totals.shift_shrinkage:
+        distance, shrinkage = (
+            total / totals.num_pools_shifted for total in (totals.shift_distance, totals.shift_shrinkage)
+        )
+        value = f"{shifted}, there by {distance:.2g} of a row's length, of which picks aim at {shrinkage:.0%}"
+    else:
+        value = f"{shifted}, in their answer lengths"
+    yield ("Pools that differ from the validation rows", value)
 
 
 def _describe_information(totals: RunTotals) -> Iterator[tuple[str, str]]:

@@ -131,7 +131,7 @@ def _build_proxy_scorer(
     target_scorer = None
     if config.proxy_check_pools > 0:
         try:
-            target_scorer = _build_scorer(config, runtime, rows, None)
+            target_scorer = _build_scorer(config, runtime, rows, _validation_rows(config, validation))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"SpiceConfig: proxy_check_pools={config.proxy_check_pools} compares the proxy with the gradients of "

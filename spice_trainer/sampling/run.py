@@ -79,6 +79,14 @@ class SelectionRun:
         self._filler = FillerRow()
         self._replay = PickReplay(config.selection_epochs)
         selector.scorer.start()
+        hidden = selector.gradient_scorer.hidden
+        if hidden is not None:
+            hidden.keeps = self._scores_again()
+
+    def _scores_again(self) -> bool:
+        """Whether a row may be a candidate in more than one epoch."""
+        is_once = self._total_steps is not None and self._total_steps <= self.schedule.steps_per_epoch
+        return not (is_once or self.schedule.has_open_end or self.config.selection_epochs == 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, as of a loader that is pickled, only previews.

@@ -24,7 +24,7 @@ from spice_trainer.data.checks import check_dataset, configured_vocabulary_size
 from spice_trainer.data.fingerprints import fingerprint_rows
 from spice_trainer.data.rows import DataCollator, TargetRows
 from spice_trainer.data.sample import RowSample
-from spice_trainer.data.validation_sets import named_sets
+from spice_trainer.data.validation_sets import checked_sets, named_sets
 from spice_trainer.distributed import Processes, check_agreement, wait_for_all, without_wrapper
 from spice_trainer.proxy.model import ProxyModel, resolve_proxy
 from spice_trainer.sampling.build import build_selector, check_optimizer
@@ -35,6 +35,7 @@ from spice_trainer.sampling.step_selector import StepSelector
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import StepSelection
+from spice_trainer.utils.random import preserved_random_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,6 +171,11 @@ class SpiceSampler(Sampler[int]):
         rows = TargetRows(
             dataset, data_collator, processing_class=processing_class, vocab_size=configured_vocabulary_size(model)
         )
+        validation: dict[str, TargetRows] | None = None
+        if validation_dataset is not None:
+            sets = {name: replace(rows, dataset=given) for name, given in named_sets(validation_dataset).items()}
+            with preserved_random_state(device):
+                validation = checked_sets(sets, dataset, self.config.validation_rows)
         selector = build_selector(
             self.config,
             schedule,
@@ -182,14 +188,17 @@ class SpiceSampler(Sampler[int]):
             ),
             rows,
             proxy=self.proxy,
-            validation=None
-            if validation_dataset is None
-            else {name: replace(rows, dataset=given) for name, given in named_sets(validation_dataset).items()},
+            validation=validation,
         )
+        selector.gradient_scorer.check_validation()
         if processes.world_size > 1:
             with processes.failing_together("reading some rows"):
                 fingerprint = fingerprint_rows(RowSample.read(dataset, device=device))
-            seen = {"the number of rows": len(dataset), "the fingerprint of the rows' content": fingerprint}
+            seen = {
+                "the number of rows": len(dataset),
+                "the fingerprint of the rows' content": fingerprint,
+                "what is known of the validation rows": selector.gradient_scorer.describe_validation(),
+            }
             check_agreement(processes, seen | {"the settings": self.config, "the seed": schedule.seed})
         run = self.prepare(schedule, selector, dataset=dataset)
         _watch_updates(run, model)

@@ -9,7 +9,7 @@ Axes: N candidates, H numbers of a hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -23,8 +23,8 @@ from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates
 
-# Kept states of a process, in bytes; beyond them rows are computed anew.
-MAX_KEPT_BYTES = 2**30
+# Kept states of a process, in bytes, which every checkpoint holds too; beyond them rows are computed anew.
+MAX_KEPT_BYTES = 2**28
 
 
 class HiddenScorer:
@@ -38,7 +38,21 @@ class HiddenScorer:
         if config.takes_last_hidden_states:
             default = last_layer(model)
         self.layer = default if config.hidden_layer is None else config.hidden_layer
+        self.keeps = True
+        """Whether rows will be asked for again, in a later epoch."""
         self._kept: dict[int, Tensor] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept: computed anew, in other micro-batches, it would differ in rounding, and picks with it."""
+        if not self._kept:
+            return {}
+        return {"rows": torch.tensor(list(self._kept)), "states": torch.stack(list(self._kept.values()))}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores it."""
+        self._kept = {}
+        if "rows" in tensors and self.keeps:
+            self._kept = dict(zip(tensors["rows"].tolist(), tensors["states"], strict=True))
 
     @property
     def is_constant(self) -> bool:
@@ -83,7 +97,7 @@ class HiddenScorer:
             return states
         for position in kept:
             states[position] = self._kept[indices[position]]
-        if self.is_constant and (len(self._kept) + len(states)) * width * 4 <= MAX_KEPT_BYTES:
+        if self.keeps and self.is_constant and (len(self._kept) + len(states)) * width * 4 <= MAX_KEPT_BYTES:
             for position, index in enumerate(indices):
                 if position not in kept and bool(states[position].isfinite().all()):
                     self._kept[index] = states[position].clone()

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -50,7 +51,7 @@ from spice_trainer.scoring.prefilter import FilteredPool, filter_by_loss
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates, read_shapes, share_candidates, split_by_pool
 from spice_trainer.scoring.store import ScoredRows
-from spice_trainer.scoring.target_reader import TargetReader
+from spice_trainer.scoring.target_reader import TargetReader, describe_aim
 from spice_trainer.scoring.validation import ValidationRows, mean_gradient
 from spice_trainer.selection.repeats import RepeatLimit
 from spice_trainer.selection.scores import PoolScores
@@ -60,6 +61,9 @@ from spice_trainer.utils.random import preserved_random_state
 
 # A process holds features of several pools together up to this size; one pool is always held.
 FEATURE_BUFFER_BYTES = 2**30
+
+# Fewer are found to differ from a pool in fewer than four of five cases where they do.
+FEW_VALIDATION_ROWS = 8
 
 _Progress = Callable[[int, int], None]
 
@@ -327,6 +331,28 @@ class GradientScorer:
         return self._scored_part(
             [replace(row, reference=reference) for row, reference in zip(collated, references, strict=True)]
         )
+
+    def describe_validation(self) -> dict[str, Any] | None:
+        """How many rows of each validation set are read, and their fingerprint."""
+        return None if self.validation is None else self.validation.description
+
+    def describe_aim(self) -> str:
+        """What picks aim at, in a sentence; "" if at nothing."""
+        return describe_aim(self.config, self.validation, self.hidden)
+
+    def check_validation(self) -> list[CandidateRow]:
+        """The validation rows as they are scored; a ValueError for ids that the model does not know."""
+        if self.validation is None:
+            return []
+        with preserved_random_state(self.device):
+            rows = self._scored_part(self.validation.collate(self.validation.indices))
+        if self.config.rule.reads_target and len(rows) < FEW_VALIDATION_ROWS:
+            logger.warning(
+                "SPICE: %d validation row%s can hardly show that pools differ from %s, and where no difference shows "
+                "nothing is aimed at. Give at least %d.",
+                len(rows), "" if len(rows) == 1 else "s", "it" if len(rows) == 1 else "them", FEW_VALIDATION_ROWS,
+            )  # fmt: skip
+        return rows
 
     def shorten(self, row: CandidateRow) -> CandidateRow:
         """What of a row is scored."""

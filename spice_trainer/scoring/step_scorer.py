@@ -16,6 +16,7 @@ from spice_trainer.scoring.out_of_memory import MemoryNotice, MemoryReport
 from spice_trainer.scoring.scorer import GradientScorer
 from spice_trainer.selection.results import PoolSelection, StepSelection
 from spice_trainer.selection.scores import PoolScores
+from spice_trainer.utils.logging import logger
 from spice_trainer.utils.saved import saved_whole_number
 
 
@@ -100,38 +101,62 @@ class StepScorer:
                 "way. Resume with the same `proxy`, or start a new run."
             )
 
-    # What is kept over steps: of the validation rows, and of how often rows were picked
+    # What is kept over steps: of the validation rows, of hidden states, and of earlier picks
 
     def _kept_state(self) -> dict[str, Any]:
-        target = self.gradient_scorer.target
-        return {} if target is None else target.state_dict()
+        scorer = self.gradient_scorer
+        known = {} if scorer.target is None else scorer.target.state_dict()
+        return {"validation": scorer.describe_validation()} | known
 
     def _kept_tensors(self) -> dict[str, Tensor]:
-        target, limit = self.gradient_scorer.target, self.gradient_scorer.limit
-        of_target = {} if target is None else target.tensors()
-        of_limit = {} if limit is None else limit.tensors()
-        past = self.gradient_scorer.past
-        of_past = {} if past is None else past.tensors()
-        return _named(_VALIDATION, of_target) | _named(_REPEATS, of_limit) | _named(_PAST, of_past)
+        found: dict[str, Tensor] = {}
+        for prefix, keeper in self._keepers().items():
+            found |= {f"{prefix}{name}": tensor for name, tensor in keeper.tensors().items()}
+        return found
+
+    def _keepers(self) -> dict[str, Any]:
+        scorer = self.gradient_scorer
+        keepers = zip(_KEPT, (scorer.target, scorer.hidden, scorer.limit, scorer.past), strict=True)
+        return {prefix: keeper for prefix, keeper in keepers if keeper is not None}
 
     def _load_kept(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Restores it; returns the tensors that are of something else."""
-        target, limit = self.gradient_scorer.target, self.gradient_scorer.limit
-        if target is not None:
-            target.load_state_dict(state, _part(_VALIDATION, tensors))
-        if limit is not None:
-            limit.load(_part(_REPEATS, tensors))
-        if self.gradient_scorer.past is not None:
-            self.gradient_scorer.past.load(_part(_PAST, tensors))
+        if "validation" in state:
+            _check_aim(state["validation"], self.gradient_scorer.describe_validation())
+        for prefix, keeper in self._keepers().items():
+            part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if prefix == _VALIDATION:
+                keeper.load_state_dict(state, part)
+            else:
+                keeper.load(part)
         return {name: value for name, value in tensors.items() if not name.startswith(_KEPT)}
 
 
-_VALIDATION, _REPEATS, _PAST = _KEPT = ("validation.", "repeats.", "past.")
+_VALIDATION = "validation."
+_KEPT = (_VALIDATION, "hidden.", "repeats.", "past.")
 
 
-def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+def _check_aim(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Refuses other validation rows than those of the run that is resumed; says where only one of the two has some."""
+    if saved is None and now is None:
+        return
+    if saved is None or now is None:
+        before, after = ("no", "some") if saved is None else (f"{sum(saved['rows'].values())}", "none")
+        logger.warning(
+            "SPICE: the run of the checkpoint compared candidates with %s validation rows, and this one has %s: from "
+            "here on its picks aim at something else. To go on as before resume with the validation_dataset of then.",
+            before, after,
+        )  # fmt: skip
+        return
+    known = saved["rows"] == now["rows"] and None in (saved["fingerprint"], now["fingerprint"])
+    if saved != now and not known:
+        raise ValueError(
+            f"The checkpoint is of a run that aimed at other validation rows ({_describe_aim(saved)}; now "
+            f"{_describe_aim(now)}), so this would be another run from here on. Fix: resume with the "
+            "validation_dataset and validation_rows of then, or begin a new run."
+        )
 
 
-def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _describe_aim(aim: Mapping[str, Any]) -> str:
+    sets = ", ".join(f"{number} of {name!r}" for name, number in aim["rows"].items())
+    return f"{sets}, fingerprint {str(aim['fingerprint'])[:12]}"

@@ -7,7 +7,6 @@ Axes: m validation rows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -39,7 +38,8 @@ class TargetReader:
         self.gradients: ValidationGradients | None = None
         self.hidden: Tensor | None = None
         self._num_steps = 0
-        self._digest: str | None = None
+        # Whether the hidden states in use can change no more.
+        self._is_final = False
         self._has_warned = False
 
     def look(
@@ -57,7 +57,8 @@ class TargetReader:
         is_due = not is_frozen and self._num_steps % self._config.validation_every == 0
         self._num_steps += 1
         takes_gradients = self._config.takes_gradient_cosines and (is_due or self.gradients is None)
-        takes_hidden = hidden is not None and (self.hidden is None or (is_due and not hidden.is_constant))
+        is_final = hidden is not None and hidden.is_constant
+        takes_hidden = hidden is not None and (self.hidden is None or (is_due and not (is_final and self._is_final)))
         if self.target is not None and not (takes_gradients or takes_hidden):
             return
         shared = share()
@@ -68,8 +69,7 @@ class TargetReader:
             self.gradients = gather_gradients(buffer, shared, self._processes)
         if takes_hidden:
             assert hidden is not None
-            self.hidden = hidden.compute(passes, shared)
-        self._check_same(shared)
+            self.hidden, self._is_final = hidden.compute(passes, shared), is_final
         norms = {} if self.gradients is None else {"gradient_norms": self.gradients.norms}
         self.target = self.validation.describe(shared, **norms)
 
@@ -89,8 +89,8 @@ class TargetReader:
         return replace(target, label_tokens=label_tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps since the run began, and which rows they are."""
-        return {"num_validation_steps": self._num_steps, "validation_digest": self._digest}
+        """Steps since the run began, and whether what is known of the rows is final."""
+        return {"num_validation_steps": self._num_steps, "validation_is_final": self._is_final}
 
     def tensors(self) -> dict[str, Tensor]:
         """What was computed in an earlier step and is still in use."""
@@ -104,20 +104,34 @@ class TargetReader:
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores both."""
         self._num_steps = saved_whole_number(state.get("num_validation_steps", 0))
-        digest = state.get("validation_digest")
-        self._digest = digest if isinstance(digest, str) else None
+        self._is_final = state.get("validation_is_final") is True
         self.hidden = tensors.get("hidden")
         if "gradients" in tensors:
             norms = tensors["norms"].to(torch.float64)
             self.gradients = ValidationGradients(tensors["gradients"], norms)
 
-    def _check_same(self, shared: SharedCandidates) -> None:
-        """Refuses other rows than those of the run that is resumed."""
-        hashes = ",".join(str(shape.reference.token_hash) for shape in shared.shapes)
-        digest = hashlib.sha256(hashes.encode()).hexdigest()
-        if self._digest not in (None, digest):
-            raise ValueError(
-                "The checkpoint is of a run that aimed at other validation rows, so this would be another run from "
-                "here on. Fix: resume with the validation_dataset of then, or begin a new run."
-            )
-        self._digest = digest
+
+def describe_aim(config: SpiceConfig, validation: ValidationRows | None, hidden: HiddenScorer | None) -> str:
+    """What a run's picks aim at, on which features, and whether these change while it trains; "" if at nothing."""
+    if not config.takes_validation:
+        return ""
+    by_length = config.length_quotas == "validation"
+    layer = "" if hidden is None else f"the hidden states that layer {hidden.layer} takes"
+    if validation is None:
+        by = f", by {layer}" if layer else " and their answer lengths" if not config.takes_model else ""
+        return f"Without validation rows picks are like the candidates of their pool{by}."
+    sets = ", ".join(f"{number} of {name!r}" for name, number in validation.description["rows"].items())
+    every = "every step" if config.validation_every == 1 else f"every {config.validation_every} steps"
+    if config.score_once_after is not None:
+        every = f"until step {config.score_once_after}"
+    if hidden is not None:
+        lasts = "which stay as they are while training" if hidden.is_constant else f"computed anew {every}"
+        features = f"{layer}, {lasts}"
+    elif config.takes_gradient_cosines:
+        features = f"their gradients, computed anew {every}"
+    elif config.takes_alignment:
+        features = "their mean gradient, computed anew every step"
+    else:
+        features = "their answer lengths alone" if not by_length or not config.takes_model else "their answer lengths"
+    also = " and their answer lengths" if by_length and "lengths" not in features else ""
+    return f"Picks aim at {len(validation.places)} validation rows ({sets}) by {features}{also}."

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from spice_trainer.data.fingerprints import fingerprint_sets
 from spice_trainer.data.references import hash_tokens
 from spice_trainer.data.rows import VALIDATION, CandidateRow, RowReference, TargetRows, fetch_rows
 from spice_trainer.distributed import Processes
@@ -54,6 +57,13 @@ class ValidationRows:
                 f"SpiceConfig: validation_weights={list(self.set_weights)} for {len(self.sets)} validation sets "
                 f"({', '.join(map(repr, self.sets))}). Fix: give one weight for each, in their order."
             )
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """How many rows of each set are read, and their fingerprint, as JSON values."""
+        sets = {name: rows.dataset for name, rows in self.sets.items()}
+        numbers = {name: min(self.num_rows, len(dataset)) for name, dataset in sets.items()}
+        return {"rows": numbers, "fingerprint": fingerprint_sets(sets, self.num_rows)}
 
     @property
     def places(self) -> list[tuple[str, int]]:

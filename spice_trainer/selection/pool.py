@@ -137,8 +137,11 @@ def _quotas(scores: PoolScores, num_selected: int, config: SpiceConfig, *, has_o
     if kind == "pool":
         return quotas_by_pool(lengths, scores.eligible(), num_selected, num_bins=config.length_bins)
     target = scores.target
-    if target is None or not any(target.label_tokens):
-        raise ValueError('length_quotas="validation" needs validation rows with labels. Pass PoolScores(target=...).')
+    if target is None:
+        raise ValueError('length_quotas="validation" needs validation rows. Pass PoolScores(target=...).')
+    if not any(target.label_tokens):
+        # Each is a copy of one of these candidates.
+        return quotas_by_pool(lengths, scores.eligible(), num_selected, num_bins=config.length_bins)
     weights = target.weights(torch.tensor(target.label_tokens) > 0)
     return quotas_by_reference(lengths, target.label_tokens, weights, num_selected, num_bins=config.length_bins)
 

@@ -57,7 +57,13 @@ class SubsetRun:
     def __post_init__(self) -> None:
         self.totals = RunTotals()
         self._records = (
-            RecordWriter(self.output_dir / RECORDS_FOLDER, is_result=True) if self.processes.is_main else None
+            RecordWriter(
+                self.output_dir / RECORDS_FOLDER,
+                is_result=True,
+                validation=self.sampler.scorer.describe_validation(),
+            )
+            if self.processes.is_main
+            else None
         )
 
     def is_done(self) -> bool:

@@ -27,7 +27,7 @@ from spice_trainer.data.checks import check_token_ids
 from spice_trainer.data.fingerprints import fingerprint_dataset
 from spice_trainer.data.reading import read_rows
 from spice_trainer.data.sample import RowSample
-from spice_trainer.data.validation_sets import named_sets
+from spice_trainer.data.validation_sets import checked_sets, named_sets
 from spice_trainer.distributed import Processes, check_agreement
 from spice_trainer.gradients.verification import verify_gradients
 from spice_trainer.proxy.model import ProxyModel
@@ -44,6 +44,7 @@ from spice_trainer.subset.model import describe_model, without_fingerprint
 from spice_trainer.subset.run import SubsetRun
 from spice_trainer.utils.fields import WholeNumber
 from spice_trainer.utils.logging import show_messages
+from spice_trainer.utils.random import preserved_random_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -196,7 +197,9 @@ def select_subset(
             )
             rows = read(dataset)
             given = {} if validation_dataset is None else named_sets(validation_dataset)
-            validation = {name: read(rows) for name, rows in given.items()}
+            sets = {name: read(rows) for name, rows in given.items()}
+            with preserved_random_state(accelerator.device):
+                validation = checked_sets(sets, rows.dataset, config.validation_rows)
             if samples_per_step is None:
                 samples_per_step = (config.pools_per_step or POOLS_PER_STEP) * config.num_selected
             schedule = build_schedule(
@@ -216,6 +219,7 @@ def select_subset(
                 identity["validation_fingerprint"] = found[0] if len(found) == 1 else found
         seen = {"the number of rows": len(dataset), "the settings": config, "the seed": schedule.seed}
         seen["the fingerprint of the rows' content"] = identity["dataset_fingerprint"]
+        seen["the fingerprint of the validation rows"] = identity.get("validation_fingerprint")
         check_agreement(processes, seen)
         sampler = SpiceSampler(config, proxy)
         sampler.prepare(schedule, selector, total_steps=schedule.steps_per_epoch)
@@ -318,6 +322,7 @@ def check_selection(
             "scored. Look at the prompt masking and at `max_length`."
         )
     check_token_ids(rows, scorer.vocabulary)
+    scorer.check_validation()
     check_memory(scorer, min(config.pool_size, len(scorer.rows.dataset)), config)
     if verify and config.takes_gradients:
         shortest = sorted((row for row in rows if row.num_label_tokens > 0), key=lambda row: row.num_tokens)[:2]

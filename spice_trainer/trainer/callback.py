@@ -118,7 +118,8 @@ class SpiceCallback(TrainerCallback):
         self._records = None
         run_dir = self.run_dir if self.run_dir is not None else args.output_dir
         if self.processes.is_main and run_dir is not None:
-            self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER)
+            about = self.sampler.scorer.describe_validation()
+            self._records = RecordWriter(Path(run_dir) / RECORDS_FOLDER, validation=about)
             self.sampler.selector.scorer.keep_in(Path(run_dir) / RECORDS_FOLDER)
         with self.processes.failing_together("opening the run's records"):
             if self.resume_from is not None:

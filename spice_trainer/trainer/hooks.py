@@ -53,7 +53,7 @@ from spice_trainer.trainer.inputs import (
 from spice_trainer.trainer.objective import warn_of_objective
 from spice_trainer.trainer.progress import ScoringProgress
 from spice_trainer.trainer.search import SEARCHABLE, searched_config, warn_of_settings_in_arguments
-from spice_trainer.trainer.validation import validation_sets
+from spice_trainer.trainer.validation import set_sizes, validation_sets
 from spice_trainer.utils.logging import logger
 
 HOOKED_METHODS = (
@@ -169,11 +169,16 @@ class SpiceHooks:
     def check(self, *, verify: bool) -> None:
         """Checks settings, model, collator, memory and gradients without leaving a trace."""
         processes, args = Processes.of(self.trainer.accelerator), self.trainer.args
+        with processes.failing_together("reading the validation rows"):
+            sizes = set_sizes(self.validation_dataset)
+        # TRL's preparation waits for the other processes.
+        check_agreement(processes, {"the number of rows of each validation set": sizes})
         with processes.failing_together("attaching SPICE"):
             self._validation = validation_sets(self.trainer, self.validation_dataset, self.sampler.config)
             inputs = self._build_inputs(self.trainer.get_train_dataloader)
             scorer, candidates = inputs.selector.gradient_scorer, inputs.candidates
-            check_run(args, inputs.schedule, scorer, candidates, config=self.sampler.config)
+            looked_at = [*candidates, *scorer.check_validation()]
+            check_run(args, inputs.schedule, scorer, looked_at, config=self.sampler.config)
             if self.sampler.proxy is not None:
                 check_proxy(self.sampler.proxy, self.trainer.model, device=args.device, rows=candidates)
             check_token_ids(candidates, scorer.vocabulary)

@@ -124,6 +124,7 @@ def describe_for_others(inputs: RunInputs, config: SpiceConfig, fingerprint: str
         "the seed of the pools": inputs.schedule.seed,
         "the number of optimizer steps of an epoch": inputs.schedule.steps_per_epoch,
         "the number of layers that train": len(inputs.selector.gradient_scorer.modules),
+        "what is known of the validation rows": inputs.selector.gradient_scorer.describe_validation(),
     }
 
 
@@ -134,6 +135,8 @@ def training_rows(
     loaders, settings = trainer.accelerator._dataloaders, trainer.accelerator.dataloader_config
     num_loaders, dispatch_batches = len(loaders), settings.dispatch_batches
     signature_columns = getattr(trainer, "_signature_columns", None)
+    # A loader whose workers persist is kept, and would be taken for another dataset's.
+    kept = vars(trainer).pop("_eval_dataloaders", None)
     evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     if any(map(is_stream, (trainer.train_dataset, *evaluated))) and trainer.args.world_size > 1:
         # Else each process would have a part of the stream; now process 0 would read all of it, as each shall here.
@@ -147,6 +150,9 @@ def training_rows(
         del loaders[num_loaders:]
         settings.dispatch_batches = dispatch_batches
         trainer._signature_columns = signature_columns
+        vars(trainer).pop("_eval_dataloaders", None)
+        if kept is not None:
+            trainer._eval_dataloaders = kept
     dataset = getattr(loader, "dataset", None)
     if is_stream(dataset) and name == "get_train_dataloader":
         return open_stream(trainer, dataset), loader.collate_fn
@@ -387,4 +393,5 @@ def plan_run(trainer: Any, inputs: RunInputs, proxy: ProxyModel | None) -> RunPl
         mean_candidate_tokens=sum(candidate_tokens) / len(candidate_tokens),
         num_proxy_parameters=None if proxy is None else num_parameters(proxy.model),
         token_normalized=not schedule.shape.equal_slots,
+        aim=scorer.describe_aim(),
     )

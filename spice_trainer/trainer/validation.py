@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.data.rows import VALIDATION, TargetRows, collate_row, copy_row, fetch_rows
-from spice_trainer.data.validation_sets import DEFAULT_NAME, find_copies, named_sets, warn_of_copies
+from spice_trainer.data.rows import TargetRows, fetch_rows
+from spice_trainer.data.validation_sets import DEFAULT_NAME, checked_sets, named_sets
 from spice_trainer.trainer.inputs import describe_rows, training_rows
 from spice_trainer.utils.logging import logger
 from spice_trainer.utils.random import preserved_random_state
@@ -52,8 +51,14 @@ def prepare_validation(trainer: Any, given: Any, num_rows: int) -> dict[str, Tar
                 f"The trainer's own preparation left no row with a label token of the validation set {name!r} "
                 f"(max_length={getattr(trainer.args, 'max_length', None)}). Fix: give shorter rows, or raise it."
             )
-        prepared[name] = _checked(_as_evaluated(trainer, rows), name, trainer.train_dataset, num_rows)
-    return prepared
+        prepared[name] = _as_evaluated(trainer, rows)
+    with preserved_random_state(trainer.args.device):
+        return checked_sets(prepared, trainer.train_dataset, num_rows)
+
+
+def set_sizes(given: Any) -> dict[str, int]:
+    """How many rows each set that the user gave has."""
+    return {} if given is None else {name: len(rows) for name, rows in named_sets(given).items()}
 
 
 def _as_evaluated(trainer: Any, rows: Any) -> TargetRows:
@@ -83,31 +88,3 @@ def _tokenize(trainer: Any, dataset: Any, name: str) -> Any:
         dataset = Dataset.from_list([dict(row) for row in fetch_rows(dataset, range(len(dataset)))])
     formatting_func = getattr(trainer, "_formatting_func", None)
     return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, name)
-
-
-def _checked(rows: TargetRows, name: str, training: Any, num_rows: int) -> TargetRows:
-    """The same without rows that have no label or are copies of training rows."""
-    number = min(num_rows, len(rows.dataset))
-    fetched = fetch_rows(rows.dataset, range(number), source=VALIDATION)
-    collated = [
-        collate_row(index, copy_row(row), rows.collate, source=f"{VALIDATION} {name!r}")
-        for index, row in enumerate(fetched)
-    ]
-    unlabelled = [row.index for row in collated if row.num_label_tokens == 0]
-    if len(unlabelled) == len(collated):
-        raise ValueError(
-            f"None of the {len(collated)} rows of the validation set {name!r} that are read has a label token (all "
-            "labels are -100), so there is nothing to do well on. Look at the prompt masking and at `max_length`."
-        )
-    copies = find_copies(collated, training)
-    if not copies:
-        return rows
-    warn_of_copies(name, sorted(copies), "what picks aim at")
-    left = [position for position in range(number) if position not in copies]
-    if not left:
-        raise ValueError(
-            f"All {number} rows of the validation set {name!r} are training rows too, so aiming at them would tell "
-            "nothing of other rows. Fix: take them out of the training dataset, or give others."
-        )
-    dataset = rows.dataset.select(left) if hasattr(rows.dataset, "select") else [fetched[row] for row in left]
-    return replace(rows, dataset=dataset)

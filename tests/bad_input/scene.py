@@ -79,12 +79,17 @@ class Scene:
         return self.trainer
 
     def attach(
-        self, settings: Mapping[str, Any] | None = None, *, proxy: Any = None, **options: Any
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        proxy: Any = None,
+        validation_dataset: Any = None,
+        **options: Any,
     ) -> Callable[[], Any]:
         """Attaching to a new trainer."""
         trainer = self.make(**options)
         config = SpiceConfig(**(SETTINGS | dict(settings or {})))
-        return lambda: attach_spice(trainer, config, proxy=proxy)
+        return lambda: attach_spice(trainer, config, proxy=proxy, validation_dataset=validation_dataset)
 
     def train(
         self,
@@ -92,12 +97,13 @@ class Scene:
         *,
         proxy: Any = None,
         resume: str | bool | None = None,
+        validation_dataset: Any = None,
         **options: Any,
     ) -> Callable[[], Any]:
         """Training a new trainer with SPICE attached."""
         self.make(**options)
         config = SpiceConfig(**(SETTINGS | dict(settings or {})))
-        attach_spice(self.trainer, config, proxy=proxy, verify=False)
+        attach_spice(self.trainer, config, proxy=proxy, validation_dataset=validation_dataset, verify=False)
         return lambda: self.trainer.train(resume_from_checkpoint=resume)
 
     def finished(self, settings: Mapping[str, Any] | None = None, name: str = "plain", **options: Any) -> Path:

@@ -16,6 +16,7 @@ from tests.bad_input import (
     resuming,
     settings,
     subsets,
+    validation,
 )
 from tests.bad_input.scene import BadInput
 
@@ -25,6 +26,7 @@ TOPICS: dict[str, tuple[BadInput, ...]] = {
     "Settings": settings.ROWS,
     "The trainer's arguments": arguments.ROWS,
     "Datasets": datasets.ROWS,
+    "Validation rows": validation.ROWS,
     "Collators": collators.ROWS,
     "Models and adapters": models.ROWS,
     "Proxies": proxies.ROWS,

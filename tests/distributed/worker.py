@@ -274,6 +274,20 @@ class Worker:
             error = str(caught)
         return {"error": error, "trained": trained}
 
+    def see_other_validation_rows(self) -> dict[str, Any]:
+        """Validation rows of other content, or in another number, on the last process."""
+        rows = setting.validation_rows()
+        if self.rank and self.options["when"] == "number":
+            rows = rows[1:]
+        elif self.rank:
+            rows[0] |= {"input_ids": rows[0]["input_ids"][::-1]}
+        setting.validation_rows = lambda: rows
+        try:
+            self.build("other", spice={"strategy": "targeted_matching"})
+        except ValueError as caught:
+            return {"error": str(caught)}
+        return {"error": ""}
+
     def freeze(self) -> dict[str, Any]:
         """Trains, and freezes the upper layer's adapter on the way, on every process or on the last alone."""
         ranks = range(self.world_size) if self.options["where"] == "everywhere" else [self.world_size - 1]
@@ -362,6 +376,7 @@ TASKS = {
     "select": Worker.select,
     "fail": Worker.fail,
     "other_rows": Worker.see_other_rows,
+    "other_validation_rows": Worker.see_other_validation_rows,
     "freeze": Worker.freeze,
     "attach_on_one": Worker.attach_on_one,
     "disagree": Worker.disagree,

@@ -72,6 +72,15 @@ def test_a_row_does_not_depend_on_its_batch():
         assert torch.allclose(found[0], together[row], rtol=1e-5, atol=1e-6)
 
 
+def test_the_mean_is_taken_in_full_precision():
+    model = tiny_lora_model("llama")
+    inputs, labels = batch((5, 9, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16), HiddenStates(model, 1) as hidden_states:
+        found = hidden_states.compute(inputs, labels)
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    assert torch.allclose(found, states_of(model, 1), rtol=0.05, atol=0.01)
+
+
 def test_the_forward_ends_at_the_layer_and_leaves_no_trace():
     model = tiny_lora_model("llama").train()
     called = []

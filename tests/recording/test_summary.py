@@ -23,6 +23,11 @@ from spice_trainer.utils import logging as logs
 from tests.support.trainers import make_trainer, read_records, tiny_rows, trained_indices
 from tests.trainer.test_checks import OwnLoss
 
+WANTED = [
+    {"input_ids": [3, *[4] * length], "attention_mask": [1] * (length + 1), "labels": [-100, *[4] * length]}
+    for length in range(9, 19)
+]
+
 pytestmark = pytest.mark.oldest
 
 
@@ -311,3 +316,62 @@ def test_the_summary_tells_scoring_beside_the_training() -> None:
     totals = RunTotals(num_steps=3, times=StepTimes(scoring=0.5, ahead=12.3))
     assert dict(summarize_run(totals))["Scoring beside the training"] == "12.3 s"
     assert "Scoring beside the training" not in dict(summarize_run(RunTotals(num_steps=3)))
+
+
+AIMS = [
+    (
+        {"strategy": "targeted_matching", "hidden_layer": 0},
+        "Picks aim at 10 validation rows (10 of 'validation') by the hidden states that layer 0 takes, which stay as "
+        "they are while training.",
+    ),
+    (
+        {"strategy": "targeted_matching", "hidden_layer": 1, "validation_every": 2},
+        "by the hidden states that layer 1 takes, computed anew every 2 steps.",
+    ),
+    (
+        {"strategy": "targeted_matching", "matching_features": "gradients"},
+        "by their gradients, computed anew every step.",
+    ),
+    ({"strategy": "length_matched"}, "by their answer lengths alone."),
+    ({"strategy": "fisher", "length_quotas": "validation"}, "by their answer lengths."),
+]
+
+
+@pytest.mark.parametrize(("spice", "words"), AIMS)
+def test_the_first_line_says_what_picks_aim_at(
+    spice: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    with caplog.at_level(logging.INFO, logger="spice_trainer"):
+        trainer = make_trainer(tmp_path, spice={"pool_size": 24} | spice, validation_dataset=WANTED)
+        trainer.train()
+    (line,) = (message for message in _messages(caplog, logging.INFO) if "Rows are picked by" in message)
+    assert words in line
+    rows = dict(summarize_run(trainer._spice.callback.totals))
+    pools = [pool for pool in read_records(tmp_path, "pools") if "shift_p_value" in pool]
+    found = sum(pool.get("shift_shrinkage", float(pool["shift_p_value"] <= 0.01)) > 0 for pool in pools)
+    assert ("Pools that differ from the validation rows" in rows) == ("strategy" in spice and bool(pools))
+    if not pools:
+        return
+    value = rows["Pools that differ from the validation rows"]
+    assert value.startswith(f"{found} of {len(pools)} pools")
+    if "shift_shrinkage" in pools[0]:
+        shifted = [pool for pool in pools if pool["shift_shrinkage"] > 0]
+        assert shifted, "nothing was told apart"
+        distance, shrinkage = (_mean(pool[f"shift_{name}"] for pool in shifted) for name in ("distance", "shrinkage"))
+        assert f"by {distance:.2g} of a row's length, of which picks aim at {shrinkage:.0%}" in value
+
+
+def test_without_validation_rows_or_a_difference_nothing_is_aimed_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spice = {"strategy": "targeted_matching", "pool_size": 24}
+    with caplog.at_level(logging.INFO, logger="spice_trainer"):
+        trainer = make_trainer(tmp_path / "none", spice=spice)
+        trainer.train()
+    assert "Without validation rows picks are like the candidates of their pool, by the hidden states" in caplog.text
+    assert "Pools that differ from the validation rows" not in dict(summarize_run(trainer._spice.callback.totals))
+    alike = make_trainer(tmp_path / "alike", spice=spice, validation_dataset=tiny_rows(10, seed=4))
+    alike.train()
+    assert dict(summarize_run(alike._spice.callback.totals))["Pools that differ from the validation rows"] == (
+        "0 of 3 pools: nothing was aimed at, so picks are like random rows of their pool's answer lengths"
+    )
