@@ -38,8 +38,7 @@ def pick_uds(scores: PoolScores, num_selected: int, options: PickOptions) -> Pic
     )
     values = norms
     if len(past):
-        distances = torch.cdist(features, past, compute_mode="donot_use_mm_for_euclid_dist")
-        values = norms + DIVERSITY_WEIGHT * distances.mean(dim=1)
+        values = norms + DIVERSITY_WEIGHT * torch.cdist(features, past).mean(dim=1)
     return pick_largest(values, scores.eligible(values), num_selected, options.tie_tolerance, quotas=options.quotas)
 
 

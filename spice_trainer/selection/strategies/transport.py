@@ -101,18 +101,15 @@ def transport(
     bound = (1.0 - DIVERSITY) * SCALE / DIVERSITY
     # Where the bound is never met everybody reaches every candidate.
     spread, last = float(reached[0, -1]), torch.full((len(distances),), number - 1)
-    rows = torch.arange(len(distances))[:, None].expand_as(costs).flatten()
-    places = torch.arange(number - 1).expand_as(costs).flatten()
-    used_up = torch.zeros_like(last)
-    total, current = 0.0, [0.0] * len(distances)
-    for event in torch.argsort(reached[:, :-1].flatten(), stable=True).tolist():
-        row, place = int(rows[event]), int(places[event])
-        total += float(weights[row]) * (float(costs[row, place]) - current[row])
-        current[row] = float(costs[row, place])
-        if total >= bound:
-            spread, last = float(reached[row, place]), used_up
-            break
-        used_up[row] = place
+    # Each event is a row's next neighbour, and changes the total by what it costs more than the one before.
+    more = weights[:, None] * torch.diff(costs, dim=1, prepend=torch.zeros(len(costs), 1, dtype=torch.float64))
+    order = torch.argsort(reached[:, :-1].flatten(), stable=True)
+    exceeding = (more.flatten()[order].cumsum(0) >= bound).nonzero().flatten()
+    if len(exceeding):
+        event = int(exceeding[0])
+        spread = float(reached[:, :-1].flatten()[order[event]])
+        before = torch.div(order[:event], number - 1, rounding_mode="floor")
+        last = (torch.bincount(before, minlength=len(distances)) - 1).clamp_min(0)
     chances = torch.zeros(number, dtype=torch.float64)
     for row, place in enumerate(last.tolist()):
         used = shares[row, : place + 1] / spread
