@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spice_trainer.config import SpiceConfig
-from spice_trainer.gradients.hidden_states import decoder_layers, last_layer, lowest_trained_layer
+from spice_trainer.gradients.hidden_states import HiddenStates, decoder_layers, last_layer, lowest_trained_layer
 from spice_trainer.scoring.passes import ScoringPasses
 from spice_trainer.scoring.runtime import Runtime
 from spice_trainer.scoring.sharing import SharedCandidates
@@ -38,6 +38,8 @@ class HiddenScorer:
         if config.takes_last_hidden_states:
             default = last_layer(model)
         self.layer = default if config.hidden_layer is None else config.hidden_layer
+        # Refuses a layer that the model does not have.
+        HiddenStates(model, self.layer)
         self.keeps = True
         """Whether rows will be asked for again, in a later epoch."""
         self._kept: dict[int, Tensor] = {}
