@@ -182,6 +182,33 @@ ROWS = (
         ("conflict_reference='momentum'", "has optim='sgd'", "Fix: set optim='adamw_torch_fused'"),
         lambda scene: scene.attach({"conflict_reference": "momentum"}, optim="sgd"),
     ),
+    _value(
+        "memory_scored_once",
+        '`score_once_after` with `strategy="uds"`',
+        "score_once_after=2 with strategy='uds': its memory of past picks changes with every step",
+        "Fix: leave one of the two out",
+        score_once_after=2,
+        strategy="uds",
+    ),
+    BadInput(
+        "aiming_at_nothing",
+        '`strategy="rds"`, `"tsds"`, `"greats"` or `"opus"` without a `validation_dataset`',
+        ATTACHING,
+        ValueError,
+        (
+            "strategy='rds' compares candidates with a validation set, and there is none",
+            "Fix: pass `validation_dataset=`",
+        ),
+        lambda scene: scene.attach({"strategy": "rds"}),
+    ),
+    BadInput(
+        "layer_too_high",
+        "a `hidden_layer` that the model does not have",
+        ATTACHING,
+        ValueError,
+        ("hidden_layer=9, and the model has the layers 0 to 1", "Fix: set hidden_layer to at most 2"),
+        lambda scene: scene.attach({"strategy": "targeted_matching", "hidden_layer": 9}),
+    ),
     BadInput(
         "alpha_beyond_float64",
         'a `fisher_alpha` of 1e308 with `information="diagonal"` or `"adafisher"`',
