@@ -131,15 +131,16 @@ def score_alone(model: nn.Module, layer_name: str) -> None:
     warn_of_scoring_alone(model, layer_name, "takes the tokens of all rows together")
 
 
-def score_unpadded(model: nn.Module) -> None:
-    """From here on they are, too: batch mates or padding were seen to change a row's gradient."""
+def score_unpadded(model: nn.Module, what: str = "gradient") -> None:
+    """From here on they are, too: batch mates or padding were seen to change a row's gradient, or `what` else."""
     _with_mixed_rows.add(model)
     if model not in _warned:
         _warned.add(model)
         logger.warning(
             "SPICE: candidates are scored one at a time, which is slow on a GPU if they are short: in this model "
-            "(%s) padding, or the other rows of a batch, change a row's gradient.",
+            "(%s) padding, or the other rows of a batch, change a row's %s.",
             type(model).__name__,
+            what,
         )
 
 

@@ -10,7 +10,7 @@ Axes: N samples, S tokens, H numbers of a hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spice_trainer.data.rows import CandidateRow, pad_rows
 from spice_trainer.gradients.backends import is_sharded, scoring_mode
-from spice_trainer.gradients.forward import base_model, forward_parameters, input_embedding, without_cache
+from spice_trainer.gradients.forward import (
+    base_model,
+    forward_parameters,
+    input_embedding,
+    move_inputs,
+    without_cache,
+)
 
 
 class _ReachedError(Exception):
@@ -47,7 +54,9 @@ def _decoder(model: nn.Module) -> nn.Module:
     """The part of the model that holds the layers, or all of it if it does not tell."""
     base = base_model(model)
     get_decoder = getattr(base, "get_decoder", None)
-    return (get_decoder() if callable(get_decoder) else None) or base
+    decoder = get_decoder() if callable(get_decoder) else None
+    # One that is called so may be a single linear layer behind all others.
+    return decoder if decoder is not None and any(decoder.children()) else base
 
 
 def lowest_trained_layer(model: nn.Module) -> int:
@@ -145,7 +154,7 @@ class HiddenStates:
             states = self._states
             if states is None or states.dim() != 3 or len(states) != len(labels):
                 shape = None if states is None else tuple(states.shape)
-                raise RuntimeError(
+                raise ValueError(
                     f"The layer ({type(self._layer).__name__}) whose hidden states are compared took {shape} for a "
                     f"micro-batch of {len(labels)} rows, where (rows, tokens, numbers) was expected. Fix: "
                     'SpiceConfig(matching_features="gradients"), or another hidden_layer.'
@@ -175,3 +184,25 @@ class HiddenStates:
             self._states = states.detach()
         if self._stops:
             raise _ReachedError
+
+
+def states_are_alone(model: nn.Module, layer: int, rows: Sequence[CandidateRow], device: torch.device) -> bool:
+    """Whether two rows of the same kind have the same states together as each alone; one row tells nothing.
+
+    A `ValueError` if the layer gives none that could be compared.
+    """
+    with HiddenStates(model, layer) as hidden_states:
+
+        def states_of(some: Sequence[CandidateRow]) -> Float[Tensor, "N H"]:
+            inputs, labels = pad_rows(some)
+            return hidden_states.compute(move_inputs(inputs, device), labels.to(device))
+
+        alone = torch.cat([states_of([row]) for row in rows])
+        if len(rows) < 2 or not all(row.can_be_padded for row in rows):
+            return True
+        difference = (states_of(rows) - alone).norm(dim=1)
+    return bool((difference <= _SAME_STATES * alone.norm(dim=1)).all())
+
+
+# Relative; rounding of bf16 states is below it, and what another row does to one is above.
+_SAME_STATES = 0.05

@@ -30,6 +30,7 @@ from spice_trainer.gradients.backends import (
     warn_of_quantization,
 )
 from spice_trainer.gradients.forward import base_model, forward_parameters
+from spice_trainer.gradients.hidden_states import states_are_alone
 from spice_trainer.gradients.lora import find_trained_modules
 from spice_trainer.gradients.unscored import unscored_share
 from spice_trainer.gradients.verification import verify_directions, verify_gradients
@@ -221,6 +222,18 @@ def verify_run(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow
             score_unpadded(model)
     changes = is_target and changes_when_training_begins(trainer.args)
     return verify_when_wrapped if not is_ready or changes else None
+
+
+def check_hidden_states(trainer: Any, scorer: GradientScorer, rows: Sequence[CandidateRow]) -> None:
+    """Looks at two rows' hidden states, where the main process can run the model by itself. A collective."""
+    model, processes, is_alone = scorer.get_model(), scorer.processes, True
+    if scorer.hidden is None or not _is_ready(trainer, scorer):
+        return
+    with processes.failing_together("looking at hidden states"), trainer.accelerator.autocast():
+        if processes.is_main:
+            is_alone = states_are_alone(model, scorer.hidden.layer, _shortest(rows)[:2], input_device(model))
+    if not processes.broadcast(is_alone) and not must_score_alone(model):
+        score_unpadded(model, "hidden states")
 
 
 def _shortest(rows: Sequence[CandidateRow]) -> list[CandidateRow]:

@@ -37,7 +37,14 @@ from spice_trainer.recording.summary import RunPlan
 from spice_trainer.sampling.loader import PickSource, ScheduledEpoch, SlotCollator, Slots, build_dataloader
 from spice_trainer.sampling.sampler import SpiceSampler
 from spice_trainer.trainer.callback import SpiceCallback
-from spice_trainer.trainer.checks import check_proxy, check_run, is_training, verify_run, warn_of_unscored
+from spice_trainer.trainer.checks import (
+    check_hidden_states,
+    check_proxy,
+    check_run,
+    is_training,
+    verify_run,
+    warn_of_unscored,
+)
 from spice_trainer.trainer.handle import SpiceHandle
 from spice_trainer.trainer.inputs import (
     EarlierSample,
@@ -202,6 +209,8 @@ class SpiceHooks:
                 replaced,
             )
         check_agreement(processes, describe_for_others(inputs, self.sampler.config, fingerprint))
+        if verify:
+            check_hidden_states(self.trainer, scorer, candidates)
         # Without a backward there is no gradient to verify.
         if verify and self.sampler.config.takes_gradients:
             self._verify_later = verify_run(self.trainer, scorer, candidates)

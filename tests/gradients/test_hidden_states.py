@@ -3,8 +3,24 @@
 import pytest
 import torch
 
-from spice_trainer.gradients.hidden_states import HiddenStates, decoder_layers, last_layer, lowest_trained_layer
-from tests.support.models import ARCHITECTURES, VOCAB_SIZE, add_lora, tiny_lora_model, tiny_model
+from spice_trainer.data.rows import collate_row
+from spice_trainer.gradients.hidden_states import (
+    HiddenStates,
+    decoder_layers,
+    last_layer,
+    lowest_trained_layer,
+    states_are_alone,
+)
+from tests.support.families import FAMILIES, family_model
+from tests.support.models import (
+    ARCHITECTURES,
+    VOCAB_SIZE,
+    add_lora,
+    enable_checkpointing,
+    tiny_lora_model,
+    tiny_model,
+)
+from tests.support.multimodal import collated, tiny_multimodal_model
 from tests.support.traces import model_state, random_states
 
 TARGETS = ["q_proj", "down_proj"]
@@ -121,3 +137,97 @@ def test_a_layer_that_is_not_there():
         HiddenStates(tiny_model("llama"), 4)
     with pytest.raises(ValueError, match="has no list of layers"):
         decoder_layers(torch.nn.Linear(2, 2))
+
+
+# Attention of several kinds, state spaces, recurrence, experts, sliding windows, no positions, learned positions.
+STRUCTURES = [
+    "llama", "gpt2", "bloom", "falcon", "gpt_neox", "opt", "gemma3_text", "qwen3_moe", "deepseek_v3", "jamba",
+    "mamba2", "rwkv", "recurrent_gemma", "xlstm", "bart", "modernbert-decoder", "minimax", "cohere2",
+]  # fmt: skip
+# Whose layers take something else than a vector a token.
+WITHOUT = ["deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("family", [family for family in STRUCTURES if family in FAMILIES])
+def test_families_of_many_structures(family):
+    model = family_model(family, "lora").eval()
+    layer = len(decoder_layers(model)) - 1
+    taken = []
+    handle = decoder_layers(model)[layer].register_forward_pre_hook(
+        lambda module, args, kwargs: taken.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    inputs, _ = batch((5, 9, 3))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    handle.remove()
+    found = states_of(model, layer)
+    for row, states in enumerate(found):
+        length = int(inputs["attention_mask"][row].sum())
+        weights = torch.arange(1.0, length + 1)
+        expected = (weights[:, None] * taken[0][row, :length].float()).sum(dim=0) / weights.sum()
+        assert torch.allclose(states, expected, rtol=1e-4, atol=1e-5)
+    assert len({tuple(row) for row in found.tolist()}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("family", [family for family in WITHOUT if family in FAMILIES])
+def test_families_whose_layers_take_something_else(family):
+    with pytest.raises(
+        ValueError, match=r"The layer \(\w+\) whose hidden states are compared took .* Fix: SpiceConfig"
+    ):
+        states_of(family_model(family, "lora"), 1)
+
+
+def rows_of(lengths):
+    inputs, labels = batch(lengths)
+    return [
+        collate_row(index, {"input_ids": ids[:length], "labels": row[:length]}, single)
+        for index, (ids, row, length) in enumerate(zip(inputs["input_ids"], labels, lengths, strict=True))
+    ]
+
+
+def single(rows):
+    (row,) = rows
+    return {key: value[None] for key, value in row.items()}
+
+
+def test_models_that_mix_rows_are_found():
+    assert states_are_alone(tiny_lora_model("llama"), 1, rows_of((5, 9)), torch.device("cpu"))
+    model = tiny_lora_model("llama")
+    decoder_layers(model)[0].register_forward_hook(
+        lambda module, args, output: (
+            (output[0] if isinstance(output, tuple) else output).mean(dim=0, keepdim=True)
+            + (output[0] if isinstance(output, tuple) else output)
+        )
+    )
+    assert not states_are_alone(model, 1, rows_of((5, 9)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_gradient_checkpointing(use_reentrant):
+    model = tiny_lora_model("llama")
+    expected = states_of(model, 1)
+    enable_checkpointing(model, use_reentrant=use_reentrant)
+    model.train()
+    assert torch.equal(states_of(model, 1), expected)
+
+
+def test_of_a_compiled_model():
+    model = tiny_lora_model("llama")
+    expected = states_of(model, 1)
+    compiled = torch.compile(model, backend="eager")
+    compiled(**batch((5, 9, 3))[0])
+    assert torch.allclose(states_of(compiled, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_vl", "gemma3"])
+def test_of_the_language_model_beside_a_vision_tower(architecture):
+    model = add_lora(tiny_multimodal_model(architecture), target_modules=r".*language_model.*q_proj")
+    layers, base = decoder_layers(model), model.get_base_model()
+    assert len(layers) == base.config.get_text_config().num_hidden_layers
+    assert all(any(layer is module for module in base.get_decoder().modules()) for layer in layers)
+    with HiddenStates(model, 1) as hidden_states:
+        for row in collated(architecture, [1, 2]):
+            found = hidden_states.compute(row.inputs, row.labels)
+            assert found.shape == (1, base.config.get_text_config().hidden_size) and bool(found.isfinite().all())
