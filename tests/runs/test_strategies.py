@@ -198,6 +198,9 @@ def expected_picks(strategy: str, pool: list[int], num_selected: int, **spice: A
         reference = gradients_of(model, VALIDATION[:NUM_VALIDATION])[1].mean(dim=0)
         if strategy == "greats":
             return field_oracles.greats(gradients, reference, sound, num_selected, LEARNING_RATE)
+        if spice.get("gradient_preconditioning") == "adam":
+            # Before the first update Adam would step by each coordinate's sign.
+            gradients = gradients / (gradients.abs() + 1e-8)
         return field_oracles.opus(gradients, reference, sound, num_selected, LEARNING_RATE, (42, 0, 0))
     if strategy in ("dpp", "matching", "facility_location"):
         return getattr(oracle, strategy)(weighted, num_selected)
@@ -224,6 +227,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("spice", {"gradient_centering": True}),
     ("fisher", {"gradient_centering": True}),
     ("targeted_matching", {"matching_features": "gradients"}),
+    ("opus", {"gradient_preconditioning": "adam"}),
 ]
 
 
@@ -429,7 +433,7 @@ def test_a_proxy_picks_by_the_strategy(strategy: str, tmp_path: Path) -> None:
 
 
 def test_select_subset_by_strategy(tmp_path: Path) -> None:
-    for strategy in ("random", "matching"):
+    for strategy in ("random", "matching", "uds"):
         subset = select(tmp_path / strategy, spice={"strategy": strategy}, dataset=Dataset.from_list(ROWS))
         found = list(itertools.chain(*subset_picks(tmp_path / strategy)))
         assert [row["input_ids"] for row in subset.dataset] == [ROWS[index]["input_ids"] for index in found]
@@ -441,6 +445,11 @@ def test_select_subset_by_strategy(tmp_path: Path) -> None:
     candidates = read_records(tmp_path / "less", "pools")[0]["candidates"]
     places, _ = expected_picks("less", candidates, 4)
     assert subset_picks(tmp_path / "less")[0] == [candidates[place] for place in places]
+    aim = {"strategy": "rds", "validation_rows": NUM_VALIDATION}
+    select(tmp_path / "rds", spice=aim, **options)
+    candidates = read_records(tmp_path / "rds", "pools")[0]["candidates"]
+    places, _ = expected_picks("rds", candidates, 4)
+    assert subset_picks(tmp_path / "rds")[0] == [candidates[place] for place in places]
     # Finished, it stays what it is: with another validation set it would be another subset.
     config = {"strategy": "less", "validation_rows": NUM_VALIDATION}
     select(tmp_path / "less", spice=config, **options)
