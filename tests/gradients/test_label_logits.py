@@ -64,10 +64,12 @@ def test_sketches_keep_distances_on_the_whole():
     assert not torch.allclose(other.sketch(rows[0]), sketches[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 9), (7, 3), (20, 200)])
+@pytest.mark.parametrize("shape", [(1, 9), (7, 3), (20, 200), (30, 9000)])
 def test_the_norm_is_the_sum_of_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 5 + 3
     assert nuclear_norm(matrix) == pytest.approx(float(torch.linalg.svdvals(matrix.double()).sum()), rel=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nuclear_norm(matrix) == pytest.approx(float(torch.linalg.svdvals(matrix.double()).sum()), rel=1e-6)
     matrix[0, 0] = math.nan
     assert math.isnan(nuclear_norm(matrix))
 
