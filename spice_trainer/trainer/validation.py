@@ -87,4 +87,14 @@ def _tokenize(trainer: Any, dataset: Any, name: str) -> Any:
     if not isinstance(dataset, Dataset):
         dataset = Dataset.from_list([dict(row) for row in fetch_rows(dataset, range(len(dataset)))])
     formatting_func = getattr(trainer, "_formatting_func", None)
-    return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, name)
+    try:
+        return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, name)
+    except KeyError as error:
+        # Before TRL 1.0 it kept no formatting_func.
+        given = "" if formatting_func is None else ", and its formatting_func was called"
+        raise ValueError(
+            f"The trainer's own preparation of the validation set {name!r} asks for the column {error}, and the rows "
+            f"have {', '.join(map(repr, dataset.column_names))}{given}. Fix: give rows with the columns of the "
+            'training rows; where the trainer has a formatting_func, validation_dataset.map(lambda row: {"text": '
+            "formatting_func(row)})."
+        ) from error

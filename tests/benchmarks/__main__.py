@@ -24,7 +24,7 @@ from tests.benchmarks.fidelity import NORMALIZATIONS
 from tests.benchmarks.tables import print_table
 from tests.benchmarks.workload import open_workload
 
-PARTS = ("scoring", "selection", "end_to_end", "options", "sketch", "gpu")
+PARTS = ("scoring", "selection", "end_to_end", "options", "sketch", "aim", "gpu")
 
 
 def make_parser() -> argparse.ArgumentParser:

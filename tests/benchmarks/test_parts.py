@@ -186,6 +186,16 @@ def test_what_was_timed_is_what_is_told_of() -> None:
     assert error([2.0, 3.0], half, (0, 1)) == error([2.0, 3.0, 4.0], half) == float("inf")
 
 
+def test_aim() -> None:
+    result = run("aim")["parts"]["aim"]
+    assert result["layer"] == 1 and set(result["seconds"]) == {
+        "exact gradients",
+        "sketched gradients",
+        "hidden states",
+    }
+    assert all(value > 0 for values in result["milliseconds"].values() for value in values)
+
+
 def test_sketch() -> None:
     result = run("sketch", "--sketch-dims", "64", "256", "99999999")["parts"]["sketch"]
     assert list(result["seconds"]) == [SORTED, "0", "256", "64"]

@@ -140,3 +140,24 @@ def test_the_order_of_lengths_is_indifferent():
     lengths, others = [3, 9, 9, 4, 20, 7, 7, 30], [9, 40, 7, 50]
     found = {lengths_differ(sorted(lengths, key=lambda n: hash((n, key))), others[::-1]) for key in range(5)}
     assert len(found) == 1 and 0.002 < found.pop() < 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 30), (1, 1), (2, 200)])
+def test_sets_of_very_different_size(sizes):
+    """Without a difference the gate stays shut, the lone row's weight is its set's, and a row is trusted little."""
+    sets = tuple(number for number, size in enumerate(sizes) for _ in range(size))
+    alarms, shrinkages = 0, []
+    for seed in range(200):
+        found = measure(*pool_and_target(seed, num_target=sum(sizes)), Target((4,) * sum(sizes), sets), seed=seed)
+        alarms += found.shrinkage > 0
+        assert 0.0 <= found.shrinkage < 1.0
+        candidates, targets = pool_and_target(seed, num_target=sum(sizes), offset=4.0)
+        shrinkages.append(measure(candidates, targets, Target((4,) * sum(sizes), sets), seed=seed).shrinkage)
+    # A level of 0.01: more than 8 of 200 come once in 10,000 times.
+    assert alarms <= 8
+    if sum(sizes) > 2:
+        assert min(shrinkages) > 0.3
+    weights = Target((4,) * sum(sizes), sets).weights(torch.ones(sum(sizes), dtype=torch.bool))
+    assert weights[0] == pytest.approx(0.5 / sizes[0]) and weights[-1] == pytest.approx(0.5 / sizes[1])
+    sound = torch.tensor([number > 0 for number in sets])
+    assert Target((4,) * sum(sizes), sets).weights(sound)[-1] == pytest.approx(1 / sizes[1])

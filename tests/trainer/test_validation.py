@@ -139,3 +139,10 @@ def test_rows_that_lose_their_labels_are_left_out_and_said(tmp_path: Path, caplo
     other = sft_trainer(tmp_path / "other", pairs(24), max_length=6)
     with pytest.raises(ValueError, match="preparation left no row with a label token of the validation set"):
         attach_spice(other, config, validation_dataset=[{"prompt": words(8, 1), "completion": "w3"}], verify=False)
+
+
+def test_rows_with_other_columns_than_the_training_rows(tmp_path: Path) -> None:
+    trainer = sft_trainer(tmp_path, texts(24))
+    config = SpiceConfig(strategy="targeted_matching", pool_size=12, num_selected=4)
+    with pytest.raises(ValueError, match=r"asks for the column 'text', and the rows have 'question', 'answer'\. Fix"):
+        attach_spice(trainer, config, validation_dataset=questions(9), verify=False)
