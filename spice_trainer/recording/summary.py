@@ -152,6 +152,9 @@ def warn_of_first_pools(totals: RunTotals, config: SpiceConfig) -> list[str]:
             f"largest gradient norms of their pool, so neither information nor conflict decides. {advice} if "
             "directions should."
         )
+    if config.length_quotas in ("pool", "validation"):
+        # Answers are as long as was asked for.
+        return warnings
     if totals.mean_label_tokens_selected < 0.5 * totals.mean_label_tokens_pool:
         warnings.append(
             f"SPICE: the picks of the first {totals.num_pools} pools are short: "

@@ -375,3 +375,13 @@ def test_without_validation_rows_or_a_difference_nothing_is_aimed_at(
     assert dict(summarize_run(alike._spice.callback.totals))["Pools that differ from the validation rows"] == (
         "0 of 3 pools: nothing was aimed at, so picks are like random rows of their pool's answer lengths"
     )
+
+
+@pytest.mark.parametrize("tokens", [2.0, 50.0])
+def test_quotas_by_length_are_no_reason_to_warn_of_lengths(tokens: float) -> None:
+    totals = RunTotals(
+        num_pools=6, num_candidates=60, num_selected=24, label_tokens_pool=600.0, label_tokens_selected=24 * tokens
+    )
+    assert len(warn_of_first_pools(totals, SpiceConfig())) == 1
+    for quotas in ("pool", "validation"):
+        assert warn_of_first_pools(totals, SpiceConfig(length_quotas=quotas)) == []
