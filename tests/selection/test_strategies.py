@@ -592,9 +592,11 @@ def test_properties(known, name, num_selected, random):
         order = random.sample(range(num_rows), num_rows)
         straight = select_by_strategy(name, inputs, num_selected, tie_tolerance=1e-9)
         reordered = select_by_strategy(name, inputs_of(known, order), num_selected, tie_tolerance=1e-9)
-        if tuple(order[index] for index in reordered.indices) != straight.indices:
-            # Candidates can tie for good (facility location: two rows cover just each other); the gains agree.
-            assert reordered.scores == pytest.approx(straight.scores, rel=1e-6, abs=1e-6)
+        both = list(zip([order[index] for index in reordered.indices], straight.indices, strict=True))
+        # Candidates can tie for good (facility location: two rows cover just each other): the gains agree up to there,
+        # and after other picks they need not.
+        same = next((place + 1 for place, (one, other) in enumerate(both) if one != other), len(both))
+        assert reordered.scores[:same] == pytest.approx(straight.scores[:same], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.wrong_arrays
