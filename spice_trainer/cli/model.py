@@ -1,15 +1,57 @@
-"""The model of a command, as TRL's `ModelConfig` names it, with a fresh adapter."""
+"""What commands share: their arguments, the rows that these name, and the model with a fresh adapter."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
 from peft import LoraConfig
 
 from spice_trainer.config import SpiceConfig
+from spice_trainer.data.files import open_dataset
 from spice_trainer.proxy.model import ProxyModel
 from spice_trainer.utils.random import seeded_random_state
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command was given, parsed, with the rows opened."""
+
+    model: Any
+    config: SpiceConfig
+    arguments: Any
+    dataset: Any
+    validation: Any
+
+
+def parse_command(name: str, arguments_class: type, argv: list[str] | None) -> Command:
+    """Parses the arguments, by default those of the command line, and opens the rows.
+
+    Ends the command with a message where TRL is not installed, or something that it needs is not named.
+    """
+    try:
+        from trl import ModelConfig, ScriptArguments, TrlParser
+    except ImportError as error:
+        raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
+    parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, arguments_class), prog=f"spice-trainer {name}")
+    script, model, config, arguments = parser.parse_args_and_config(args=argv)
+    if model.model_name_or_path is None or script.dataset_name is None:
+        parser.error("--model_name_or_path and --dataset_name are needed")
+    if config.needs_validation and arguments.validation_dataset_name is None:
+        quotas = config.length_quotas == "validation"
+        what = "--length_quotas validation" if quotas else f"--strategy {config.strategy}"
+        parser.error(f"{what} needs --validation_dataset_name, the rows to compare candidates with")
+    validation = None
+    if arguments.validation_dataset_name is not None:
+        validation = open_dataset(
+            arguments.validation_dataset_name,
+            script.dataset_test_split,
+            name_flag="--validation_dataset_name",
+            split_flag="--dataset_test_split",
+        )
+    dataset = open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    return Command(model, config, arguments, dataset, validation)
 
 
 def load_model(model: Any, config: SpiceConfig, *, accelerator: Accelerator, seed: int) -> ProxyModel:

@@ -17,9 +17,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from spice_trainer.cli.model import load_model
-from spice_trainer.config import SpiceConfig
-from spice_trainer.data.files import open_dataset
+from spice_trainer.cli.model import load_model, parse_command
 from spice_trainer.pilot.run import run_pilot
 
 
@@ -41,27 +39,14 @@ class PilotArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, by default those of the command line, and prints the report."""
-    try:
-        from trl import ModelConfig, ScriptArguments, TrlParser
-    except ImportError as error:
-        raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
-    parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, PilotArguments), prog="spice-trainer pilot")
-    script, model, config, arguments = parser.parse_args_and_config(args=argv)
-    if model.model_name_or_path is None or script.dataset_name is None:
-        parser.error("--model_name_or_path and --dataset_name are needed")
-    validation = open_dataset(
-        arguments.validation_dataset_name,
-        script.dataset_test_split,
-        name_flag="--validation_dataset_name",
-        split_flag="--dataset_test_split",
-    )
-    dataset = open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    command = parse_command("pilot", PilotArguments, argv)
+    config, arguments = command.config, command.arguments
     accelerator = Accelerator()
-    loaded = load_model(model, config, accelerator=accelerator, seed=arguments.seed)
+    loaded = load_model(command.model, config, accelerator=accelerator, seed=arguments.seed)
     report = run_pilot(
         loaded.model.to(accelerator.device),
-        dataset,
-        validation,
+        command.dataset,
+        command.validation,
         config,
         processing_class=loaded.processing_class,
         num_rows=arguments.num_rows,

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 
-from spice_trainer.cli.model import load_model
-from spice_trainer.config import SpiceConfig
-from spice_trainer.data.files import open_dataset
+from spice_trainer.cli.model import load_model, parse_command
 from spice_trainer.subset.select import select_subset
 
 
@@ -48,35 +46,16 @@ class SubsetArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, by default those of the command line, and selects."""
-    try:
-        from trl import ModelConfig, ScriptArguments, TrlParser
-    except ImportError as error:
-        raise SystemExit(f"This command needs TRL: pip install 'spice-trainer[sft]'. ({error})") from error
-    parser = TrlParser((ScriptArguments, ModelConfig, SpiceConfig, SubsetArguments), prog="spice-trainer select")
-    script, model, config, arguments = parser.parse_args_and_config(args=argv)
-    if model.model_name_or_path is None or script.dataset_name is None:
-        parser.error("--model_name_or_path and --dataset_name are needed")
-    validation = None
-    if config.needs_validation and arguments.validation_dataset_name is None:
-        quotas = config.length_quotas == "validation"
-        what = "--length_quotas validation" if quotas else f"--strategy {config.strategy}"
-        parser.error(f"{what} needs --validation_dataset_name, the rows to compare candidates with")
-    if arguments.validation_dataset_name is not None:
-        validation = open_dataset(
-            arguments.validation_dataset_name,
-            script.dataset_test_split,
-            name_flag="--validation_dataset_name",
-            split_flag="--dataset_test_split",
-        )
-    dataset = open_dataset(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    command = parse_command("select", SubsetArguments, argv)
+    config, arguments = command.config, command.arguments
     accelerator = Accelerator()
-    selector = load_model(model, config, accelerator=accelerator, seed=arguments.seed)
+    selector = load_model(command.model, config, accelerator=accelerator, seed=arguments.seed)
     subset = select_subset(
         selector,
-        dataset,
+        command.dataset,
         config,
         output_dir=arguments.output_dir,
-        validation_dataset=validation,
+        validation_dataset=command.validation,
         samples_per_step=arguments.samples_per_step,
         max_length=arguments.max_length,
         completion_only_loss=arguments.completion_only_loss,

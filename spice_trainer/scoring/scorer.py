@@ -455,12 +455,7 @@ class GradientScorer:
     # By hidden states
 
     def _score_hidden(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
-        total = sum(map(len, pools.values()))
-
-        def report(share: float) -> None:
-            if progress is not None:
-                progress(int(share * total), total)
-
+        report = _counted(progress, pools)
         with preserved_random_state(self.device):
             shared = self.share(pools)
             states = self._hidden_states(shared, report)
@@ -485,12 +480,7 @@ class GradientScorer:
     def _score_logits(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
         """What logits tell, beside what else the rule reads."""
         assert self.past is not None
-        total = sum(map(len, pools.values()))
-
-        def report(share: float) -> None:
-            if progress is not None:
-                progress(int(share * total), total)
-
+        report = _counted(progress, pools)
         with preserved_random_state(self.device):
             shared = self.share(pools)
             told = self.past.compute(self.passes, shared, [row for rows in pools.values() for row in rows], report)
@@ -503,12 +493,7 @@ class GradientScorer:
     # By losses
 
     def _score_losses(self, pools: _Pools, progress: _Progress | None) -> Iterator[PoolScores]:
-        total = sum(map(len, pools.values()))
-
-        def report(share: float) -> None:
-            if progress is not None:
-                progress(int(share * total), total)
-
+        report = _counted(progress, pools)
         with preserved_random_state(self.device):
             shared = self.share(pools)
             losses, alone = self._all_losses(shared, report)
@@ -571,6 +556,17 @@ class GradientScorer:
                 yield measure(known)
             elif measure is None and self._owns(pool):
                 yield replace(known, target=self._target_of(known))
+
+
+def _counted(progress: _Progress | None, pools: _Pools) -> Callable[[float], None]:
+    """What takes the share of the pools' rows that is done, and tells how many of how many that is."""
+    total = sum(map(len, pools.values()))
+
+    def report(share: float) -> None:
+        if progress is not None:
+            progress(int(share * total), total)
+
+    return report
 
 
 def _by_position(values: Mapping[int, float | None], number: int) -> Float64[Tensor, " N"]:
