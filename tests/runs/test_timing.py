@@ -7,13 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from spice_trainer.gradients.per_sample import SampleGradients
 from spice_trainer.sampling.run import SelectionRun
 from spice_trainer.trainer import hooks
-from tests.support.trainers import make_trainer, read_records, same_weights, tiny_dataset, trainable_weights
+from tests.support.trainers import (
+    make_trainer,
+    read_records,
+    same_weights,
+    tiny_dataset,
+    trainable_weights,
+    trained_indices,
+)
 
 CLOCK_KEYS = {"spice/seconds_scoring", "spice/seconds_selecting", "spice/overhead"}
 
@@ -140,11 +148,21 @@ def test_a_prepared_loader_would_score_too_early(tmp_path: Any, monkeypatch: pyt
     """The reason for the unprepared loader: accelerate's fetches ahead, which is refused."""
     trainer = make_trainer(tmp_path, spice={})
     build = hooks.build_dataloader
+    monkeypatch.setattr(hooks, "build_dataloader", lambda *args, **kwargs: prepare_data_loader(build(*args, **kwargs)))
+    with pytest.raises(RuntimeError, match="asked for before the Trainer had finished step 0"):
+        trainer.train()
+
+
+def test_preparing_the_loader_changes_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator gives it back as it is."""
+    make_trainer(tmp_path / "plain", spice={}).train()
+    trainer = make_trainer(tmp_path / "prepared", spice={})
+    build = hooks.build_dataloader
     monkeypatch.setattr(
         hooks, "build_dataloader", lambda *args, **kwargs: trainer.accelerator.prepare(build(*args, **kwargs))
     )
-    with pytest.raises(RuntimeError, match="asked for before the Trainer had finished step 0"):
-        trainer.train()
+    trainer.train()
+    assert trained_indices(tmp_path / "prepared") == trained_indices(tmp_path / "plain")
 
 
 class Interrupter(TrainerCallback):

@@ -135,6 +135,6 @@ def test_no_quotas_are_one_bin(name):
 def test_validation_quotas_need_validation_rows():
     config = SpiceConfig(length_quotas="validation", pool_size=20, num_selected=6)
     scores = inputs_of(pool(20, 30))
-    with pytest.raises(ValueError, match='length_quotas="validation" needs validation rows with labels'):
+    with pytest.raises(ValueError, match='length_quotas="validation" needs validation rows'):
         select_pool(type(scores)(sound=scores.sound, gram=scores.gram, label_tokens=scores.label_tokens), 6, config)
     assert Target(()).num_rows == 0
