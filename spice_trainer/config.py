@@ -245,8 +245,8 @@ class SpiceConfig:
             selects anew. The paper uses 1.
         max_repeats (`int`, *optional*):
             Number of times that a row may be picked again after it was picked once, in later epochs or where the
-            dataset holds it several times. `None`: as often as the rule likes. Replayed epochs
-            (`selection_epochs`) do not count.
+            dataset holds it several times: rows of the same tokens count as one, whatever their images. `None`: as
+            often as the rule likes. Replayed epochs (`selection_epochs`) do not count.
         tie_tolerance (`float`, *optional*, defaults to `1e-6`):
             Scores this close to the best one, relative to it, are tied and go to the earlier candidate. 0 is strict.
 

@@ -270,7 +270,9 @@ class GradientScorer:
             elif self._takes_losses:
                 losses, alone = self._all_losses(shared, lambda share: None)
                 found = {"losses": _by_position(losses, len(indices))}
-                found["out_of_memory"] = found["losses"].isnan()
+                # Not by nan, which a model may give as a loss.
+                missing = [None in (losses.get(p, 0.0), (alone or {}).get(p, 0.0)) for p in range(len(indices))]
+                found["out_of_memory"] = torch.tensor(missing)
                 if alone is not None:
                     found["losses_alone"] = _by_position(alone, len(indices))
         rows = ScoredRows(hidden=hidden, **found) if self._owns(0) else None
@@ -285,9 +287,12 @@ class GradientScorer:
             return self._measured(known, found, reference, rows.hidden)
         scores = replace(known, target=self._target_of(known))
         if self._takes_losses:
-            assert rows.losses is not None and rows.losses_alone is not None and rows.out_of_memory is not None
+            assert rows.losses is not None and rows.out_of_memory is not None
             losses = _known_losses(rows.losses, rows.out_of_memory)
-            alone = rows.losses_alone.tolist() if self.config.takes_answers_alone else None
+            alone = None
+            if self.config.takes_answers_alone:
+                assert rows.losses_alone is not None
+                alone = rows.losses_alone.tolist()
             scores = replace(from_losses(known, losses, alone), target=scores.target)
         return scores if rows.hidden is None else self._with_hidden(scores, rows.hidden)
 

@@ -139,6 +139,22 @@ def test_answers_with_and_without_their_instruction(
     assert row.labels.tolist() == [labels], "the row itself was changed"
 
 
+@pytest.mark.parametrize("strategy", ["loss", "ifd", "spice", "targeted_matching"])
+def test_what_was_scored_once_says_of_broken_rows_what_scoring_them_does(strategy: str) -> None:
+    rows = sound_rows(32)
+    for index, kind in zip(POOL[:4], ("nan", "infinite", "masked_label", "zero"), strict=True):
+        break_row(rows[index], kind)
+    config = SpiceConfig(sketch_dim=0, pool_size=8, num_selected=2, strategy=strategy)
+    scorer = make_scorer(fragile_model(), config, rows=rows, collate=collate)
+    (online,) = scorer.score([POOL])
+    found, _ = scorer.score_rows(tuple(POOL))
+    (known,) = scorer.read_lengths({0: tuple(POOL)})
+    again = scorer.put_together(known, found, None)
+    for name in ("sound", "finite", "out_of_memory"):
+        assert torch.equal(getattr(again, name), getattr(online, name)), name
+    assert not again.out_of_memory.any()
+
+
 def test_an_answer_of_one_token_without_bos_has_no_loss_alone() -> None:
     assert split_answer(row_of([4, 5, 6], [-100, -100, 6]), frozenset({1})) is None
     assert split_answer(row_of([1, 5, 6], [-100, -100, 6]), frozenset({1})) is not None
